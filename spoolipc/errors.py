@@ -1,0 +1,69 @@
+"""Every error the package raises: all derive from `SpoolError` and from the standard class a caller would already catch."""
+
+from __future__ import annotations
+
+import queue
+
+
+class SpoolError(Exception):
+    """Base of every error raised by spoolipc."""
+
+
+class Empty(SpoolError, queue.Empty):
+    """No item came within the time given."""
+
+
+class Full(SpoolError, queue.Full):
+    """No room came within the time given: `maxsize`, `max_bytes` or the file system's free space."""
+
+
+class ShutDown(SpoolError):
+    """The spool was shut down: it takes no more items, and a reader has none left to get."""
+
+
+class SpoolClosed(SpoolError, ValueError):
+    """This writer or reader was closed."""
+
+
+class UnsupportedArray(SpoolError, TypeError):
+    """The object is not an array that can be stored without pickle."""
+
+
+class TooLarge(SpoolError, ValueError):
+    """The array could never fit, however long the caller waits."""
+
+
+class LimitMismatch(SpoolError, ValueError):
+    """The spool exists with other limits than the ones asked for."""
+
+
+class NotASpool(SpoolError, OSError):
+    """The path is not a spool and cannot be made one."""
+
+
+class UnsafeSpool(SpoolError, PermissionError):
+    """Something in the spool could be read, planted or changed by another user."""
+
+
+class NetworkFileSystem(SpoolError, OSError):
+    """The directory is on a network file system, where memory maps are not coherent between machines."""
+
+
+class UnknownVersion(SpoolError, OSError):
+    """The spool was written in a format this release does not know."""
+
+
+class SpoolGone(SpoolError, FileNotFoundError):
+    """The spool's directory was deleted while it was in use."""
+
+
+class LockTimeout(SpoolError, TimeoutError):
+    """Another process holds the index lock and does not let go; the message names it."""
+
+
+class StorageError(SpoolError, OSError):
+    """A system call on the spool failed; the message names the path."""
+
+
+class BadItem(SpoolError, ValueError):
+    """An item file is damaged; it has been moved to `failed/` with the reason."""
