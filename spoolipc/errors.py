@@ -67,3 +67,7 @@ class StorageError(SpoolError, OSError):
 
 class BadItem(SpoolError, ValueError):
     """An item file is damaged; it has been moved to `failed/` with the reason."""
+
+
+class LeaseExpired(SpoolError, TimeoutError):
+    """The item is not in this reader's hands any more: its lease ended, or it was settled already."""

@@ -1,0 +1,108 @@
+"""What the faces (writer, reader, queue, asyncio) ask of an engine, and the values that pass between them.
+
+The directory engine keeps this for one machine. Another engine stands behind the same faces by keeping it too; `tests/contract.py`
+says what that means. Nothing here blocks but `wait_items` and `wait_space`: a face loops over a step and a wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Arrays = Array | Any  # or a dict of named arrays: "Any" spares the callers who know which
+D = TypeVar("D")
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What is put: the arrays in order, their names where they have any, and metadata (any JSON value)."""
+
+    arrays: tuple[Array, ...]
+    names: tuple[str, ...] | None
+    meta: Any
+
+
+@dataclass(slots=True)
+class Delivery:
+    """An item that a reader has taken.
+
+    seq: its sequence number. attempt: 1 at its first delivery. put_time: wall clock, ns. size: bytes stored.
+    handle: the engine's own, for settling.
+    """
+
+    seq: int
+    attempt: int
+    put_time: int
+    size: int
+    handle: Any
+
+
+class Source(Protocol):
+    """An engine as a reader uses it."""
+
+    def get(self, limit: int) -> list[Payload]:
+        """Take up to `limit` items off the spool for good. Raises Empty, ShutDown."""
+
+    def claim(self, limit: int, lease: float | None) -> list[Delivery]:
+        """Take up to `limit` items in hand, for `lease` seconds (None: as long as this party lives). Raises Empty,
+        ShutDown."""
+
+    def load(self, delivery: Delivery) -> Payload:
+        """The contents of an item in hand. Raises BadItem, having given it up; LeaseExpired."""
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Take items in hand off the spool for good. Raises LeaseExpired for one that is not in hand any more."""
+
+    def nack(self, delivery: Delivery, delay: float, why: str) -> None:
+        """Give an item back, to be delivered again after `delay` seconds."""
+
+    def reject(self, delivery: Delivery, why: str) -> None:
+        """Give an item up: it becomes a dead letter."""
+
+    def extend(self, delivery: Delivery, lease: float) -> None:
+        """Keep an item in hand for `lease` seconds from now."""
+
+    def wait_items(self, deadline: float | None) -> bool:
+        """Wait until there may be an item, or the spool was shut down; False when the deadline (monotonic
+        seconds) is past."""
+
+    def qsize(self) -> int:
+        """How many items wait."""
+
+    def close(self) -> None:
+        """Leave; what is still in hand is delivered to others."""
+
+
+class Sink(Protocol[D]):
+    """An engine as a writer uses it. D: a payload written where the engine keeps it, not yet visible to anybody."""
+
+    def admit(self, payload: Payload) -> bool:
+        """Whether there is room for a payload now. Raises ShutDown, TooLarge, UnsupportedArray."""
+
+    def prepare(self, payload: Payload) -> D:
+        """Write a payload, invisible to all. Raises Full when space ran out."""
+
+    def commit(self, draft: D) -> int:
+        """Make a draft an item, whole and at once; returns its sequence number. Raises Full, ShutDown."""
+
+    def discard(self, draft: D) -> None:
+        """Remove a draft."""
+
+    def wait_space(self, payload: Payload, deadline: float | None) -> bool:
+        """Wait until there may be room for a payload, or the spool was shut down; False when the deadline is past."""
+
+    def shutdown(self, immediate: bool) -> None:
+        """End the spool for all: no more puts; with `immediate` no more gets either."""
+
+    def qsize(self) -> int:
+        """How many items wait."""
+
+    def full(self) -> bool:
+        """Whether a put would have to wait for `maxsize`."""
+
+    def close(self) -> None:
+        """Leave; drafts are removed."""

@@ -1,0 +1,93 @@
+"""Why deliveries of an item failed: one line of JSON per failure in `failed/SEQ.jsonl`.
+
+The file exists only while there is something to tell: it is removed when the item is acknowledged after all, and stays
+beside `failed/SEQ.npy` when the item is given up. It outlives the index, and so does the number of attempts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from .index import unlink_missing_ok
+from .layout import Layout, item_number
+
+_NAME = re.compile(r"(\d{20})\.jsonl")
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed delivery. when: wall clock in seconds. who: the reader's process, where known."""
+
+    attempt: int
+    when: float
+    who: str
+    why: str
+
+
+def history_name(number: int) -> str:
+    """The file name of an item's history."""
+    return f"{number:020d}.jsonl"
+
+
+def history_number(name: str) -> int | None:
+    """The number in a history's file name, or None for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def note(layout: Layout, number: int, attempt: int, who: str, why: str) -> None:
+    """Add a failure to an item's history; the caller holds the index lock."""
+    line = json.dumps({"attempt": attempt, "when": time.time(), "who": who, "why": why[:4096]})
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(history_name(number), flags, layout.file_mode, dir_fd=layout.failed)
+    try:
+        os.write(fd, line.encode() + b"\n")
+    finally:
+        os.close(fd)
+
+
+def read(layout: Layout, number: int) -> tuple[Failure, ...]:
+    """The failures of an item, oldest first; a torn last line is left out."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(history_name(number), flags, dir_fd=layout.failed)
+    except FileNotFoundError:
+        return ()
+    with open(fd, "rb") as file:
+        lines = file.read(_LONGEST).splitlines()
+    return tuple(failure for failure in map(_parse, lines) if failure is not None)
+
+
+def _parse(line: bytes) -> Failure | None:
+    try:
+        said: Any = json.loads(line)
+        return Failure(int(said["attempt"]), float(said["when"]), str(said["who"]), str(said["why"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def forget(layout: Layout, number: int) -> None:
+    """Remove an item's history: it was delivered after all."""
+    unlink_missing_ok(layout.failed, history_name(number))
+
+
+def failed_numbers(layout: Layout) -> list[int]:
+    """The numbers of the items in `failed/`, in order."""
+    return sorted(number for number in map(item_number, os.listdir(layout.failed)) if number is not None)
+
+
+def attempts_of(layout: Layout, numbers: set[int]) -> dict[int, int]:
+    """How often each of `numbers` failed, for those that did."""
+    found = {}
+    for name in os.listdir(layout.failed):
+        number = history_number(name)
+        if number is not None and number in numbers:
+            failures = read(layout, number)
+            found[number] = max((failure.attempt for failure in failures), default=0)
+    return found

@@ -1,0 +1,105 @@
+"""Kept mappings: a file that comes back is already mapped, its pages already faulted in.
+
+A mapping is kept under its file's birth number, which no other file ever has, and used again only when the file at hand is the same
+one (device and inode) and not shorter. Bounded in number, as each mapping holds a descriptor, and in bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import BadItem
+
+_MOST = 128
+MOST_MAPPED = 1 << 30
+"""Bytes of mappings that a party keeps at most."""
+OPEN_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One mapped file: `buffer` is its bytes."""
+
+    buffer: mmap.mmap
+    device: int
+    inode: int
+    size: int
+    record: int
+
+
+class Maps:
+    """The kept mappings of one party, all writable or all read-only."""
+
+    def __init__(self, *, writable: bool, most_bytes: int) -> None:
+        self._flags = (os.O_RDWR if writable else os.O_RDONLY) | OPEN_FILE
+        self._access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self._most_bytes = most_bytes
+        self._kept: dict[int, Mapping] = {}
+        self._bytes = 0
+        self._mutex = threading.Lock()
+
+    def of(self, directory: int, name: str, status: os.stat_result, birth: int, record: int) -> mmap.mmap:
+        """The mapping of the file that `status` was just read from.
+
+        Raises BadItem when another file stands at the name now, OSError when it cannot be opened.
+        """
+        kept = self._kept.get(birth)
+        if kept is not None:
+            if (kept.inode, kept.size, kept.device) == (status.st_ino, status.st_size, status.st_dev):
+                return kept.buffer
+            self.forget(birth)
+        fd = os.open(name, self._flags, dir_fd=directory)
+        try:
+            now = os.fstat(fd)
+            if (now.st_ino, now.st_dev, now.st_size) != (status.st_ino, status.st_dev, status.st_size):
+                raise BadItem("the file was replaced while it was opened")
+            buffer = mmap.mmap(fd, status.st_size, access=self._access)
+        finally:
+            os.close(fd)
+        if status.st_size <= self._most_bytes:
+            self._keep(birth, Mapping(buffer, status.st_dev, status.st_ino, status.st_size, record))
+        return buffer
+
+    def _keep(self, birth: int, mapping: Mapping) -> None:
+        with self._mutex:
+            self._kept[birth] = mapping
+            self._bytes += mapping.size
+            while len(self._kept) > _MOST or self._bytes > self._most_bytes:
+                oldest = next(iter(self._kept))
+                self._bytes -= self._kept.pop(oldest).size
+
+    def forget(self, birth: int) -> None:
+        """Let go of a mapping; views of it keep their pages."""
+        with self._mutex:
+            gone = self._kept.pop(birth, None)
+            if gone is not None:
+                self._bytes -= gone.size
+
+    def sweep(self, alive: Callable[[int, int], bool]) -> None:
+        """Let go of the mappings of files that are no more: alive(birth, record) says which still are."""
+        for birth, mapping in list(self._kept.items()):
+            if not alive(birth, mapping.record):
+                self.forget(birth)
+
+    def clear(self) -> None:
+        """Let go of all mappings."""
+        with self._mutex:
+            self._kept.clear()
+            self._bytes = 0
+
+
+def check_regular(status: os.stat_result) -> None:
+    """Raise BadItem unless `status` is that of a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise BadItem(f"not a regular file ({stat.filemode(status.st_mode)})")
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether an error says that the file system or a quota is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

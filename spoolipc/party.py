@@ -1,0 +1,231 @@
+"""One party: a writer's or reader's open spool, and the locked step in which everything happens.
+
+`run` takes the lock, makes sure the index is the spool's and whole, does one piece of work, lets go, and only then rings the
+bells that the work asked for. A forked child inherits nothing: it closes what it got and opens the spool again as a party of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Concatenate, Literal, ParamSpec, TypeVar
+
+from . import alive
+from . import words as W
+from .bell import Bells
+from .errors import SpoolClosed, SpoolError, SpoolGone, StorageError
+from .index import Index, Torn
+from .layout import Layout, Limits, agree, open_layout
+from .lock import IndexLock, open_lock
+from .rebuild import rebuild, set_limits
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Kind = Literal["items", "space"]
+
+
+class Party:
+    """An open spool. Threads may share one.
+
+    path: the spool's directory. asked: limits, None for what is there.
+    create: make the spool where there is none.
+    """
+
+    layout: Layout
+    index: Index
+    bells: Bells
+
+    def __init__(self, path: str | os.PathLike[str], asked: Limits, *, create: bool = True) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.closed = False
+        self._forked = False
+        self._in_child = threading.Lock()
+        self.on_adopt: Callable[[], None] = lambda: None
+        self._open(asked, create)
+        _parties.add(self)
+
+    def _open(self, asked: Limits, create: bool) -> None:
+        self.layout = open_layout(self.path, asked, create=create)
+        self.token = alive.new_token()
+        self._held: list[int] = self.layout.descriptors()
+        self._finalizer = weakref.finalize(
+            self, _abandon, os.getpid(), self.layout.alive, self.token, self._held
+        )
+        self.lock = IndexLock(open_lock(self.layout.root, self.layout.file_mode), self._holder)
+        self._held.append(self.lock.fd)
+        self._index: Index | None = None
+        self._news: dict[Kind, int] = {"items": 0, "space": 0}
+        self._alive = -1
+        self.bells = Bells(os.path.join(self.path, "bell"), self.token, self._flags)
+        self.run(Party._join, asked)
+
+    def _join(self, asked: Limits) -> None:
+        set_limits(self.index, agree(self.layout, asked))
+        self._alive = alive.announce(self.layout.alive, self.token, self.layout.file_mode)
+        self._held.append(self._alive)
+
+    def _holder(self) -> str:
+        if self._index is None:
+            return "an unknown process"
+        token = self._index.words[W.HOLDER]
+        return f"process {alive.process_of(self.layout.alive, token)} (alive/{alive.token_name(token)})"
+
+    def _flags(self, kind: str) -> memoryview[int]:
+        start = W.ITEM_FLAGS if kind == "items" else W.SPACE_FLAGS
+        return self.index.words[start : start + 8]
+
+    def run(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do `work(self, ...)` under the lock, with an index that is whole.
+
+        It is begun again when it finds the index torn, so it must not do one thing twice.
+        Raises LockTimeout, SpoolGone, SpoolClosed, StorageError, and what `work` raises.
+        """
+        self.ready()
+        lock = self.lock
+        with lock.mutex:
+            try:
+                lock.take()
+                return self._steadily(work, *args, **kwargs)
+            except OSError as error:
+                raise self._explained(error) from error
+            finally:
+                news, self._news = self._news, {"items": 0, "space": 0}
+                lock.drop()
+                if news["items"]:
+                    self.bells.ring("items", news["items"])
+                if news["space"]:
+                    self.bells.ring("space", news["space"])
+
+    def _steadily(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        damage = ""
+        for _ in range(3):
+            try:
+                if self._index is None:
+                    self._adopt(Index(self.layout))
+                index = self.index
+                index.check()
+                index.words[W.HOLDER] = self.token
+                return work(self, *args, **kwargs)
+            except Torn as torn:
+                damage = str(torn)
+                self._repair(damage)
+        raise StorageError(
+            errno.EIO, f"the index is damaged again as soon as it is built ({damage})", self.path
+        )
+
+    def _repair(self, why: str) -> None:
+        """Adopt the index that somebody else has built since, or build it."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        try:
+            index = Index(self.layout)
+            index.check()
+        except Torn:
+            index = rebuild(self.layout, why)
+        self._adopt(index)
+
+    def _adopt(self, index: Index) -> None:
+        self._index = self.index = index
+        self.on_adopt()
+
+    def _explained(self, error: OSError) -> OSError:
+        """The error to raise for one of a system call: it names the path, and a deleted spool is called so."""
+        if isinstance(error, SpoolError):
+            return error
+        with contextlib.suppress(OSError):
+            self.layout.check_present()
+            return StorageError(error.errno, error.strerror or str(error), str(error.filename or self.path))
+        return SpoolGone(
+            errno.ENOENT, "the spool was deleted while in use; close this and open a new one", self.path
+        )
+
+    def look(self) -> memoryview[int]:
+        """The index's words to be looked at without the lock: what they say is a hint."""
+        self.ready()
+        if not self.index.whole():
+            self.run(_nothing)
+        return self.index.words
+
+    def qsize(self) -> int:
+        """How many items wait, delayed ones included."""
+        words = self.look()
+        return words[W.READY_COUNT] + words[W.RETURNED_COUNT] + words[W.DELAYED_COUNT]
+
+    def news(self, kind: Kind, count: int = 1) -> None:
+        """Say, in the locked step, that so many of those who wait may look again."""
+        self._news[kind] += count
+
+    def ready(self) -> None:
+        """Make this usable in a forked child. Raises SpoolClosed."""
+        if self.closed:
+            raise SpoolClosed("this was closed; open a new one")
+        if self._forked:
+            with self._in_child:
+                if self._forked:
+                    self._forked = False
+                    self._open(Limits(), create=False)
+
+    def close(self, work: Callable[[Party], None]) -> None:
+        """Do the last `work` under the lock and leave; harmless when repeated.
+
+        A spool that was deleted meanwhile is simply left.
+        """
+        if self.closed:
+            return
+        try:
+            if not self._forked:
+                with contextlib.suppress(SpoolGone):
+                    self.run(work)
+        finally:
+            self.closed = True
+            _parties.discard(self)
+            if not self._forked:
+                self.bells.close()
+                if self._index is not None:
+                    self._index.close()
+                self._finalizer()
+
+    def forked(self) -> None:
+        """In a forked child: close what was inherited, so that the parent's death is not hidden by it."""
+        self._finalizer.detach()
+        for fd in self._held:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        self.bells.reset_after_fork()
+        self._in_child = threading.Lock()
+        self._forked = True
+        self.on_adopt()
+
+
+def _nothing(party: Party) -> None:
+    """A step that only makes sure of the index."""
+
+
+def _abandon(pid: int, alive_directory: int, token: int, held: list[int]) -> None:
+    """End a party by its descriptors alone; what it still had is put back by whoever finds it dead."""
+    if os.getpid() != pid:
+        return
+    with contextlib.suppress(OSError):
+        os.unlink(alive.token_name(token), dir_fd=alive_directory)
+    for fd in held:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+_parties: weakref.WeakSet[Party] = weakref.WeakSet()
+
+
+def _forget_inherited() -> None:
+    for party in list(_parties):
+        party.forked()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)

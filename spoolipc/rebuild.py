@@ -1,0 +1,132 @@
+"""A lost, torn or outlived index built again from the directories: every file in `items/` is ready.
+
+The new index is written beside the old and renamed over it, so a crash leaves either. Whoever still maps the
+old one sees that its file has no name left. What readers had in their hands is delivered again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from array import array
+
+from . import words as W
+from .history import attempts_of, failed_numbers
+from .index import Index, create, install, unlink_missing_ok
+from .layout import Layout, Limits, agree, item_name, item_number
+
+_log = logging.getLogger("spoolipc")
+_LEFTOVERS = 4096
+DONATED = 2**63
+"""Numbers of files that never held an item begin here."""
+
+
+def rebuild(layout: Layout, why: str) -> Index:
+    """Build and install the index of `layout`; the caller holds the lock.
+
+    Files in `free/` are unlinked: nobody knows any more who looks at them, and who does keeps the pages. A
+    large number of them is left to `gc`. Raises SpoolGone when the directory is gone.
+    """
+    layout.check_present()
+    waiting = sorted(number for number in map(item_number, os.listdir(layout.items)) if number is not None)
+    failed = failed_numbers(layout)
+    index = create(layout, len(waiting) * 5 // 4)
+    words = index.words
+    tries = attempts_of(layout, set(waiting))
+    position = W.HEADER
+    total = 0
+    for number in waiting:
+        status = os.stat(item_name(number), dir_fd=layout.items, follow_symlinks=False)
+        record = [0] * W.RECORD
+        record[W.STATE] = W.WAITING
+        record[W.NEXT] = position + W.RECORD
+        record[W.SEQ] = record[W.FILE] = record[W.BIRTH] = number
+        record[W.BYTES] = status.st_size
+        record[W.PUT_TIME] = max(0, status.st_mtime_ns)
+        record[W.ATTEMPT] = tries.get(number, 0)
+        record[W.FLAGS] = W.DURABLE
+        words[position : position + W.RECORD] = array("Q", record)
+        total += status.st_size
+        position += W.RECORD
+    if waiting:
+        words[position - W.RECORD + W.NEXT] = 0
+        words[W.READY] = W.HEADER
+        words[W.READY_TAIL] = position - W.RECORD
+    words[W.READY_COUNT] = len(waiting)
+    words[W.EDGE] = position
+    words[W.ITEM_BYTES] = total
+    words[W.FAILED_COUNT] = len(failed)
+    words[W.SHUTDOWN] = read_shutdown(layout)
+    freed = _clear_free(layout)
+    known = max([0, *waiting[-1:], *failed, *freed, _last_known(layout)])
+    words[W.NEXT_SEQ] = known + 1
+    set_limits(index, agree(layout, Limits()))
+    install(layout, index)
+    level = logging.WARNING if known else logging.INFO
+    _log.log(level, "%s: %s; built it again with %d items waiting", layout.path, why, len(waiting))
+    return index
+
+
+def set_limits(index: Index, limits: Limits) -> None:
+    """Tell the index the limits in force; the caller holds the lock."""
+    words = index.words
+    words[W.MAXSIZE] = limits.maxsize or 0
+    words[W.MAX_BYTES] = limits.max_bytes or 0
+    words[W.RECYCLE_BYTES] = limits.recycle_bytes or 0
+    words[W.MAX_ATTEMPTS] = limits.max_attempts or 0
+
+
+def _clear_free(layout: Layout) -> list[int]:
+    numbers = []
+    with os.scandir(layout.free) as entries:
+        for entry in itertools.islice(entries, _LEFTOVERS):
+            number = item_number(entry.name)
+            if number is not None:
+                unlink_missing_ok(layout.free, entry.name)
+                if number < DONATED:
+                    numbers.append(number)
+    return numbers
+
+
+def _last_known(layout: Layout) -> int:
+    """The last sequence number the old index gave out, where it can still be read."""
+    try:
+        with open(
+            os.open("index", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=layout.root), "rb"
+        ) as file:
+            words = array("Q", file.read(W.HEADER * W.WORD))
+    except (OSError, ValueError):
+        return 0
+    if len(words) < W.HEADER or (words[W.MAGIC], words[W.VERSION]) != (W.MAGIC_VALUE, W.VERSION_VALUE):
+        return 0
+    return words[W.NEXT_SEQ] - 1 if 0 < words[W.NEXT_SEQ] < 10**18 else 0
+
+
+_SHUTDOWN = "shutdown"
+_STATES = {W.DRAINING: b"draining", W.DISCARDED: b"discarded"}
+
+
+def read_shutdown(layout: Layout) -> int:
+    """The state of the spool as its marker file says it."""
+    try:
+        fd = os.open(
+            _SHUTDOWN, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=layout.root
+        )
+    except FileNotFoundError:
+        return W.OPEN
+    with open(fd, "rb") as file:
+        return W.DISCARDED if file.read(16) == _STATES[W.DISCARDED] else W.DRAINING
+
+
+def write_shutdown(layout: Layout, state: int) -> None:
+    """Make the marker file say `state`; the index is told afterwards, and by a rebuild after a crash between."""
+    if state == W.OPEN:
+        unlink_missing_ok(layout.root, _SHUTDOWN)
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(_SHUTDOWN, flags, layout.file_mode, dir_fd=layout.root)
+    try:
+        os.write(fd, _STATES[state])
+    finally:
+        os.close(fd)

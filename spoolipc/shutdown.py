@@ -1,0 +1,58 @@
+"""The end of a spool: no more puts, and no more gets when it was immediate. It outlives the processes and the index.
+
+The marker file comes first, the index after it: a crash between leaves a marker that the next shutdown or
+rebuild follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import changes
+from . import words as W
+from .index import unlink_missing_ok
+from .layout import item_name
+from .party import Party
+from .rebuild import write_shutdown
+
+_AT_ONCE = 64
+
+
+def shut_down(party: Party, immediate: bool) -> None:
+    """Let nobody put any more; with `immediate`, let nobody get and remove what waits."""
+    party.run(set_state, W.DISCARDED if immediate else W.DRAINING)
+    party.bells.ring_all("items")
+    party.bells.ring_all("space")
+    if immediate:
+        while party.run(discard):
+            pass
+
+
+def set_state(party: Party, state: int) -> None:
+    """The locked step: DISCARDED is not taken back by a later DRAINING, only by OPEN."""
+    now = party.index.words[W.SHUTDOWN]
+    if now == state or (now == W.DISCARDED and state == W.DRAINING):
+        return
+    write_shutdown(party.layout, state)
+    party.index.change(W.MEMORY, 0, {W.SHUTDOWN: state})
+
+
+def discard(party: Party) -> bool:
+    """Remove some of the items that wait, in the locked step; False when none is left."""
+    index = party.index
+    for _ in range(_AT_ONCE):
+        record, queue = changes.first(index)
+        if not record:
+            return False
+        seq = index.words[record + W.SEQ]
+        index.change(
+            W.LEAVE,
+            seq,
+            changes.leave(index, record, queue, 0, False),
+            _removal(party.layout.items, item_name(seq)),
+        )
+    return True
+
+
+def _removal(items: int, name: str) -> Callable[[], None]:
+    return lambda: unlink_missing_ok(items, name)

@@ -1,0 +1,273 @@
+"""The putting side of the directory engine: room, the file, and the commit that makes it an item.
+
+A put goes: is there room (a look without the lock); write the file; commit. The file is one that was consumed
+before, written through a mapping kept from last time, or a new one in `tmp/`. The commit is one change: a
+rename into `items/` and the stores that go with it. A crash before the rename leaves a file that nobody but the
+tending and `gc` see; a crash after it leaves an item.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from . import changes, footer, npy, shutdown, spares
+from . import words as W
+from .alive import token_name
+from .engine import Payload
+from .errors import BadItem, Full, ShutDown, StorageError
+from .index import unlink_missing_ok
+from .layout import Limits, item_name
+from .maps import MOST_MAPPED, Maps, check_regular
+from .newfile import write_new
+from .party import Party
+from .room import PAGE, fits, make_room, refuse_impossible, room, rounded
+from .spares import Spare
+from .tend import drop_file, tend
+from .waiting import wait
+
+Durability = Literal["none", "fsync"]
+
+
+@dataclass(slots=True)
+class FileDraft:
+    """A payload in a file not yet in `items/`: a spare, or the file `name` in `tmp/`.
+
+    need: bytes written. size: bytes of the file. put_time: wall clock, ns.
+    """
+
+    payload: Payload
+    image: npy.Image
+    tail: bytes
+    put_time: int
+    need: int
+    spare: Spare | None = None
+    name: str = ""
+    size: int = 0
+
+
+class DirectorySink:
+    """A writer's party in a spool directory.
+
+    asked: limits, None for what is there. durability: "none" survives the crash of any process, "fsync" also
+    the loss of power.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        asked: Limits,
+        durability: Durability,
+        *,
+        reopen: bool,
+    ) -> None:
+        self.party = Party(path, asked)
+        self.durable = durability == "fsync"
+        self._numbers = itertools.count()
+        self._mutex = threading.Lock()
+        self._spares: list[Spare] = []
+        self._maps = Maps(writable=True, most_bytes=MOST_MAPPED)
+        self.party.on_adopt = self._forget
+        self.party.run(tend, force=True)
+        if reopen:
+            self.party.run(shutdown.set_state, W.OPEN)
+
+    def _forget(self) -> None:
+        with self._mutex:
+            self._spares.clear()
+        self._maps.clear()
+
+    def admit(self, payload: Payload) -> bool:
+        """Whether there is room for a payload now. Raises ShutDown, TooLarge, UnsupportedArray."""
+        party = self.party
+        words = party.look()
+        if words[W.SHUTDOWN]:
+            raise _shut_down(party)
+        limit = words[W.MAX_BYTES]
+        if self._spares and not limit:
+            return room(words, 0)
+        need = _need(payload)
+        if (limit and need > limit) or not fits(party, need):
+            refuse_impossible(party, need)
+            return party.run(make_room, need)
+        return room(words, need)
+
+    def wait_space(self, payload: Payload, deadline: float | None) -> bool:
+        """Wait until there may be room for a payload; False when the deadline (monotonic seconds) is past."""
+        party = self.party
+        need = _need(payload)
+
+        def look(words: memoryview[int]) -> bool:
+            return bool(words[W.SHUTDOWN]) or (room(words, need) and fits(party, need))
+
+        return wait(party, "space", look, deadline)
+
+    def prepare(self, payload: Payload) -> FileDraft:
+        """Write a payload to a file that nobody sees yet. Raises Full when the file system is full."""
+        image = npy.image_of(payload.arrays)
+        put_time = time.time_ns()
+        tail = footer.pack(image.end, put_time, names=payload.names, meta=payload.meta)
+        draft = FileDraft(payload, image, tail, put_time, image.end + len(tail))
+        if not self.durable:
+            spare = self._take_spare(draft.need)
+            while spare is not None:
+                if self._fill_spare(spare, draft):
+                    return draft
+                spare = self._take_spare(draft.need)
+        self._write_new(draft)
+        return draft
+
+    def _take_spare(self, need: int) -> Spare | None:
+        """A consumed file of the right size that is ours to write."""
+        with self._mutex:
+            for position, spare in enumerate(self._spares):
+                if need <= spare.size <= self._most(need):
+                    return self._spares.pop(position)
+            useless, self._spares = self._spares, []
+        if not useless and not self.party.look()[W.POOL_COUNT]:
+            return None
+        return self.party.run(spares.swap, useless, need, self._most(need))
+
+    def _most(self, need: int) -> int:
+        """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
+        return rounded(need) if self.party.index.words[W.MAX_BYTES] else max(PAGE, 2 * need)
+
+    def _fill_spare(self, spare: Spare, draft: FileDraft) -> bool:
+        """Write into a consumed file; False when it is not fit for it any more and was dropped."""
+        layout, name = self.party.layout, item_name(spare.number)
+        try:
+            status = os.stat(name, dir_fd=layout.free, follow_symlinks=False)
+            check_regular(status)
+            if status.st_nlink != 1 or status.st_size != spare.size:
+                raise BadItem("the file is linked elsewhere or has changed its size")
+            buffer = self._maps.of(layout.free, name, status, spare.birth, spare.record)
+        except BadItem:
+            return self._drop(spare)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                return self._drop(spare)
+            self._give_back(spare)
+            raise StorageError(error.errno, error.strerror, str(layout.path / "free" / name)) from error
+        npy.store(buffer, draft.image, draft.payload.arrays)
+        buffer[draft.image.end : draft.need] = draft.tail
+        draft.spare, draft.size = spare, spare.size
+        return True
+
+    def _drop(self, spare: Spare) -> bool:
+        self._maps.forget(spare.birth)
+        self.party.run(spares.drop, spare)
+        return False
+
+    def _write_new(self, draft: FileDraft) -> None:
+        """Write the draft to a new file in `tmp/`. A crash leaves it there under a dead token."""
+        draft.spare = None
+        draft.name = f"{token_name(self.party.token)}-{next(self._numbers)}.npy"
+        draft.size = rounded(draft.need)
+        tail = draft.tail + bytes(draft.size - draft.need)
+        write_new(self.party, draft.name, draft.payload.arrays, draft.image, tail, sync=self.durable)
+
+    def commit(self, draft: FileDraft) -> int:
+        """Make a draft an item; returns its sequence number. Raises Full and ShutDown, the draft staying."""
+        party = self.party
+        party.ready()
+        seq = party.run(_commit, self, draft)
+        while seq is None:
+            # The file was lost with the index, or removed by hand: write it once more.
+            self._write_new(draft)
+            seq = party.run(_commit, self, draft)
+        if self.durable:
+            os.fsync(party.layout.items)
+        return seq
+
+    def keep(self, spare: Spare) -> None:
+        """Keep a consumed file for the next put."""
+        with self._mutex:
+            self._spares.append(spare)
+
+    def discard(self, draft: FileDraft) -> None:
+        """Remove a draft."""
+        if draft.spare is not None:
+            self._give_back(draft.spare)
+        elif draft.name:
+            unlink_missing_ok(self.party.layout.tmp, draft.name)
+
+    def _give_back(self, spare: Spare) -> None:
+        """Keep a spare after all, unless an interrupted commit has made it an item."""
+        if self.party.run(spares.is_ours, spare):
+            self.keep(spare)
+
+    def shutdown(self, immediate: bool) -> None:
+        """End the spool for all: no more puts; with `immediate` no more gets either."""
+        shutdown.shut_down(self.party, immediate)
+
+    def qsize(self) -> int:
+        """How many items wait."""
+        return self.party.qsize()
+
+    def full(self) -> bool:
+        """Whether a put would have to wait for `maxsize`."""
+        words = self.party.look()
+        return not room(words, 0)
+
+    def close(self) -> None:
+        """Leave; consumed files in hand go back to the pool."""
+        self.party.close(self._leave)
+
+    def _leave(self, party: Party) -> None:
+        with self._mutex:
+            ours, self._spares = self._spares, []
+        spares.swap(party, ours, 0, 0)
+
+
+def _need(payload: Payload) -> int:
+    return rounded(npy.image_of(payload.arrays).end + footer.SIZE)
+
+
+def _shut_down(party: Party) -> ShutDown:
+    return ShutDown(f"the spool {party.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
+
+
+def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
+    """The locked step of a put: None when the draft's file is not there any more."""
+    index = party.index
+    words = index.words
+    if words[W.SHUTDOWN]:
+        raise _shut_down(party)
+    if not room(words, rounded(draft.need)):
+        raise Full(f"the spool {party.path} is full")
+    layout = party.layout
+    seq = words[W.NEXT_SEQ]
+    flags = W.DURABLE if sink.durable else 0
+    spare = draft.spare
+    if spare is not None:
+        if not spares.is_ours(party, spare):
+            return None
+        stores = changes.put(index, spare.record, seq, draft.put_time, flags, 0)
+        source, directory = item_name(spare.number), layout.free
+    else:
+        record = index.new_record()
+        stores = changes.put_new(index, record, seq, draft.size, draft.put_time, flags, 0)
+        source, directory = draft.name, layout.tmp
+    try:
+        index.change(W.ARRIVE, seq, stores, _rename(source, directory, item_name(seq), layout.items))
+    except FileNotFoundError:
+        layout.check_present()
+        if spare is not None:
+            drop_file(party, spare.record)
+        return None
+    party.news("items")
+    if spare is not None:
+        following = spares.reserve(party, draft.need, draft.size)
+        if following is not None:
+            sink.keep(following)
+    return seq
+
+
+def _rename(source: str, directory: int, target: str, items: int) -> Callable[[], None]:
+    return lambda: os.rename(source, target, src_dir_fd=directory, dst_dir_fd=items)

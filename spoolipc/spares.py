@@ -1,0 +1,76 @@
+"""Consumed files that are written again: taken from the pool, given back to it, or unlinked.
+
+All functions are locked steps (`Party.run`). A file is RESERVED while a writer has it: when the writer dies, the
+tending unlinks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import changes
+from . import words as W
+from .index import Index, unlink_missing_ok
+from .layout import item_name
+from .party import Party
+from .tend import drop_file
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """A consumed file that this writer may write: record, number in its name, size in bytes, birth number."""
+
+    index: Index
+    record: int
+    number: int
+    size: int
+    birth: int
+
+
+def evict(party: Party, record: int, link: int) -> None:
+    """Unlink a pooled file."""
+    index = party.index
+    number = index.words[record + W.FILE]
+    index.change(
+        W.UNLINK,
+        number,
+        changes.evict(index, record, link),
+        lambda: unlink_missing_ok(party.layout.free, item_name(number)),
+    )
+
+
+def swap(party: Party, useless: list[Spare], need: int, most: int) -> Spare | None:
+    """Hand spares of another size back and take one of `need` bytes."""
+    while useless:
+        spare = useless.pop()
+        if is_ours(party, spare):
+            party.index.change(W.MEMORY, 0, changes.release(party.index, spare.record))
+    return reserve(party, need, most)
+
+
+def reserve(party: Party, need: int, most: int) -> Spare | None:
+    """Take a pooled file of `need` to `most` bytes, if there is one."""
+    index = party.index
+    record, link = changes.find_pooled(index, need, most)
+    if not record:
+        return None
+    index.change(W.MEMORY, 0, changes.reserve(index, record, link, party.token))
+    words = index.words
+    return Spare(index, record, words[record + W.FILE], words[record + W.BYTES], words[record + W.BIRTH])
+
+
+def is_ours(party: Party, spare: Spare) -> bool:
+    """Whether a spare is still this party's to write: not committed, not lost with the index."""
+    words = party.index.words
+    return (
+        spare.index is party.index
+        and words[spare.record + W.STATE] == W.RESERVED
+        and words[spare.record + W.OWNER] == party.token
+        and words[spare.record + W.FILE] == spare.number
+    )
+
+
+def drop(party: Party, spare: Spare) -> None:
+    """Unlink a spare that is not fit to be written."""
+    if is_ours(party, spare):
+        drop_file(party, spare.record)

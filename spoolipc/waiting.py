@@ -1,0 +1,60 @@
+"""Waiting for items or for space: on the bell, with an eye on the clock for what ends by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from . import words as W
+from .errors import SpoolClosed
+from .party import Kind, Party
+from .tend import TEND_EVERY, tend
+
+Look = Callable[["memoryview[int]"], bool]
+
+
+def wait(party: Party, kind: Kind, look: Look, deadline: float | None) -> bool:
+    """Wait until `look(words)` is true (True) or the deadline (monotonic seconds) is past (False).
+
+    look: sees the index's words without the lock, so what it says is a hint. Meanwhile the dead are looked for
+    once a second, and a lease or delay is attended to when it ends.
+    """
+
+    def glance() -> bool:
+        if party.closed:
+            raise SpoolClosed("this was closed while it waited")
+        index = party.index
+        # An index that is not whole any more is repaired by the step that follows a True.
+        return not index.whole() or look(index.words)
+
+    while True:
+        tend_if_due(party)
+        until = _next_event(party)
+        if deadline is not None:
+            until = min(until, deadline)
+        if party.bells.wait(kind, glance, max(0.0, until - time.monotonic())):
+            return True
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+
+
+def tend_if_due(party: Party) -> None:
+    """Tend the spool when a lease or delay has ended, or nobody did within the second."""
+    party.ready()
+    index = party.index
+    if not index.whole():
+        party.run(tend)
+        return
+    words = index.words
+    now = time.monotonic_ns()
+    if now - words[W.TENDED] > TEND_EVERY * 1e9 or 0 < words[W.NEXT_DUE] <= now:
+        party.run(tend)
+
+
+def _next_event(party: Party) -> float:
+    """When to look by the clock at the latest, in monotonic seconds."""
+    soonest = time.monotonic() + TEND_EVERY
+    index = party.index
+    if index.whole() and index.words[W.NEXT_DUE]:
+        return min(soonest, index.words[W.NEXT_DUE] / 1e9)
+    return soonest

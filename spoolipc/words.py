@@ -1,0 +1,109 @@
+"""The index's words: where each number stands in the mapped file. Names only; no code.
+
+The index is an array of 64-bit words: a header of HEADER words, then records of RECORD words. A record
+stands for one file, from the moment it is known until it is unlinked. Records are linked by the position of their first word, 0 being none.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAGIC_VALUE: Final = int.from_bytes(b"SPOOLIDX", "little")
+VERSION_VALUE: Final = 1
+
+HEADER: Final = 1024
+RECORD: Final = 16
+WORD: Final = 8
+
+# Header
+MAGIC: Final = 0
+VERSION: Final = 1
+BOOT: Final = 2  # and 3: the boot in which this index was built
+CAPACITY: Final = 4  # words in the file that are in use, the header included
+MARK: Final = 5  # the kind of change under way, CLEAN when none
+SUBJECT: Final = 6  # the number of the file that the change moves
+STORES: Final = 7  # how many stores the journal holds
+HOLDER: Final = 8  # token of the last to take the lock
+NEXT_SEQ: Final = 16
+READY: Final = 17  # head, tail and count of items never delivered
+READY_TAIL: Final = 18
+READY_COUNT: Final = 19
+RETURNED: Final = 20  # head, tail and count of items given back, delivered before all others
+RETURNED_TAIL: Final = 21
+RETURNED_COUNT: Final = 22
+AWAY: Final = 23  # head of the list of files in somebody's hands, or delayed
+IN_FLIGHT: Final = 24  # how many of them are items claimed
+DELAYED_COUNT: Final = 25
+UNUSED: Final = 26  # head of the list of records that stand for nothing
+EDGE: Final = 27  # position of the first record never used
+ITEM_BYTES: Final = 28  # of files waiting or in flight
+KEPT_BYTES: Final = 29  # of files in free/, pooled or in hands
+POOL_BYTES: Final = 30  # of pooled files
+POOL_COUNT: Final = 31
+FAILED_COUNT: Final = 32
+SHUTDOWN: Final = 33  # OPEN, DRAINING or DISCARDED
+NEXT_DUE: Final = 34  # monotonic ns at which a lease or a delay ends, 0 for none
+TENDED: Final = 35  # monotonic ns at which the dead were last looked for
+PUTS: Final = 36  # how many items were ever put, delivered ...
+GOTS: Final = 37
+MAXSIZE: Final = 40  # the limits, as spool.json has them
+MAX_BYTES: Final = 41
+RECYCLE_BYTES: Final = 42
+MAX_ATTEMPTS: Final = 43
+ITEM_FLAGS: Final = 48  # 8 words: somebody waits for items at this bell
+SPACE_FLAGS: Final = 56  # 8 words: somebody waits for space at this bell
+BUCKETS: Final = 64  # 192 words: heads of the pooled files by size
+JOURNAL: Final = 256  # positions of the stores of the change under way ...
+JOURNAL_VALUES: Final = 384  # ... and their values
+JOURNAL_ROOM: Final = 128
+
+# Record
+STATE: Final = 0
+NEXT: Final = 1
+PREV: Final = 2
+SEQ: Final = 3  # the item's sequence number
+FILE: Final = 4  # the number in the file's name
+BYTES: Final = 5  # the file's size
+BIRTH: Final = 6  # number under which this very file was first known; never used again
+PUT_TIME: Final = 7  # wall clock, ns
+OWNER: Final = 8  # token of the party that has it in its hands
+DUE: Final = 9  # monotonic ns at which its lease or delay ends, 0 for none
+ATTEMPT: Final = 10  # how often it was claimed
+FLAGS: Final = 11
+EXPIRES: Final = 12
+GROUPS: Final = 13
+LOAN: Final = 14  # token of the writer that still has the loaned array, 0 for none
+
+# States of a record
+NOTHING: Final = 0
+WAITING: Final = 1  # in items/, to be delivered
+CLAIMED: Final = 2  # in items/, in a reader's hands
+DELAYED: Final = 3  # in items/, given back and not yet due
+HELD: Final = 4  # in free/, acknowledged, looked at by a view
+RESERVED: Final = 5  # in free/, being written by a writer
+POOLED: Final = 6  # in free/, waiting to be written
+
+# Flags of a record
+DURABLE: Final = 1  # survives power loss, so its file is never written again
+
+# States of the spool
+OPEN: Final = 0
+DRAINING: Final = 1  # no more puts; what waits is delivered
+DISCARDED: Final = 2  # no more puts and no more gets
+
+# Kinds of change (MARK): how to tell, after a crash, whether the change happened
+CLEAN: Final = 0
+MEMORY: Final = 1  # stores only: it happened
+ARRIVE: Final = 2  # it happened if items/SUBJECT exists
+LEAVE: Final = 3  # it happened if items/SUBJECT does not exist
+UNLINK: Final = 4  # free/SUBJECT is removed, now or before
+DONATE: Final = 5  # it happened if free/SUBJECT exists
+
+
+def bucket(size: int) -> int:
+    """The header word of the pooled files of about `size` bytes: four buckets to a doubling."""
+    pages = (size + 4095) >> 12
+    length = pages.bit_length()
+    if length < 3:
+        return BUCKETS + pages
+    return BUCKETS + min(length * 4 + ((pages >> (length - 3)) & 3), 191)

@@ -1,0 +1,175 @@
+"""SpoolWriter: the face that puts arrays."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from . import npy
+from . import words as W
+from .engine import Array, Payload, Sink
+from .errors import Full, UnsupportedArray
+from .layout import Limits
+from .sink import DirectorySink, Durability
+
+
+class SpoolWriter:
+    """Puts arrays into a spool, which any number of other processes may write and read.
+
+    path: the spool's directory, made (with mode 0700) by whoever comes first.
+    maxsize: most items waiting, 0 for no limit; None takes what the spool has, or 0 for a new one.
+    max_bytes: most bytes of items waiting or in flight; likewise.
+    durability: "none", what was put survives the crash of any process; "fsync", also the loss of power.
+    reopen: take puts again if the spool was shut down.
+
+    Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork.
+    Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
+    NetworkFileSystem, UnknownVersion.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        maxsize: int | None = None,
+        max_bytes: int | None = None,
+        recycle_bytes: int | None = None,
+        max_attempts: int | None = None,
+        mode: int | None = None,
+        durability: Durability = "none",
+        reopen: bool = False,
+    ) -> None:
+        if durability not in ("none", "fsync"):
+            raise ValueError(f'durability must be "none" or "fsync", not {durability!r}')
+        asked = Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode)
+        self._durability: Durability = durability
+        self._directory = DirectorySink(path, asked, durability, reopen=reopen)
+        self._sink: Sink[Any] = self._directory
+
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute."""
+        return self._directory.party.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self._directory.party.look()[W.MAXSIZE]
+
+    def put(
+        self,
+        array: Array | Mapping[str, Array],
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        meta: Any = None,
+    ) -> int:
+        """Put an array, or several named arrays as one item; returns its sequence number.
+
+        array: any dtype that np.save can store without pickle; it is read before put returns, never kept.
+        block, timeout: wait for room, for ever or for `timeout` seconds; without `block` not at all.
+        meta: any JSON value, delivered with the item.
+
+        Raises Full when there is no room in time, ShutDown when the spool was shut down, TooLarge when the
+        array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array, StorageError.
+        """
+        payload = _payload(array, meta)
+        deadline = deadline_of(block, timeout)
+        sink = self._sink
+        while not sink.admit(payload):
+            self._wait(payload, deadline)
+        draft = None
+        try:
+            while draft is None:
+                try:
+                    draft = sink.prepare(payload)
+                except Full:
+                    self._wait(payload, deadline)
+            while True:
+                try:
+                    seq = sink.commit(draft)
+                except Full:
+                    self._wait(payload, deadline)
+                else:
+                    draft = None
+                    return seq
+        finally:
+            if draft is not None:
+                sink.discard(draft)
+
+    def _wait(self, payload: Payload, deadline: float | None) -> None:
+        if not self._sink.wait_space(payload, deadline):
+            raise Full(f"the spool {self.path} had no room in time")
+
+    def put_nowait(self, array: Array | Mapping[str, Array], *, meta: Any = None) -> int:
+        """Put without waiting: `put(array, block=False)`."""
+        return self.put(array, block=False, meta=meta)
+
+    def qsize(self) -> int:
+        """How many items wait; another process may change that at any moment."""
+        return self._sink.qsize()
+
+    def empty(self) -> bool:
+        """Whether no item waits."""
+        return not self._sink.qsize()
+
+    def full(self) -> bool:
+        """Whether `maxsize` items wait."""
+        return self._sink.full()
+
+    def shutdown(self, immediate: bool = False) -> None:
+        """End the spool for every process: puts raise ShutDown from now on, and gets do when it is empty.
+
+        immediate: gets raise at once, and what waits is removed.
+        """
+        self._sink.shutdown(immediate)
+
+    def close(self) -> None:
+        """Leave the spool; harmless when repeated."""
+        self._sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SpoolWriter({self.path!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.path, self._durability)
+
+
+def _reopened(path: str, durability: Durability) -> SpoolWriter:
+    return SpoolWriter(path, durability=durability)
+
+
+def deadline_of(block: bool, timeout: float | None) -> float | None:
+    """The monotonic time in seconds until which to wait: None for ever, the past for not at all.
+
+    Raises ValueError for a negative timeout.
+    """
+    if not block:
+        return 0.0
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be a non-negative number of seconds, not {timeout!r}")
+    return time.monotonic() + timeout
+
+
+def _payload(array: Array | Mapping[str, Array], meta: Any) -> Payload:
+    if not isinstance(array, Mapping):
+        return Payload((npy.plain(array),), None, meta)
+    if not array:
+        raise ValueError("an item needs at least one array; the mapping given is empty")
+    for name in array:
+        if not isinstance(name, str):
+            raise UnsupportedArray(f"the names of an item's arrays must be strings, not {name!r}")
+    return Payload(tuple(map(npy.plain, array.values())), tuple(array), meta)

@@ -1,0 +1,110 @@
+"""Every example, the README's too, runs, says what happened, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ARTICLE = "article.py"
+
+
+def command(name: str, *args: str) -> list[str]:
+    return [sys.executable, "-W", "error", str(EXAMPLES / name), *args]
+
+
+def run(temporary: Path, name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    return subprocess.run(
+        command(name, *args), env=environment, capture_output=True, text=True, check=False, timeout=50
+    )
+
+
+def test_article_measures_both_carriers_and_the_floor(tmp_path: Path) -> None:
+    ran = run(tmp_path, ARTICLE, "--workers=2", "--rounds=2", f"--dir={tmp_path}", "--floor")
+    assert ran.returncode == 0, ran.stderr
+    for row in (
+        "| multiprocessing.Queue |",
+        "| spoolipc |",
+        "| floor |",
+        "| queue / spool |",
+        "| spool / floor |",
+    ):
+        assert row in ran.stdout
+    assert "spoolipc, array: 100%" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_article_says_where_the_spool_is(tmp_path: Path) -> None:
+    ran = run(tmp_path, ARTICLE, "--workers=1", "--rounds=1", f"--dir={tmp_path}", "--carriers", "spool")
+    assert ran.returncode == 0, ran.stderr
+    assert f"the spool is made in {tmp_path}, which is " in ran.stdout
+    assert "multiprocessing.Queue" not in ran.stdout
+
+
+def test_article_refuses_a_place_too_small_with_the_numbers() -> None:
+    ran = run(Path("/proc"), ARTICLE, "--dir=/proc", "--workers=2", "--rounds=2")
+    assert ran.returncode == 1
+    assert "/proc has 0.00 GB free, and 0.32 GB may be waiting" in ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("carrier", ["queue", "spool"])
+def test_article_interrupted_leaves_no_process_and_no_file(
+    tmp_path: Path, number: signal.Signals, carrier: str
+) -> None:
+    words = command(ARTICLE, "--workers=2", "--rounds=100000", f"--dir={tmp_path}", "--carriers", carrier)
+    # In a process group of its own, so that the signal reaches the workers too, as Ctrl-C does.
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        assert process.stderr is not None
+        text = ""
+        while "1/200000" not in text.replace(" ", ""):
+            letter = process.stderr.read(1)
+            assert letter, text
+            text += letter
+        os.killpg(process.pid, number)
+        rest = process.stderr.read()  # ends when the last worker has ended: they hold this pipe too
+    assert process.returncode == 1
+    assert "interrupted: the workers are stopped" in rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_help_is_worth_reading(tmp_path: Path, name: str) -> None:
+    ran = run(tmp_path, name, "--help")
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) > 8
+
+
+def test_camera_pipeline_shows_each_frame_to_one_consumer(tmp_path: Path) -> None:
+    ran = run(tmp_path, "camera_pipeline.py", "--frames=60", "--consumers=2")
+    assert ran.returncode == 0, ran.stderr
+    assert "60 frames taken, each seen exactly once: True" in ran.stdout
+    assert ran.stdout.count("in order: True") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_after_crash_goes_on_where_the_killed_one_stopped(tmp_path: Path) -> None:
+    ran = run(tmp_path, "resume_after_crash.py", "--items=10", "--dies-after=4")
+    assert ran.returncode == 0, ran.stderr
+    assert "first consumer ended with -9, it had handled 4: 0 1 2 3" in ran.stdout
+    assert "second consumer ended with 0, it handled 6: 4 5 6 7 8 9" in ran.stdout
+    assert "every item handled exactly once, in order: True" in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_readme_shows_runs(tmp_path: Path) -> None:
+    readme = EXAMPLES.with_name("README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    program = tmp_path / "use.py"
+    program.write_text(block.replace("/dev/shm/frames", str(tmp_path / "frames")))
+    ran = run(tmp_path, str(program))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [f"{number:.1f}" for number in range(2, 10)]
