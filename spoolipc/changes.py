@@ -12,6 +12,8 @@ operations of one change touch the same word, the later wins, and they are order
 
 from __future__ import annotations
 
+from array import array
+
 from . import words as W
 from .index import Index, Torn
 
@@ -81,47 +83,51 @@ def _pool(words: memoryview[int], stores: Stores, record: int) -> None:
     stores[W.POOL_COUNT] = words[W.POOL_COUNT] + 1
 
 
-def put(index: Index, record: int, seq: int, put_time: int, flags: int, loan: int) -> Stores:
-    """RESERVED (a file of the pool) or NOTHING (a new file, see `put_new`) becomes WAITING, last in order."""
+def describe(words: memoryview[int], record: int, seq: int, put_time: int, flags: int, loan: int) -> None:
+    """Write what a record says of its item, before the change that makes it one: until then nobody reads it."""
+    words[record + W.SEQ : record + W.OWNER] = array("Q", (seq, put_time, 0, 0, flags, loan, 0, 0))
+
+
+def put(index: Index, record: int, seq: int, successor: int, link: int) -> Stores:
+    """RESERVED becomes WAITING, last in order; the caller has described it.
+
+    successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its stead, or zeros.
+    """
     words = index.words
     size = words[record + W.BYTES]
     stores: Stores = {}
-    _take_back(words, stores, record)
+    if successor:
+        following, previous = words[record + W.NEXT], words[record + W.PREV]
+        _unpool(words, stores, successor, link)
+        stores[successor + W.NEXT] = following
+        stores[successor + W.PREV] = previous
+        stores[previous + W.NEXT if previous else W.AWAY] = successor
+        if following:
+            stores[following + W.PREV] = successor
+        stores[successor + W.STATE] = W.RESERVED
+        stores[successor + W.OWNER] = words[record + W.OWNER]
+        stores[record + W.OWNER] = 0
+    else:
+        _take_back(words, stores, record)
     stores[W.KEPT_BYTES] = _less(words, W.KEPT_BYTES, size)
-    _arrive(words, stores, record, seq, put_time, flags, loan, size)
+    _arrive(words, stores, record, seq, size)
     return stores
 
 
-def put_new(index: Index, record: int, seq: int, size: int, put_time: int, flags: int, loan: int) -> Stores:
-    """NOTHING becomes WAITING: a file of `size` bytes written for this item."""
-    words = index.words
+def put_new(index: Index, record: int, seq: int, size: int) -> Stores:
+    """NOTHING becomes WAITING: a file of `size` bytes written for this item; the caller has described it."""
     stores = index.taken(record)
     stores[record + W.BIRTH] = seq
     stores[record + W.BYTES] = size
     stores[record + W.OWNER] = 0
-    stores[record + W.DUE] = 0
-    _arrive(words, stores, record, seq, put_time, flags, loan, size)
+    _arrive(index.words, stores, record, seq, size)
     return stores
 
 
-def _arrive(
-    words: memoryview[int],
-    stores: Stores,
-    record: int,
-    seq: int,
-    put_time: int,
-    flags: int,
-    loan: int,
-    size: int,
-) -> None:
+def _arrive(words: memoryview[int], stores: Stores, record: int, seq: int, size: int) -> None:
     stores[record + W.STATE] = W.WAITING
     stores[record + W.NEXT] = 0
-    stores[record + W.SEQ] = seq
     stores[record + W.FILE] = seq
-    stores[record + W.PUT_TIME] = put_time
-    stores[record + W.ATTEMPT] = 0
-    stores[record + W.FLAGS] = flags
-    stores[record + W.LOAN] = loan
     _append(words, stores, W.READY, record)
     stores[W.NEXT_SEQ] = seq + 1
     stores[W.PUTS] = words[W.PUTS] + 1

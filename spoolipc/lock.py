@@ -68,10 +68,12 @@ class IndexLock:
         Raises LockTimeout, naming the holder. Contended, it tries again at once for a few microseconds, as
         most holders are done by then, and then sleeps between tries.
         """
+        if lock_descriptor(self.fd, blocking=False):
+            return
         for _ in range(_SPINS):
+            os.sched_yield()
             if lock_descriptor(self.fd, blocking=False):
                 return
-            os.sched_yield()
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE
         while not lock_descriptor(self.fd, blocking=False):

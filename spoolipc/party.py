@@ -58,7 +58,7 @@ class Party:
         self.lock = IndexLock(open_lock(self.layout.root, self.layout.file_mode), self._holder)
         self._held.append(self.lock.fd)
         self._index: Index | None = None
-        self._news: dict[Kind, int] = {"items": 0, "space": 0}
+        self._news: dict[Kind, int] = {}
         self._alive = -1
         self.bells = Bells(os.path.join(self.path, "bell"), self.token, self._flags)
         self.run(Party._join, asked)
@@ -84,7 +84,8 @@ class Party:
         It is begun again when it finds the index torn, so it must not do one thing twice.
         Raises LockTimeout, SpoolGone, SpoolClosed, StorageError, and what `work` raises.
         """
-        self.ready()
+        if self.closed or self._forked:
+            self.ready()
         lock = self.lock
         with lock.mutex:
             try:
@@ -93,12 +94,14 @@ class Party:
             except OSError as error:
                 raise self._explained(error) from error
             finally:
-                news, self._news = self._news, {"items": 0, "space": 0}
                 lock.drop()
-                if news["items"]:
-                    self.bells.ring("items", news["items"])
-                if news["space"]:
-                    self.bells.ring("space", news["space"])
+                if self._news:
+                    self._ring()
+
+    def _ring(self) -> None:
+        news, self._news = self._news, {}
+        for kind, count in news.items():
+            self.bells.ring(kind, count)
 
     def _steadily(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         damage = ""
@@ -158,7 +161,7 @@ class Party:
 
     def news(self, kind: Kind, count: int = 1) -> None:
         """Say, in the locked step, that so many of those who wait may look again."""
-        self._news[kind] += count
+        self._news[kind] = self._news.get(kind, 0) + count
 
     def ready(self) -> None:
         """Make this usable in a forked child. Raises SpoolClosed."""

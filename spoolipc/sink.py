@@ -72,6 +72,7 @@ class DirectorySink:
         self._numbers = itertools.count()
         self._mutex = threading.Lock()
         self._spares: list[Spare] = []
+        self.pool_was_empty = False
         self._maps = Maps(writable=True, most_bytes=MOST_MAPPED)
         self.party.on_adopt = self._forget
         self.party.run(tend, force=True)
@@ -130,6 +131,10 @@ class DirectorySink:
                 if need <= spare.size <= self._most(need):
                     return self._spares.pop(position)
             useless, self._spares = self._spares, []
+        if self.pool_was_empty and not useless:
+            # One file more in circulation, so that the next commit finds one to reserve in the same step.
+            self.pool_was_empty = False
+            return None
         if not useless and not self.party.look()[W.POOL_COUNT]:
             return None
         return self.party.run(spares.swap, useless, need, self._most(need))
@@ -245,14 +250,18 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
     seq = words[W.NEXT_SEQ]
     flags = W.DURABLE if sink.durable else 0
     spare = draft.spare
+    successor = 0
     if spare is not None:
         if not spares.is_ours(party, spare):
             return None
-        stores = changes.put(index, spare.record, seq, draft.put_time, flags, 0)
+        successor, link = changes.find_pooled(index, draft.need, draft.size)
+        changes.describe(words, spare.record, seq, draft.put_time, flags, 0)
+        stores = changes.put(index, spare.record, seq, successor, link)
         source, directory = item_name(spare.number), layout.free
     else:
         record = index.new_record()
-        stores = changes.put_new(index, record, seq, draft.size, draft.put_time, flags, 0)
+        changes.describe(index.words, record, seq, draft.put_time, flags, 0)
+        stores = changes.put_new(index, record, seq, draft.size)
         source, directory = draft.name, layout.tmp
     try:
         index.change(W.ARRIVE, seq, stores, _rename(source, directory, item_name(seq), layout.items))
@@ -262,10 +271,10 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
             drop_file(party, spare.record)
         return None
     party.news("items")
-    if spare is not None:
-        following = spares.reserve(party, draft.need, draft.size)
-        if following is not None:
-            sink.keep(following)
+    if successor:
+        sink.keep(spares.spare_of(index, successor))
+    elif spare is not None:
+        sink.pool_was_empty = True
     return seq
 
 

@@ -25,7 +25,7 @@ from .maps import MOST_MAPPED, Maps, check_regular
 from .newfile import SMALL
 from .party import Party
 from .tend import drop_file, return_item, tend
-from .waiting import tend_if_due, wait
+from .waiting import wait
 
 
 @dataclass(slots=True)
@@ -71,14 +71,12 @@ class DirectorySource:
 
     def get(self, limit: int) -> list[Payload]:
         """Take up to `limit` items off the spool for good. Raises Empty, ShutDown."""
-        tend_if_due(self.party)
         got: list[Payload] = []
         self.party.run(_get, self, limit, got)
         return got
 
     def claim(self, limit: int, lease: float | None) -> list[Delivery]:
         """Take up to `limit` items in hand, for `lease` seconds or as long as this party lives. Raises Empty, ShutDown."""
-        tend_if_due(self.party)
         taken: list[Delivery] = []
         self.party.run(_claim, self, limit, lease, taken)
         return taken
@@ -209,7 +207,9 @@ def _first(party: Party, source: DirectorySource) -> tuple[int, int]:
 
 
 def _get(party: Party, source: DirectorySource, limit: int, got: list[Payload]) -> None:
-    release_pending(party, source)
+    tend(party)
+    if source.holds.pending:
+        release_pending(party, source)
     index = party.index
     while len(got) < limit:
         try:
@@ -292,7 +292,9 @@ def release_pending(party: Party, source: DirectorySource) -> None:
 def _claim(
     party: Party, source: DirectorySource, limit: int, lease: float | None, taken: list[Delivery]
 ) -> None:
-    release_pending(party, source)
+    tend(party)
+    if source.holds.pending:
+        release_pending(party, source)
     index = party.index
     due = time.monotonic_ns() + int(lease * 1e9) if lease is not None else 0
     while len(taken) < limit:

@@ -55,6 +55,11 @@ def reserve(party: Party, need: int, most: int) -> Spare | None:
     if not record:
         return None
     index.change(W.MEMORY, 0, changes.reserve(index, record, link, party.token))
+    return spare_of(index, record)
+
+
+def spare_of(index: Index, record: int) -> Spare:
+    """A reserved file as its writer knows it."""
     words = index.words
     return Spare(index, record, words[record + W.FILE], words[record + W.BYTES], words[record + W.BIRTH])
 
