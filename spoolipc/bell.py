@@ -9,15 +9,16 @@ sets that bell's flag, looks again, and sleeps until somebody writes a byte to t
 only file in the directory it watches. Whoever makes an item available rings as many bells as there are items,
 not all of them: a bell with its flag set, cleared before the write. No flag set means no system call.
 
-    waiter: ticket; flag = 1; barrier; look; sleep while the ticket is unchanged
+    waiter: ticket; flag = now; barrier; look; sleep while the ticket is unchanged
     ringer: item visible; barrier; flag seen; flag = 0; write
 
 Either the waiter's look sees the item or the ringer sees the flag; and a flag cleared is always followed by a
 write that every waiter who had set it hears. A process that hears a ring it asked for but no longer waits for
 passes it on, once for each time it set its flag, so that no ring circulates.
 
-A ring is a hint. The waiter wakes once a second to look in any case, so a ring lost with a killed process
-costs a delay of at most that, and a flag a dead process left costs one needless ring: nothing needs repair.
+A ring is a hint: the waiter wakes once a second in any case, to look and to set its flag again. So a flag
+older than that is nobody's who sleeps. It was left by a process that died, was stopped or went on to other
+work; its bell is rung beside the others and takes no waiter's place. Nothing needs repair.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ Kind = Literal["items", "space"]
 BELLS: Final = 8
 LOOK_EVERY: Final = 1.0  # seconds a sleeper waits before it looks again unasked
 SHORT_LOOK: Final = (5e-6, 100e-6)  # seconds of looking before sleeping: least and most
+FRESH: Final = 1_500_000_000  # nanoseconds: a sleeper's flag is never older, LOOK_EVERY and some delay
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where no bell can be heard: first and longest
 KINDS: Final[tuple[Kind, ...]] = ("items", "space")
 
 
 class Flags(Protocol):
-    """The flag words of one kind: eight integers, in practice a slice of the mapped index."""
+    """The flag words of one kind: eight integers of 64 bits, in practice a slice of the mapped index.
+
+    Each says when somebody at that bell last meant to sleep, in nanoseconds of the monotonic clock, or 0.
+    """
 
     def __getitem__(self, k: int, /) -> int: ...
 
@@ -278,7 +283,7 @@ class Bells:
         words = self._flags(kind)
         with room.lock:
             room.armed = True
-        words[self._bell] = 1
+        words[self._bell] = time.monotonic_ns()
         # The flag must reach memory before the look that follows reads it: entering the scheduler is a full
         # barrier, which a plain store followed by a plain load is not.
         os.sched_yield()
@@ -304,14 +309,16 @@ class Bells:
         self._pass_on(kind)  # a ring on its way to us finds nobody
 
     def _ring(self, kind: Kind, words: Flags, n: int, start: int) -> None:
+        fresh = time.monotonic_ns() - FRESH
         for step in range(BELLS):
             if n <= 0 or self._fds is None:
                 return
             k = (start + step) % BELLS
-            if words[k]:
+            since = words[k]
+            if since:
                 words[k] = 0  # before the write: a flag set after this is for the next ring
                 self._strike(kind, k)
-                n -= 1
+                n -= since > fresh
 
     def _strike(self, kind: Kind, k: int) -> None:
         """Write to one bell. A failure is kept quiet: the item is there, and sleepers look once a second."""

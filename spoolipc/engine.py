@@ -17,7 +17,7 @@ Arrays = Array | Any  # or a dict of named arrays: "Any" spares the callers who 
 D = TypeVar("D")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Payload:
     """What is put: the arrays in order, their names where they have any, and metadata (any JSON value)."""
 

@@ -65,11 +65,6 @@ class Holds:
         """The files still looked at, each once."""
         return list({id(watch.hold): watch.hold for watch in list(self.watches.values())}.values())
 
-    def clear(self) -> None:
-        """Forget all: the index they were known to is no more."""
-        self.watches.clear()
-        self.pending.clear()
-
 
 _all: weakref.WeakSet[Holds] = weakref.WeakSet()
 

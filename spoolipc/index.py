@@ -16,6 +16,7 @@ import functools
 import mmap
 import os
 import stat
+import weakref
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -56,10 +57,11 @@ class Index:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise UnsafeSpool(errno.EPERM, "index is not a regular file", str(layout.path)) from None
             raise
+        self._finalizer = weakref.finalize(self, os.close, self.fd)
         try:
             self._map()
         except BaseException:
-            os.close(self.fd)
+            self.close()
             raise
 
     def _map(self) -> None:
@@ -203,10 +205,8 @@ class Index:
         return record
 
     def close(self) -> None:
-        """Close the descriptor; the mapping goes with the last that looks at it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Close the descriptor; the mapping goes with the last that looks at it. Harmless when repeated."""
+        self._finalizer()
 
 
 def exists(directory: int, number: int) -> bool:
@@ -237,6 +237,7 @@ def create(layout: Layout, records: int) -> Index:
     index = Index.__new__(Index)
     index._layout = layout
     index.fd = fd
+    index._finalizer = weakref.finalize(index, os.close, fd)
     try:
         os.fchmod(fd, layout.file_mode)
         capacity = W.HEADER + max(records, FIRST_RECORDS) * W.RECORD
@@ -245,7 +246,7 @@ def create(layout: Layout, records: int) -> Index:
         index._map_object = mmap.mmap(fd, index.size)
         index.words = memoryview(index._map_object).cast("Q")
     except BaseException:
-        os.close(fd)
+        index.close()
         raise
     words = index.words
     words[W.VERSION] = W.VERSION_VALUE

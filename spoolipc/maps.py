@@ -87,12 +87,6 @@ class Maps:
             if not alive(birth, mapping.record):
                 self.forget(birth)
 
-    def clear(self) -> None:
-        """Let go of all mappings."""
-        with self._mutex:
-            self._kept.clear()
-            self._bytes = 0
-
 
 def check_regular(status: os.stat_result) -> None:
     """Raise BadItem unless `status` is that of a regular file."""

@@ -43,24 +43,29 @@ class Party:
         self.path = os.path.abspath(os.fspath(path))
         self.closed = False
         self._forked = False
-        self._in_child = threading.Lock()
+        self._opening = False
+        self._in_child = threading.RLock()
+        self._using = threading.Lock()
+        self._users = 0
+        self._held: list[int] = []
+        self._index: Index | None = None
         self.on_adopt: Callable[[], None] = lambda: None
+        _parties.add(self)  # now, so that a fork meanwhile finds the descriptors
         self._open(asked, create)
-        _parties.add(self)
 
     def _open(self, asked: Limits, create: bool) -> None:
         self.layout = open_layout(self.path, asked, create=create)
         self.token = alive.new_token()
-        self._held: list[int] = self.layout.descriptors()
+        self._held = self.layout.descriptors()
         self._finalizer = weakref.finalize(
             self, _abandon, os.getpid(), self.layout.alive, self.token, self._held
         )
         self.lock = IndexLock(open_lock(self.layout.root, self.layout.file_mode), self._holder)
         self._held.append(self.lock.fd)
-        self._index: Index | None = None
+        self._index = None
         self._news: dict[Kind, int] = {}
         self._alive = -1
-        self.bells = Bells(os.path.join(self.path, "bell"), self.token, self._flags)
+        self.bells = Bells(os.path.join(self.path, "bell"), self.token, _flags_of(weakref.ref(self)))
         self.run(Party._join, asked)
 
     def _join(self, asked: Limits) -> None:
@@ -74,10 +79,6 @@ class Party:
         token = self._index.words[W.HOLDER]
         return f"process {alive.process_of(self.layout.alive, token)} (alive/{alive.token_name(token)})"
 
-    def _flags(self, kind: str) -> memoryview[int]:
-        start = W.ITEM_FLAGS if kind == "items" else W.SPACE_FLAGS
-        return self.index.words[start : start + 8]
-
     def run(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do `work(self, ...)` under the lock, with an index that is whole.
 
@@ -88,6 +89,8 @@ class Party:
             self.ready()
         lock = self.lock
         with lock.mutex:
+            if self.closed:
+                raise SpoolClosed(_CLOSED)
             try:
                 lock.take()
                 return self._steadily(work, *args, **kwargs)
@@ -166,12 +169,34 @@ class Party:
     def ready(self) -> None:
         """Make this usable in a forked child. Raises SpoolClosed."""
         if self.closed:
-            raise SpoolClosed("this was closed; open a new one")
+            raise SpoolClosed(_CLOSED)
         if self._forked:
             with self._in_child:
-                if self._forked:
-                    self._forked = False
-                    self._open(Limits(), create=False)
+                if self._forked and not self._opening:
+                    self._opening = True
+                    try:
+                        self._open(Limits(), create=False)
+                        self._forked = False
+                    finally:
+                        self._opening = False
+
+    def __enter__(self) -> None:
+        """Use the descriptors: they stay open until the block ends, whoever closes this meanwhile.
+
+        Raises SpoolClosed.
+        """
+        self.ready()
+        with self._using:
+            if self.closed:
+                raise SpoolClosed(_CLOSED)
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._using:
+            self._users -= 1
+            last = self.closed and not self._users
+        if last:
+            self._finalizer()
 
     def close(self, work: Callable[[Party], None]) -> None:
         """Do the last `work` under the lock and leave; harmless when repeated.
@@ -180,32 +205,57 @@ class Party:
         """
         if self.closed:
             return
-        try:
-            if not self._forked:
-                with contextlib.suppress(SpoolGone):
-                    self.run(work)
-        finally:
+        _parties.discard(self)
+        if self._forked:
             self.closed = True
-            _parties.discard(self)
-            if not self._forked:
-                self.bells.close()
-                if self._index is not None:
-                    self._index.close()
+            return
+        try:
+            with contextlib.suppress(SpoolGone, SpoolClosed):
+                self.run(work)
+        finally:
+            with self.lock.mutex, self._using:
+                self.closed = True
+                last = not self._users
+            self.bells.close()
+            if self._index is not None:
+                self._index.close()
+            if last:
                 self._finalizer()
 
     def forked(self) -> None:
         """In a forked child: close what was inherited, so that the parent's death is not hidden by it."""
-        self._finalizer.detach()
-        for fd in self._held:
+        held, self._held = self._held, []
+        for fd in held:
             with contextlib.suppress(OSError):
                 os.close(fd)
         if self._index is not None:
             self._index.close()
             self._index = None
-        self.bells.reset_after_fork()
-        self._in_child = threading.Lock()
+        self._in_child = threading.RLock()
+        self._opening = False
+        self._using = threading.Lock()
+        self._users = 0
         self._forked = True
-        self.on_adopt()
+        if "bells" in vars(self):  # else the parent was still opening it
+            self._finalizer.detach()
+            self.bells.reset_after_fork()
+            self.on_adopt()
+
+
+def _flags_of(party: weakref.ref[Party]) -> Callable[[Kind], memoryview[int]]:
+    """Where a party's bells find the flag words. It does not keep the party alive: the observer holds it."""
+
+    def flags(kind: Kind) -> memoryview[int]:
+        there = party()
+        if there is None:
+            raise SpoolClosed("the party that waited here is gone")
+        start = W.ITEM_FLAGS if kind == "items" else W.SPACE_FLAGS
+        return there.index.words[start : start + 8]
+
+    return flags
+
+
+_CLOSED = "this was closed; open a new one"
 
 
 def _nothing(party: Party) -> None:

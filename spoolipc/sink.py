@@ -33,6 +33,8 @@ from .tend import drop_file, tend
 from .waiting import wait
 
 Durability = Literal["none", "fsync"]
+RETRY_AFTER = 1.0
+"""Seconds after which a write that the file system refused is tried again."""
 
 
 @dataclass(slots=True)
@@ -70,19 +72,19 @@ class DirectorySink:
         self.party = Party(path, asked)
         self.durable = durability == "fsync"
         self._numbers = itertools.count()
-        self._mutex = threading.Lock()
-        self._spares: list[Spare] = []
-        self.pool_was_empty = False
-        self._maps = Maps(writable=True, most_bytes=MOST_MAPPED)
+        self._no_space: tuple[int, int] | None = None
+        self._forget()
         self.party.on_adopt = self._forget
         self.party.run(tend, force=True)
         if reopen:
             self.party.run(shutdown.set_state, W.OPEN)
 
     def _forget(self) -> None:
-        with self._mutex:
-            self._spares.clear()
-        self._maps.clear()
+        """Start afresh: the index is another, or this is a forked child, where a thread may have held the mutex."""
+        self._mutex = threading.Lock()
+        self._spares: list[Spare] = []
+        self._maps = Maps(writable=True, most_bytes=MOST_MAPPED)
+        self._pool_was_empty = False
 
     def admit(self, payload: Payload) -> bool:
         """Whether there is room for a payload now. Raises ShutDown, TooLarge, UnsupportedArray."""
@@ -100,14 +102,31 @@ class DirectorySink:
         return room(words, need)
 
     def wait_space(self, payload: Payload, deadline: float | None) -> bool:
-        """Wait until there may be room for a payload; False when the deadline (monotonic seconds) is past."""
+        """Wait until there may be room for a payload; False when the deadline (monotonic seconds) is past.
+
+        When the file system refused to store it although it seemed to have room (a quota does that), any change of its
+        free space or any item taken is reason to try again, and so is a second gone by.
+        """
         party = self.party
         need = _need(payload)
+        before, self._no_space = self._no_space, None
 
         def look(words: memoryview[int]) -> bool:
-            return bool(words[W.SHUTDOWN]) or (room(words, need) and fits(party, need))
+            if words[W.SHUTDOWN]:
+                return True
+            if before is not None:
+                return before != self._space(words)
+            return room(words, need) and (fits(party, need) or bool(words[W.POOL_COUNT]))
 
-        return wait(party, "space", look, deadline)
+        if before is None:
+            return wait(party, "space", look, deadline)
+        soon = time.monotonic() + RETRY_AFTER
+        return wait(party, "space", look, soon if deadline is None else min(soon, deadline)) or (
+            deadline is None or time.monotonic() < deadline
+        )
+
+    def _space(self, words: memoryview[int]) -> tuple[int, int]:
+        return words[W.GOTS], os.fstatvfs(self.party.layout.root).f_bavail
 
     def prepare(self, payload: Payload) -> FileDraft:
         """Write a payload to a file that nobody sees yet. Raises Full when the file system is full."""
@@ -131,9 +150,9 @@ class DirectorySink:
                 if need <= spare.size <= self._most(need):
                     return self._spares.pop(position)
             useless, self._spares = self._spares, []
-        if self.pool_was_empty and not useless:
+        if self._pool_was_empty and not useless:
             # One file more in circulation, so that the next commit finds one to reserve in the same step.
-            self.pool_was_empty = False
+            self._pool_was_empty = False
             return None
         if not useless and not self.party.look()[W.POOL_COUNT]:
             return None
@@ -175,7 +194,12 @@ class DirectorySink:
         draft.name = f"{token_name(self.party.token)}-{next(self._numbers)}.npy"
         draft.size = rounded(draft.need)
         tail = draft.tail + bytes(draft.size - draft.need)
-        write_new(self.party, draft.name, draft.payload.arrays, draft.image, tail, sync=self.durable)
+        try:
+            write_new(self.party, draft.name, draft.payload.arrays, draft.image, tail, sync=self.durable)
+        except Full:
+            self.party.run(make_room, draft.size)
+            self._no_space = self._space(self.party.look())
+            raise
 
     def commit(self, draft: FileDraft) -> int:
         """Make a draft an item; returns its sequence number. Raises Full and ShutDown, the draft staying."""
@@ -227,7 +251,7 @@ class DirectorySink:
     def _leave(self, party: Party) -> None:
         with self._mutex:
             ours, self._spares = self._spares, []
-        spares.swap(party, ours, 0, 0)
+        spares.give_back(party, ours)
 
 
 def _need(payload: Payload) -> int:
@@ -274,7 +298,7 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
     if successor:
         sink.keep(spares.spare_of(index, successor))
     elif spare is not None:
-        sink.pool_was_empty = True
+        sink._pool_was_empty = True
     return seq
 
 

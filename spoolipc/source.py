@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import changes, history, npy
 from . import words as W
@@ -42,8 +43,7 @@ class Claim:
     single: bool = False
 
 
-@dataclass(slots=True)
-class Opened:
+class Opened(NamedTuple):
     """An item's file, read: views of its pages (`held`), or arrays of their own when it is small.
 
     single: the file has no other name, so that it may be written again.
@@ -59,15 +59,15 @@ class DirectorySource:
 
     def __init__(self, path: str | os.PathLike[str], asked: Limits) -> None:
         self.party = Party(path, asked)
-        self.holds = Holds()
-        self.maps = Maps(writable=False, most_bytes=MOST_MAPPED)
         self.own = 0
+        self._forget()
         self.party.on_adopt = self._forget
         self.party.run(tend, force=True)
 
     def _forget(self) -> None:
-        self.holds.clear()
-        self.maps.clear()
+        """Start afresh: the index is another, or this is a forked child."""
+        self.holds = Holds()
+        self.maps = Maps(writable=False, most_bytes=MOST_MAPPED)
 
     def get(self, limit: int) -> list[Payload]:
         """Take up to `limit` items off the spool for good. Raises Empty, ShutDown."""

@@ -16,7 +16,7 @@ from .party import Party
 from .tend import drop_file
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Spare:
     """A consumed file that this writer may write: record, number in its name, size in bytes, birth number."""
 
@@ -40,12 +40,17 @@ def evict(party: Party, record: int, link: int) -> None:
 
 
 def swap(party: Party, useless: list[Spare], need: int, most: int) -> Spare | None:
-    """Hand spares of another size back and take one of `need` bytes."""
-    while useless:
-        spare = useless.pop()
+    """Hand back spares of other sizes and take one of `need` to `most` bytes."""
+    give_back(party, useless)
+    return reserve(party, need, most)
+
+
+def give_back(party: Party, spares: list[Spare]) -> None:
+    """Put spares back into the pool, emptying the list."""
+    while spares:
+        spare = spares.pop()
         if is_ours(party, spare):
             party.index.change(W.MEMORY, 0, changes.release(party.index, spare.record))
-    return reserve(party, need, most)
 
 
 def reserve(party: Party, need: int, most: int) -> Spare | None:
