@@ -83,9 +83,11 @@ def _pool(words: memoryview[int], stores: Stores, record: int) -> None:
     stores[W.POOL_COUNT] = words[W.POOL_COUNT] + 1
 
 
-def describe(words: memoryview[int], record: int, seq: int, put_time: int, flags: int, loan: int) -> None:
+def describe(
+    words: memoryview[int], record: int, seq: int, put_time: int, flags: int, loan: int, end: int = 0
+) -> None:
     """Write what a record says of its item, before the change that makes it one: until then nobody reads it."""
-    words[record + W.SEQ : record + W.OWNER] = array("Q", (seq, put_time, 0, 0, flags, loan, 0, 0))
+    words[record + W.SEQ : record + W.OWNER] = array("Q", (seq, put_time, 0, 0, flags, loan, end, 0, 0))
 
 
 def put(index: Index, record: int, seq: int, successor: int, link: int) -> Stores:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,13 @@ class Delivery:
     handle: Any
 
 
+class Contents(NamedTuple):
+    """What is said of an item beside its arrays: their names, if they have any, and the metadata."""
+
+    names: tuple[str, ...] | None
+    meta: Any
+
+
 class Source(Protocol):
     """An engine as a reader uses it."""
 
@@ -53,6 +60,12 @@ class Source(Protocol):
 
     def load(self, delivery: Delivery) -> Payload:
         """The contents of an item in hand. Raises BadItem, having given it up; LeaseExpired."""
+
+    def contents(self, delivery: Delivery) -> Contents:
+        """What an item in hand, or one peeked at, says of itself, read without its arrays. Raises BadItem, LeaseExpired."""
+
+    def peek(self) -> Delivery:
+        """The next item, left where it is. Raises Empty, ShutDown."""
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Take items in hand off the spool for good. Raises LeaseExpired for one that is not in hand any more."""
@@ -86,8 +99,20 @@ class Sink(Protocol[D]):
     def prepare(self, payload: Payload) -> D:
         """Write a payload, invisible to all. Raises Full when space ran out."""
 
-    def commit(self, draft: D) -> int:
-        """Make a draft an item, whole and at once; returns its sequence number. Raises Full, ShutDown."""
+    def stock(self, payloads: Sequence[Payload]) -> None:
+        """Get ready, in one step, for preparing several payloads."""
+
+    def commit(self, drafts: Sequence[D]) -> list[int]:
+        """Make drafts items, each whole and at once, from the first on as far as there is room.
+
+        Returns the sequence numbers, at least one. Raises Full, ShutDown.
+        """
+
+    def lend(self, template: Array, meta: Any) -> tuple[D, Array]:
+        """A draft like `template` and its array, to be filled in place. Raises Full."""
+
+    def finish(self, draft: D) -> None:
+        """Say that a lent array's contents are final; the commit follows."""
 
     def discard(self, draft: D) -> None:
         """Remove a draft."""

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import queue
+import sys
+
+if sys.version_info >= (3, 13):
+    from queue import ShutDown as _QueueShutDown
+else:
+
+    class _QueueShutDown(Exception):
+        """Stands where queue.ShutDown will be."""
 
 
 class SpoolError(Exception):
@@ -14,11 +22,21 @@ class Empty(SpoolError, queue.Empty):
 
 
 class Full(SpoolError, queue.Full):
-    """No room came within the time given: `maxsize`, `max_bytes` or the file system's free space."""
+    """No room came within the time given: `maxsize`, `max_bytes` or the file system's free space.
+
+    seqs: the sequence numbers of what a `put_many` had put before.
+    """
+
+    seqs: tuple[int, ...] = ()
 
 
-class ShutDown(SpoolError):
-    """The spool was shut down: it takes no more items, and a reader has none left to get."""
+class ShutDown(SpoolError, _QueueShutDown):
+    """The spool was shut down: it takes no more items, and a reader has none left to get.
+
+    seqs: the sequence numbers of what a `put_many` had put before.
+    """
+
+    seqs: tuple[int, ...] = ()
 
 
 class SpoolClosed(SpoolError, ValueError):
@@ -71,3 +89,11 @@ class BadItem(SpoolError, ValueError):
 
 class LeaseExpired(SpoolError, TimeoutError):
     """The item is not in this reader's hands any more: its lease ended, or it was settled already."""
+
+
+class AlreadySettled(SpoolError, RuntimeError):
+    """The item was acknowledged, given back or rejected before."""
+
+
+class NoSuchItem(SpoolError, LookupError):
+    """The spool has no dead letter of that number."""

@@ -14,11 +14,19 @@ import mmap
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from spoolipc.errors import BadItem
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
+
+
+class Slices(Protocol):
+    """Anything that gives a file's bytes by slices."""
+
+    def __getitem__(self, where: slice, /) -> bytes | bytearray | memoryview:
+        """The bytes from `where.start` to `where.stop`."""
+
 
 MAGIC = b"SPOOLFTR"
 VERSION = 1
@@ -84,7 +92,7 @@ def pack(
     return body + _TAIL.pack(zlib.crc32(text, zlib.crc32(body))) + text
 
 
-def read(buffer: Buffer, offset: int, limit: int) -> Footer:
+def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
     """The footer at one place of a file.
 
     buffer: the file's bytes; a memoryview must be of single bytes. offset: where the footer begins, in bytes.
@@ -159,7 +167,7 @@ def _check(value: Any, where: str, depth: int) -> None:
         )
 
 
-def _text(buffer: Buffer, start: int, length: int, limit: int) -> bytes:
+def _text(buffer: Buffer | Slices, start: int, length: int, limit: int) -> bytes:
     if length > MAX_JSON:
         raise BadItem(f"footer claims {length} bytes of JSON; at most {MAX_JSON} are allowed")
     if start + length > limit:

@@ -34,4 +34,6 @@ def give_up(party: Party, record: int, queue: int, who: str, why: str) -> None:
 
     index.change(W.LEAVE, seq, stores, move)
     party.news("space")
+    if words[W.SHUTDOWN]:
+        party.news("items", 8)
     _log.error("%s: item %d is now in failed/: %s", party.path, seq, why)

@@ -62,11 +62,14 @@ class Maps:
             buffer = mmap.mmap(fd, status.st_size, access=self._access)
         finally:
             os.close(fd)
-        if status.st_size <= self._most_bytes:
-            self._keep(birth, Mapping(buffer, status.st_dev, status.st_ino, status.st_size, record))
+        self.keep(buffer, status, birth, record)
         return buffer
 
-    def _keep(self, birth: int, mapping: Mapping) -> None:
+    def keep(self, buffer: mmap.mmap, status: os.stat_result, birth: int, record: int) -> None:
+        """Keep the mapping of a file for the next time it is seen."""
+        if status.st_size > self._most_bytes:
+            return
+        mapping = Mapping(buffer, status.st_dev, status.st_ino, status.st_size, record)
         with self._mutex:
             self._kept[birth] = mapping
             self._bytes += mapping.size

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from . import npy
 from .engine import Array
@@ -12,6 +14,7 @@ from .index import unlink_missing_ok
 from .maps import is_shortage
 from .party import Party
 
+T = TypeVar("T")
 SMALL = 16384
 """Bytes up to which one `write` beats `np.save`."""
 
@@ -24,26 +27,55 @@ def write_new(
     Raises Full when the file system or a quota is full, StorageError for any other failure; the file is
     then removed.
     """
+
+    def fill(fd: int) -> None:
+        if image.end + len(tail) <= SMALL:
+            _write_all(fd, npy.to_bytes(image, arrays) + tail)
+        else:
+            _save(fd, arrays, image, tail)
+        if sync:
+            os.fsync(fd)
+
+    _make(party, name, image.end + len(tail), fill)
+
+
+def map_new(party: Party, name: str, size: int) -> tuple[mmap.mmap, os.stat_result]:
+    """Make the file `name` of `size` bytes in `tmp/` and map it for writing. Errors as for `write_new`.
+
+    Its blocks are allocated first: a store to a hole of a full file system would kill the process.
+    """
+
+    def fill(fd: int) -> tuple[mmap.mmap, os.stat_result]:
+        os.posix_fallocate(fd, 0, size)
+        return mmap.mmap(fd, size), os.fstat(fd)
+
+    return _make(party, name, size, fill)
+
+
+def sync_new(party: Party, name: str) -> None:
+    """Write what is in the file `name` of `tmp/` to the device."""
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=party.layout.tmp)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make(party: Party, name: str, size: int, fill: Callable[[int], T]) -> T:
     layout = party.layout
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(name, flags, layout.file_mode, dir_fd=layout.tmp)
         try:
             if layout.file_mode != 0o600:
                 os.fchmod(fd, layout.file_mode)
-            if image.end + len(tail) <= SMALL:
-                _write_all(fd, npy.to_bytes(image, arrays) + tail)
-            else:
-                _save(fd, arrays, image, tail)
-            if sync:
-                os.fsync(fd)
+            return fill(fd)
         except BaseException:
             unlink_missing_ok(layout.tmp, name)
             raise
         finally:
             os.close(fd)
     except OSError as error:
-        size = image.end + len(tail)
         if is_shortage(error):
             raise Full(f"the file system of {party.path} is full: {size} bytes do not fit now") from error
         layout.check_present()

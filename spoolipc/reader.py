@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from . import words as W
+from .delivery import Item
 from .engine import Array, Arrays, Payload, Source
 from .errors import Empty, ShutDown
 from .layout import Limits
 from .source import DirectorySource
 from .writer import deadline_of
 
+T = TypeVar("T")
+
 
 class SpoolReader:
     """Gets arrays from a spool, each item by one reader, in the order in which they were put.
 
     path: the spool's directory, made (with mode 0700) by whoever comes first.
-    maxsize, max_bytes: limits for a new spool, as SpoolWriter takes them.
+    maxsize, max_bytes, recycle_bytes, max_attempts, mode: limits, as SpoolWriter takes them.
+    lease: seconds after which a received item that is not settled goes to another reader; None, only when this
+    reader ends. `get` needs none.
 
     Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork.
     Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
@@ -35,10 +41,14 @@ class SpoolReader:
         recycle_bytes: int | None = None,
         max_attempts: int | None = None,
         mode: int | None = None,
+        lease: float | None = None,
     ) -> None:
+        if lease is not None and not lease > 0:
+            raise ValueError(f"lease must be a positive number of seconds, not {lease!r}")
         asked = Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode)
         self._directory = DirectorySource(path, asked)
         self._source: Source = self._directory
+        self._lease = lease
 
     @property
     def path(self) -> str:
@@ -60,15 +70,29 @@ class SpoolReader:
         Raises Empty when no item comes in time, ShutDown when the spool was shut down and is empty.
         A damaged item is moved to `failed/` and the next one returned.
         """
-        deadline = deadline_of(block, timeout)
+        (payload,) = self._await(lambda: self._source.get(1), deadline_of(block, timeout))
+        return _arrays(payload, copy)
+
+    def get_many(
+        self, limit: int, block: bool = True, timeout: float | None = None, *, copy: bool = False
+    ) -> list[Arrays]:
+        """Take what waits, up to `limit` items, in one step; waits only for the first.
+
+        Parameters and errors are those of `get`.
+        """
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit!r}")
+        payloads = self._await(lambda: self._source.get(limit), deadline_of(block, timeout))
+        return [_arrays(payload, copy) for payload in payloads]
+
+    def _await(self, step: Callable[[], list[T]], deadline: float | None) -> list[T]:
+        """The result of `step`, tried again whenever there may be an item."""
         while True:
             try:
-                (payload,) = self._source.get(1)
+                return step()
             except Empty:
                 if deadline == 0.0 or not self._source.wait_items(deadline):
                     raise
-            else:
-                return _arrays(payload, copy)
 
     def get_nowait(self, *, copy: bool = False) -> Arrays:
         """Get without waiting: `get(block=False)`."""
@@ -83,6 +107,57 @@ class SpoolReader:
                 return
             yield array
             del array  # not held while waiting for the next
+
+    def receive(self, block: bool = True, timeout: float | None = None) -> Item:
+        """Take the next item in hand, to be settled when the work on it is done.
+
+            with reader.receive() as item:
+                work(item.array)
+
+        acknowledges it at the end, and gives it back when `work` raises, when this process dies, or when the lease ends. An item
+        given back is delivered before all that was never delivered; after `max_attempts` it is a dead letter.
+
+        Raises Empty when no item comes in time, ShutDown when the spool was shut down, nothing waits and nobody else
+        has an item in hand.
+        """
+        (delivery,) = self._await(lambda: self._source.claim(1, self._lease), deadline_of(block, timeout))
+        return Item(self._source, delivery)
+
+    def items(self) -> Iterator[Item]:
+        """Receive item after item, until the spool was shut down and has ended.
+
+        Each is acknowledged when the next is asked for, unless it was settled by hand; one whose loop body raises or
+        breaks is given back.
+        """
+        while True:
+            try:
+                item = self.receive()
+            except ShutDown:
+                return
+            with item:
+                yield item
+
+    def peek(self, block: bool = True, timeout: float | None = None) -> Peeked:
+        """Look at the next item and leave it where it is: its number, times and metadata, not its arrays.
+
+        Another reader may take it at any moment. Raises Empty, ShutDown, as `receive` does.
+        """
+
+        def look() -> list[Peeked]:
+            delivery = self._source.peek()
+            contents = self._source.contents(delivery)
+            return [
+                Peeked(
+                    delivery.seq,
+                    delivery.attempt,
+                    delivery.put_time / 1e9,
+                    delivery.size,
+                    contents.names,
+                    contents.meta,
+                )
+            ]
+
+        return self._await(look, deadline_of(block, timeout))[0]
 
     def qsize(self) -> int:
         """How many items wait; another process may change that at any moment."""
@@ -108,7 +183,24 @@ class SpoolReader:
         return f"SpoolReader({self.path!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SpoolReader, (self.path,)
+        return _reopened, (self.path, self._lease)
+
+
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """The next item as it waits. attempt: deliveries so far. put_time: wall clock in seconds. nbytes: bytes
+    stored. names: of its arrays, None for a single unnamed one."""
+
+    seq: int
+    attempt: int
+    put_time: float
+    nbytes: int
+    names: tuple[str, ...] | None
+    meta: Any
+
+
+def _reopened(path: str, lease: float | None) -> SpoolReader:
+    return SpoolReader(path, lease=lease)
 
 
 def _arrays(payload: Payload, copy: bool) -> Arrays:

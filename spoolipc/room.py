@@ -28,13 +28,15 @@ def room(words: memoryview[int], need: int) -> bool:
 
 def fits(party: Party, need: int) -> bool:
     """Whether the file system has `need` bytes free."""
-    status = os.fstatvfs(party.layout.root)
+    with party:
+        status = os.fstatvfs(party.layout.root)
     return need <= status.f_bavail * status.f_frsize
 
 
 def refuse_impossible(party: Party, need: int) -> None:
     """Raise TooLarge when `need` bytes could never fit, however long the caller waits."""
-    status = os.fstatvfs(party.layout.root)
+    with party:
+        status = os.fstatvfs(party.layout.root)
     total, limit = status.f_blocks * status.f_frsize, party.index.words[W.MAX_BYTES]
     if (limit and need > limit) or need > total:
         raise TooLarge(

@@ -38,11 +38,11 @@ def set_state(party: Party, state: int) -> None:
 
 
 def discard(party: Party) -> bool:
-    """Remove some of the items that wait, in the locked step; False when none is left."""
+    """Remove some of the items that wait, in the locked step; False when none is left, or the spool was reopened."""
     index = party.index
     for _ in range(_AT_ONCE):
         record, queue = changes.first(index)
-        if not record:
+        if not record or index.words[W.SHUTDOWN] != W.DISCARDED:
             return False
         seq = index.words[record + W.SEQ]
         index.change(

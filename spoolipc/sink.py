@@ -8,31 +8,37 @@ tending and `gc` see; a crash after it leaves an item.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
+import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from . import changes, footer, npy, shutdown, spares
 from . import words as W
 from .alive import token_name
-from .engine import Payload
-from .errors import BadItem, Full, ShutDown, StorageError
+from .engine import Array, Payload
+from .errors import BadItem, Full, ShutDown, SpoolClosed, StorageError
+from .holds import Hold, Holds
 from .index import unlink_missing_ok
 from .layout import Limits, item_name
 from .maps import MOST_MAPPED, Maps, check_regular
-from .newfile import write_new
+from .loans import abandon_loans, settle_loans
+from .newfile import map_new, sync_new, write_new
 from .party import Party
 from .room import PAGE, fits, make_room, refuse_impossible, room, rounded
 from .spares import Spare
 from .tend import drop_file, tend
 from .waiting import wait
 
+T = TypeVar("T")
 Durability = Literal["none", "fsync"]
+MOST_SPARES = 64
 RETRY_AFTER = 1.0
 """Seconds after which a write that the file system refused is tried again."""
 
@@ -41,7 +47,7 @@ RETRY_AFTER = 1.0
 class FileDraft:
     """A payload in a file not yet in `items/`: a spare, or the file `name` in `tmp/`.
 
-    need: bytes written. size: bytes of the file. put_time: wall clock, ns.
+    need: bytes written. size: bytes of the file. put_time: wall clock, ns. lent: the payload's array is the file's own memory.
     """
 
     payload: Payload
@@ -49,9 +55,12 @@ class FileDraft:
     tail: bytes
     put_time: int
     need: int
+    buffer: mmap.mmap | None = None
+    status: os.stat_result | None = None
     spare: Spare | None = None
     name: str = ""
     size: int = 0
+    lent: bool = False
 
 
 class DirectorySink:
@@ -82,8 +91,9 @@ class DirectorySink:
     def _forget(self) -> None:
         """Start afresh: the index is another, or this is a forked child, where a thread may have held the mutex."""
         self._mutex = threading.Lock()
-        self._spares: list[Spare] = []
-        self._maps = Maps(writable=True, most_bytes=MOST_MAPPED)
+        self.spares: list[Spare] = []
+        self.holds = Holds()
+        self.maps = Maps(writable=True, most_bytes=MOST_MAPPED)
         self._pool_was_empty = False
 
     def admit(self, payload: Payload) -> bool:
@@ -93,7 +103,7 @@ class DirectorySink:
         if words[W.SHUTDOWN]:
             raise _shut_down(party)
         limit = words[W.MAX_BYTES]
-        if self._spares and not limit:
+        if self.spares and not limit:
             return room(words, 0)
         need = _need(payload)
         if (limit and need > limit) or not fits(party, need):
@@ -126,7 +136,8 @@ class DirectorySink:
         )
 
     def _space(self, words: memoryview[int]) -> tuple[int, int]:
-        return words[W.GOTS], os.fstatvfs(self.party.layout.root).f_bavail
+        with self.party:
+            return words[W.GOTS], os.fstatvfs(self.party.layout.root).f_bavail
 
     def prepare(self, payload: Payload) -> FileDraft:
         """Write a payload to a file that nobody sees yet. Raises Full when the file system is full."""
@@ -134,22 +145,23 @@ class DirectorySink:
         put_time = time.time_ns()
         tail = footer.pack(image.end, put_time, names=payload.names, meta=payload.meta)
         draft = FileDraft(payload, image, tail, put_time, image.end + len(tail))
-        if not self.durable:
-            spare = self._take_spare(draft.need)
-            while spare is not None:
-                if self._fill_spare(spare, draft):
-                    return draft
+        with self.party:
+            if not self.durable:
                 spare = self._take_spare(draft.need)
-        self._write_new(draft)
+                while spare is not None:
+                    if self._fill_spare(spare, draft):
+                        return draft
+                    spare = self._take_spare(draft.need)
+            self._write_new(draft)
         return draft
 
     def _take_spare(self, need: int) -> Spare | None:
         """A consumed file of the right size that is ours to write."""
         with self._mutex:
-            for position, spare in enumerate(self._spares):
+            for position, spare in enumerate(self.spares):
                 if need <= spare.size <= self._most(need):
-                    return self._spares.pop(position)
-            useless, self._spares = self._spares, []
+                    return self.spares.pop(position)
+            useless, self.spares = self.spares, []
         if self._pool_was_empty and not useless:
             # One file more in circulation, so that the next commit finds one to reserve in the same step.
             self._pool_was_empty = False
@@ -164,67 +176,134 @@ class DirectorySink:
 
     def _fill_spare(self, spare: Spare, draft: FileDraft) -> bool:
         """Write into a consumed file; False when it is not fit for it any more and was dropped."""
+        buffer = self._map_spare(spare)
+        if buffer is None:
+            return False
+        npy.store(buffer, draft.image, draft.payload.arrays)
+        buffer[draft.image.end : draft.need] = draft.tail
+        draft.spare, draft.size = spare, spare.size
+        return True
+
+    def _map_spare(self, spare: Spare) -> mmap.mmap | None:
+        """The bytes of a consumed file; None when it is not fit to be written any more and was dropped."""
         layout, name = self.party.layout, item_name(spare.number)
         try:
             status = os.stat(name, dir_fd=layout.free, follow_symlinks=False)
             check_regular(status)
             if status.st_nlink != 1 or status.st_size != spare.size:
                 raise BadItem("the file is linked elsewhere or has changed its size")
-            buffer = self._maps.of(layout.free, name, status, spare.birth, spare.record)
+            return self.maps.of(layout.free, name, status, spare.birth, spare.record)
         except BadItem:
-            return self._drop(spare)
+            self._drop(spare)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                return self._drop(spare)
-            self._give_back(spare)
-            raise StorageError(error.errno, error.strerror, str(layout.path / "free" / name)) from error
-        npy.store(buffer, draft.image, draft.payload.arrays)
-        buffer[draft.image.end : draft.need] = draft.tail
-        draft.spare, draft.size = spare, spare.size
-        return True
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                self._give_back(spare)
+                raise StorageError(error.errno, error.strerror, str(layout.path / "free" / name)) from error
+            self._drop(spare)
+        return None
 
-    def _drop(self, spare: Spare) -> bool:
-        self._maps.forget(spare.birth)
+    def _drop(self, spare: Spare) -> None:
+        self.maps.forget(spare.birth)
         self.party.run(spares.drop, spare)
-        return False
+
+    def stock(self, payloads: Sequence[Payload]) -> None:
+        """Reserve consumed files for several payloads in one step."""
+        if self.durable or not self.party.look()[W.POOL_COUNT]:
+            return
+        needs = [_need(payload) for payload in payloads[:MOST_SPARES]]
+        with self._mutex:
+            useless, self.spares = self.spares, []
+        with self.party:
+            found = self.party.run(spares.restock, useless, [(need, self._most(need)) for need in needs])
+        with self._mutex:
+            self.spares += found
+
+    def lend(self, template: Array, meta: Any) -> tuple[FileDraft, Array]:
+        """A draft like `template` and the array over its file, to be filled in place. Raises Full.
+
+        What the array holds at first is undefined. `finish` must come before the commit.
+        """
+        image = npy.image_of((template,))
+        need = image.end + len(footer.pack(image.end, 0, meta=meta))
+        draft = FileDraft(Payload((), None, meta), image, b"", 0, need, lent=True)
+        buffer = None
+        with self.party:
+            spare = None if self.durable else self._take_spare(need)
+            while spare is not None and buffer is None:
+                buffer = self._map_spare(spare)
+                if buffer is None:
+                    spare = self._take_spare(need)
+            if spare is not None:
+                draft.spare, draft.size = spare, spare.size
+            if buffer is None:
+                draft.name, draft.size = self._new_name(), rounded(need)
+                made = self._storing(lambda: map_new(self.party, draft.name, draft.size), draft.size)
+                buffer, draft.status = made
+        array = npy.view(buffer, image.blocks[0], writeable=True)
+        draft.payload.arrays = (array,)
+        draft.buffer = buffer
+        return draft, array
+
+    def finish(self, draft: FileDraft) -> None:
+        """Write header and footer around a lent array, whose contents are final now."""
+        buffer, image = draft.buffer, draft.image
+        assert buffer is not None
+        draft.put_time = time.time_ns()
+        draft.tail = footer.pack(image.end, draft.put_time, meta=draft.payload.meta)
+        (header,), (block,) = image.headers, image.blocks
+        buffer[block.offset - len(header) : block.offset] = header
+        buffer[image.end : draft.need] = draft.tail
+        if self.durable:
+            sync_new(self.party, draft.name)
 
     def _write_new(self, draft: FileDraft) -> None:
         """Write the draft to a new file in `tmp/`. A crash leaves it there under a dead token."""
         draft.spare = None
-        draft.name = f"{token_name(self.party.token)}-{next(self._numbers)}.npy"
-        draft.size = rounded(draft.need)
+        draft.lent = False
+        draft.name, draft.size = self._new_name(), rounded(draft.need)
         tail = draft.tail + bytes(draft.size - draft.need)
+        arrays, image, sync = draft.payload.arrays, draft.image, self.durable
+        self._storing(lambda: write_new(self.party, draft.name, arrays, image, tail, sync=sync), draft.size)
+
+    def _new_name(self) -> str:
+        return f"{token_name(self.party.token)}-{next(self._numbers)}.npy"
+
+    def _storing(self, write: Callable[[], T], size: int) -> T:
+        """The result of `write`; when the file system is full, the pool gives way and the state is remembered."""
         try:
-            write_new(self.party, draft.name, draft.payload.arrays, draft.image, tail, sync=self.durable)
+            return write()
         except Full:
-            self.party.run(make_room, draft.size)
+            self.party.run(make_room, size)
             self._no_space = self._space(self.party.look())
             raise
 
-    def commit(self, draft: FileDraft) -> int:
-        """Make a draft an item; returns its sequence number. Raises Full and ShutDown, the draft staying."""
+    def commit(self, drafts: Sequence[FileDraft]) -> list[int]:
+        """Make drafts items, from the first on as far as there is room; returns their sequence numbers.
+
+        Raises Full and ShutDown when not even the first could be committed; the drafts stay.
+        """
         party = self.party
-        party.ready()
-        seq = party.run(_commit, self, draft)
-        while seq is None:
-            # The file was lost with the index, or removed by hand: write it once more.
-            self._write_new(draft)
-            seq = party.run(_commit, self, draft)
-        if self.durable:
-            os.fsync(party.layout.items)
-        return seq
+        seqs: list[int] = []
+        with party:
+            while party.run(_commit_all, self, drafts, seqs):
+                # A file was lost with the index, or removed by hand: write it once more.
+                self._write_new(drafts[len(seqs)])
+            if self.durable:
+                os.fsync(party.layout.items)
+        return seqs
 
     def keep(self, spare: Spare) -> None:
         """Keep a consumed file for the next put."""
         with self._mutex:
-            self._spares.append(spare)
+            self.spares.append(spare)
 
     def discard(self, draft: FileDraft) -> None:
-        """Remove a draft."""
-        if draft.spare is not None:
-            self._give_back(draft.spare)
-        elif draft.name:
-            unlink_missing_ok(self.party.layout.tmp, draft.name)
+        """Remove a draft. One left by a close meanwhile is a dead party's: the next tending removes it."""
+        with contextlib.suppress(SpoolClosed), self.party:
+            if draft.spare is not None:
+                self._give_back(draft.spare)
+            elif draft.name:
+                unlink_missing_ok(self.party.layout.tmp, draft.name)
 
     def _give_back(self, spare: Spare) -> None:
         """Keep a spare after all, unless an interrupted commit has made it an item."""
@@ -250,20 +329,41 @@ class DirectorySink:
 
     def _leave(self, party: Party) -> None:
         with self._mutex:
-            ours, self._spares = self._spares, []
+            ours, self.spares = self.spares, []
         spares.give_back(party, ours)
+        abandon_loans(party)
 
 
 def _need(payload: Payload) -> int:
-    return rounded(npy.image_of(payload.arrays).end + footer.SIZE)
+    end = npy.image_of(payload.arrays).end
+    if payload.names is None and payload.meta is None:
+        return rounded(end + footer.SIZE)
+    return rounded(end + len(footer.pack(end, 0, names=payload.names, meta=payload.meta)))
 
 
 def _shut_down(party: Party) -> ShutDown:
     return ShutDown(f"the spool {party.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
 
 
+def _commit_all(party: Party, sink: DirectorySink, drafts: Sequence[FileDraft], seqs: list[int]) -> bool:
+    """The locked step of a put: True when the next draft's file is not there any more."""
+    if sink.holds.pending:
+        settle_loans(party, sink.holds)
+    while len(seqs) < len(drafts):
+        try:
+            seq = _commit(party, sink, drafts[len(seqs)])
+        except (Full, ShutDown):
+            if seqs:
+                return False
+            raise
+        if seq is None:
+            return True
+        seqs.append(seq)
+    return False
+
+
 def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
-    """The locked step of a put: None when the draft's file is not there any more."""
+    """Commit one draft, in the locked step: None when its file is not there any more."""
     index = party.index
     words = index.words
     if words[W.SHUTDOWN]:
@@ -274,17 +374,20 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
     seq = words[W.NEXT_SEQ]
     flags = W.DURABLE if sink.durable else 0
     spare = draft.spare
-    successor = 0
+    loan = party.token if draft.lent else 0
+    successor = link = 0
     if spare is not None:
         if not spares.is_ours(party, spare):
             return None
-        successor, link = changes.find_pooled(index, draft.need, draft.size)
-        changes.describe(words, spare.record, seq, draft.put_time, flags, 0)
-        stores = changes.put(index, spare.record, seq, successor, link)
+        if len(sink.spares) < MOST_SPARES:
+            successor, link = changes.find_pooled(index, draft.need, draft.size)
+        record = spare.record
+        changes.describe(words, record, seq, draft.put_time, flags, loan, draft.image.end)
+        stores = changes.put(index, record, seq, successor, link)
         source, directory = item_name(spare.number), layout.free
     else:
         record = index.new_record()
-        changes.describe(index.words, record, seq, draft.put_time, flags, 0)
+        changes.describe(index.words, record, seq, draft.put_time, flags, loan, draft.image.end)
         stores = changes.put_new(index, record, seq, draft.size)
         source, directory = draft.name, layout.tmp
     try:
@@ -295,6 +398,10 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
             drop_file(party, spare.record)
         return None
     party.news("items")
+    if loan:
+        if draft.status is not None and draft.buffer is not None:
+            sink.maps.keep(draft.buffer, draft.status, seq, record)
+        sink.holds.add(Hold(index, record, seq), draft.payload.arrays)
     if successor:
         sink.keep(spares.spare_of(index, successor))
     elif spare is not None:

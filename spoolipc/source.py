@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 from . import changes, history, npy
 from . import words as W
-from .engine import Array, Delivery, Payload
+from .engine import Array, Contents, Delivery, Payload
+from .contents import read_contents
 from .errors import BadItem, Empty, LeaseExpired, ShutDown
 from .footer import Footer
 from .giveup import give_up
 from .holds import Hold, Holds
 from .index import Index, unlink_missing_ok
 from .layout import Limits, item_name
+from .loans import release
 from .maps import MOST_MAPPED, Maps, check_regular
 from .newfile import SMALL
 from .party import Party
@@ -33,12 +35,14 @@ from .waiting import wait
 class Claim:
     """An item in this reader's hands, as the index knows it.
 
-    hold: its arrays, once loaded. single: its file was seen to have no other name, so that it may be written again.
+    end: where the footer begins, 0 when not known. hold: its arrays, once loaded. single: its file was seen to have no other name, so that it may be written again.
     """
 
     index: Index
     record: int
     seq: int
+    end: int
+    peeked: bool = False
     hold: Hold | None = None
     single: bool = False
 
@@ -88,7 +92,8 @@ class DirectorySource:
         if claim.index is not index:
             raise _expired(self.party, claim.seq)
         try:
-            opened = self._open(index, claim.record, claim.seq)
+            with self.party:
+                opened = self._open(index, claim.record, claim.seq)
         except BadItem as error:
             self.party.run(_reject, self, delivery, f"damaged: {error}")
             raise
@@ -97,6 +102,28 @@ class DirectorySource:
             claim.hold = Hold(index, claim.record, claim.seq)
             self.holds.add(claim.hold, opened.payload.arrays)
         return opened.payload
+
+    def contents(self, delivery: Delivery) -> Contents:
+        """What an item in hand, or one peeked at, says of itself; its arrays are not mapped.
+
+        Raises BadItem, having given up an item in hand, and LeaseExpired when the item is elsewhere now.
+        """
+        claim: Claim = delivery.handle
+        name = item_name(delivery.seq)
+        with self.party:
+            try:
+                return read_contents(self.party.layout.items, name, claim.end)
+            except FileNotFoundError:
+                self.party.layout.check_present()
+                raise _expired(self.party, delivery.seq) from None
+            except BadItem as error:
+                if not claim.peeked:
+                    self.party.run(_reject, self, delivery, f"damaged: {error}")
+                raise
+
+    def peek(self) -> Delivery:
+        """The next item, left where it is. Raises Empty, ShutDown."""
+        return self.party.run(_peek, self)
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Take items in hand off the spool for good. Raises LeaseExpired for one not in hand any more."""
@@ -251,7 +278,10 @@ def take_off(
     )
     if not keep:
         source.maps.forget(words[record + W.BIRTH])
-    stores = changes.leave(index, record, queue, party.token if hold is not None else 0, keep)
+    lender = words[record + W.LOAN]
+    stores = changes.leave(index, record, queue, lender if hold is None else party.token, keep)
+    if hold is None:
+        stores[record + W.LOAN] = 0
     changes.delivered(index, stores)
     index.change(W.LEAVE, seq, stores, _leaving(party, item_name(seq), keep))
     party.news("space")
@@ -282,11 +312,9 @@ def release_pending(party: Party, source: DirectorySource) -> None:
             or words[record + W.FILE] != hold.number
         ):
             continue
-        if hold.alone and words[W.POOL_BYTES] + words[record + W.BYTES] <= words[W.RECYCLE_BYTES]:
-            party.index.change(W.MEMORY, 0, changes.release(party.index, record))
-        else:
-            source.maps.forget(words[record + W.BIRTH])
-            drop_file(party, record)
+        birth = words[record + W.BIRTH]
+        if not release(party, record, hold.alone):
+            source.maps.forget(birth)
 
 
 def _claim(
@@ -306,17 +334,25 @@ def _claim(
             raise
         words = index.words
         index.change(W.MEMORY, 0, changes.claim(index, record, queue, party.token, due))
-        seq = words[record + W.SEQ]
-        taken.append(
-            Delivery(
-                seq,
-                words[record + W.ATTEMPT],
-                words[record + W.PUT_TIME],
-                words[record + W.BYTES],
-                Claim(index, record, seq),
-            )
-        )
+        taken.append(_delivery(index, record))
     party.news("space", len(taken))
+
+
+def _peek(party: Party, source: DirectorySource) -> Delivery:
+    tend(party)
+    record, _ = _first(party, source)
+    delivery = _delivery(party.index, record)
+    delivery.handle.peeked = True
+    return delivery
+
+
+def _delivery(index: Index, record: int) -> Delivery:
+    words = index.words
+    seq = words[record + W.SEQ]
+    claim = Claim(index, record, seq, words[record + W.END])
+    return Delivery(
+        seq, words[record + W.ATTEMPT], words[record + W.PUT_TIME], words[record + W.BYTES], claim
+    )
 
 
 def _expired(party: Party, seq: int) -> LeaseExpired:

@@ -45,6 +45,13 @@ def swap(party: Party, useless: list[Spare], need: int, most: int) -> Spare | No
     return reserve(party, need, most)
 
 
+def restock(party: Party, useless: list[Spare], wanted: list[tuple[int, int]]) -> list[Spare]:
+    """Hand back spares and take one for each (need, most) that the pool has a file for."""
+    give_back(party, useless)
+    found = (reserve(party, need, most) for need, most in wanted)
+    return [spare for spare in found if spare is not None]
+
+
 def give_back(party: Party, spares: list[Spare]) -> None:
     """Put spares back into the pool, emptying the list."""
     while spares:

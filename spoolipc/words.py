@@ -67,12 +67,13 @@ DUE: Final = 5  # monotonic ns at which its lease or delay ends, 0 for none
 ATTEMPT: Final = 6  # how often it was claimed
 FLAGS: Final = 7
 LOAN: Final = 8  # token of the writer that still has the loaned array, 0 for none
-EXPIRES: Final = 9  # room for what is to come
-GROUPS: Final = 10
-OWNER: Final = 11  # token of the party that has it in its hands
-FILE: Final = 12  # the number in the file's name
-BYTES: Final = 13  # the file's size
-BIRTH: Final = 14  # number under which this very file was first known; never used again
+END: Final = 9  # where in the file the footer begins, 0 when not known
+EXPIRES: Final = 10  # room for what is to come
+GROUPS: Final = 11
+OWNER: Final = 12  # token of the party that has it in its hands
+FILE: Final = 13  # the number in the file's name
+BYTES: Final = 14  # the file's size
+BIRTH: Final = 15  # number under which this very file was first known; never used again
 
 # States of a record
 NOTHING: Final = 0

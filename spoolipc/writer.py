@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
 
 from . import npy
 from . import words as W
 from .engine import Array, Payload, Sink
-from .errors import Full, UnsupportedArray
+from .errors import Full, ShutDown, UnsupportedArray
 from .layout import Limits
-from .sink import DirectorySink, Durability
+from .sink import MOST_SPARES, DirectorySink, Durability
+
+AT_ONCE = MOST_SPARES
 
 
 class SpoolWriter:
@@ -76,33 +82,130 @@ class SpoolWriter:
         Raises Full when there is no room in time, ShutDown when the spool was shut down, TooLarge when the
         array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array, StorageError.
         """
-        payload = _payload(array, meta)
+        return self._put([_payload(array, meta)], deadline_of(block, timeout))[0]
+
+    def put_many(
+        self,
+        arrays: Iterable[Array | Mapping[str, Array]],
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        metas: Iterable[Any] | None = None,
+    ) -> list[int]:
+        """Put several arrays, up to 64 in one step; returns their sequence numbers in order.
+
+        metas: one for each array. Other parameters and errors are those of `put`; `timeout` is for all of them
+        together. Each item is put whole or not at all, and Full and ShutDown tell in their `seqs` which were.
+        """
         deadline = deadline_of(block, timeout)
-        sink = self._sink
-        while not sink.admit(payload):
-            self._wait(payload, deadline)
-        draft = None
+        several = list(arrays)
+        given = [None] * len(several) if metas is None else list(metas)
+        if len(given) != len(several):
+            raise ValueError(f"{len(several)} arrays but {len(given)} metas; give one for each")
+        payloads = [_payload(array, meta) for array, meta in zip(several, given, strict=True)]
+        seqs: list[int] = []
         try:
-            while draft is None:
-                try:
-                    draft = sink.prepare(payload)
-                except Full:
-                    self._wait(payload, deadline)
-            while True:
-                try:
-                    seq = sink.commit(draft)
-                except Full:
-                    self._wait(payload, deadline)
-                else:
-                    draft = None
-                    return seq
+            for start in range(0, len(payloads), AT_ONCE):
+                batch = payloads[start : start + AT_ONCE]
+                self._sink.stock(batch)
+                self._put(batch, deadline, seqs)
+        except (Full, ShutDown) as error:
+            error.seqs = tuple(seqs)
+            raise
+        return seqs
+
+    def _put(
+        self, payloads: list[Payload], deadline: float | None, seqs: list[int] | None = None
+    ) -> list[int]:
+        """Prepare and commit, waiting for room wherever it is lacking."""
+        sink = self._sink
+        seqs = [] if seqs is None else seqs
+        drafts: list[Any] = []
+        try:
+            for payload in payloads:
+                while not sink.admit(payload):
+                    self._give_way(drafts, seqs, payload, deadline)
+                drafts.append(self._prepared(payload, drafts, seqs, deadline))
+            while drafts:
+                self._commit_some(drafts, seqs, deadline)
         finally:
-            if draft is not None:
+            for draft in drafts:
                 sink.discard(draft)
+        return seqs
+
+    def _prepared(self, payload: Payload, drafts: list[Any], seqs: list[int], deadline: float | None) -> Any:
+        while True:
+            try:
+                return self._sink.prepare(payload)
+            except Full:
+                self._give_way(drafts, seqs, payload, deadline)
+
+    def _give_way(self, drafts: list[Any], seqs: list[int], payload: Payload, deadline: float | None) -> None:
+        """Wait for room, having committed what is ready: nobody could make room by taking that otherwise."""
+        if drafts:
+            self._commit_some(drafts, seqs, deadline)
+        else:
+            self._wait(payload, deadline)
+
+    def _commit_some(self, drafts: list[Any], seqs: list[int], deadline: float | None) -> None:
+        try:
+            done = self._sink.commit(drafts)
+        except Full:
+            self._wait(drafts[0].payload, deadline)
+        else:
+            seqs += done
+            del drafts[: len(done)]
 
     def _wait(self, payload: Payload, deadline: float | None) -> None:
         if not self._sink.wait_space(payload, deadline):
             raise Full(f"the spool {self.path} had no room in time")
+
+    @contextmanager
+    def loan(
+        self,
+        shape: int | tuple[int, ...],
+        dtype: DTypeLike = float,
+        *,
+        order: Literal["C", "F"] = "C",
+        block: bool = True,
+        timeout: float | None = None,
+        meta: Any = None,
+    ) -> Iterator[Array]:
+        """Compute an array in the very memory that readers will see, and put it without a copy.
+
+            with writer.loan((1080, 1920, 3), np.uint8) as frame:
+                camera.read_into(frame)
+
+        shape, dtype, order: as for np.empty; what the array holds at first is undefined.
+        block, timeout, meta: as for `put`, when the block begins; at its end the item is put, waiting for room
+        for ever. When the block raises, nothing is put.
+
+        The array is writable within the block and read-only after it; views made of it within the block must not be
+        written any more. Raises what `put` raises.
+        """
+        template: Array = np.empty(shape, dtype, order)
+        payload = _payload(template, meta)
+        deadline = deadline_of(block, timeout)
+        while not self._sink.admit(payload):
+            self._wait(payload, deadline)
+        while True:
+            try:
+                draft, array = self._sink.lend(template, meta)
+                break
+            except Full:
+                self._wait(payload, deadline)
+        del template, payload
+        drafts = [draft]
+        try:
+            yield array
+            array.flags.writeable = False
+            del array
+            self._sink.finish(draft)
+            while drafts:
+                self._commit_some(drafts, [], None)
+        finally:
+            for left in drafts:
+                self._sink.discard(left)
 
     def put_nowait(self, array: Array | Mapping[str, Array], *, meta: Any = None) -> int:
         """Put without waiting: `put(array, block=False)`."""
