@@ -72,9 +72,8 @@ def _forget(words: memoryview[int], stores: Stores, record: int) -> None:
     stores[W.UNUSED] = record
 
 
-def _pool(words: memoryview[int], stores: Stores, record: int) -> None:
+def _pool(words: memoryview[int], stores: Stores, record: int, size: int) -> None:
     """Put a file of free/ into the pool; its bytes must be counted in KEPT_BYTES by the caller."""
-    size = words[record + W.BYTES]
     head = W.bucket(size)
     stores[record + W.STATE] = W.POOLED
     stores[record + W.NEXT] = words[head]
@@ -197,7 +196,7 @@ def leave(index: Index, record: int, queue: int, holder: int, keep: bool) -> Sto
         stores[record + W.OWNER] = holder
         stores[record + W.DUE] = 0
     else:
-        _pool(words, stores, record)
+        _pool(words, stores, record, words[record + W.BYTES])
     return stores
 
 
@@ -237,7 +236,19 @@ def release(index: Index, record: int) -> Stores:
     stores: Stores = {}
     _take_back(words, stores, record)
     stores[record + W.LOAN] = 0
-    _pool(words, stores, record)
+    _pool(words, stores, record, words[record + W.BYTES])
+    return stores
+
+
+def donate(index: Index, record: int, number: int, size: int) -> Stores:
+    """NOTHING becomes POOLED: a file of `size` bytes made ahead."""
+    words = index.words
+    stores = index.taken(record)
+    stores[record + W.FILE] = stores[record + W.BIRTH] = number
+    stores[record + W.BYTES] = size
+    stores[record + W.OWNER] = stores[record + W.LOAN] = 0
+    stores[W.KEPT_BYTES] = words[W.KEPT_BYTES] + size
+    _pool(words, stores, record, size)
     return stores
 
 

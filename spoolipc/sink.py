@@ -31,6 +31,7 @@ from .maps import MOST_MAPPED, Maps, check_regular
 from .loans import abandon_loans, settle_loans
 from .newfile import map_new, sync_new, write_new
 from .party import Party
+from .preallocate import preallocate
 from .room import PAGE, fits, make_room, refuse_impossible, room, rounded
 from .spares import Spare
 from .tend import drop_file, tend
@@ -217,6 +218,11 @@ class DirectorySink:
             found = self.party.run(spares.restock, useless, [(need, self._most(need)) for need in needs])
         with self._mutex:
             self.spares += found
+
+    def preallocate(self, count: int, nbytes: int) -> None:
+        """Fill the pool ahead with files for `count` arrays of `nbytes` bytes. Raises Full, ValueError."""
+        with self.party:
+            preallocate(self.party, self.maps, count, nbytes, f"{token_name(self.party.token)}-0")
 
     def lend(self, template: Array, meta: Any) -> tuple[FileDraft, Array]:
         """A draft like `template` and the array over its file, to be filled in place. Raises Full.

@@ -30,6 +30,8 @@ class SpoolWriter:
     max_bytes: most bytes of items waiting or in flight; likewise.
     durability: "none", what was put survives the crash of any process; "fsync", also the loss of power.
     reopen: take puts again if the spool was shut down.
+    preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of `nbytes` bytes, so
+    that the first puts are as fast as the later ones.
 
     Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork.
     Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
@@ -47,6 +49,7 @@ class SpoolWriter:
         mode: int | None = None,
         durability: Durability = "none",
         reopen: bool = False,
+        preallocate: tuple[int, int] | None = None,
     ) -> None:
         if durability not in ("none", "fsync"):
             raise ValueError(f'durability must be "none" or "fsync", not {durability!r}')
@@ -54,6 +57,12 @@ class SpoolWriter:
         self._durability: Durability = durability
         self._directory = DirectorySink(path, asked, durability, reopen=reopen)
         self._sink: Sink[Any] = self._directory
+        if preallocate is not None:
+            try:
+                self._directory.preallocate(*preallocate)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def path(self) -> str:
@@ -157,7 +166,8 @@ class SpoolWriter:
             del drafts[: len(done)]
 
     def _wait(self, payload: Payload, deadline: float | None) -> None:
-        if not self._sink.wait_space(payload, deadline):
+        late = deadline is not None and time.monotonic() >= deadline
+        if late or not self._sink.wait_space(payload, deadline):
             raise Full(f"the spool {self.path} had no room in time")
 
     @contextmanager
