@@ -125,14 +125,17 @@ class Party:
 
     def _repair(self, why: str) -> None:
         """Adopt the index that somebody else has built since, or build it."""
-        if self._index is not None:
-            self._index.close()
-            self._index = None
+        torn, self._index = self._index, None
         try:
             index = Index(self.layout)
+            if torn is not None and os.path.samestat(os.fstat(torn.fd), os.fstat(index.fd)):
+                raise Torn(why)
             index.check()
         except Torn:
             index = rebuild(self.layout, why)
+        finally:
+            if torn is not None:
+                torn.close()
         self._adopt(index)
 
     def _adopt(self, index: Index) -> None:
