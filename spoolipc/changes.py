@@ -13,11 +13,16 @@ operations of one change touch the same word, the later wins, and they are order
 from __future__ import annotations
 
 from array import array
+from collections.abc import Container
 
 from . import words as W
 from .index import Index, Torn
 
 Stores = dict[int, int]
+LARGE = 1 << 18
+"""Bytes from which mapping a file's pages costs more than looking for one already mapped."""
+_LOOKS = 4
+_LOOKS_LARGE = 64
 
 
 def _less(words: memoryview[int], position: int, amount: int) -> int:
@@ -200,6 +205,17 @@ def leave(index: Index, record: int, queue: int, holder: int, keep: bool) -> Sto
     return stores
 
 
+def leave_behind(index: Index, record: int, queue: int, previous: int) -> Stores:
+    """As `leave` without keeping the file, for a WAITING record that follows `previous` in `queue`."""
+    following = index.words[record + W.NEXT]
+    stores = leave(index, record, queue, 0, False)
+    del stores[queue]
+    stores[previous + W.NEXT] = following
+    if not following:
+        stores[queue + 1] = previous
+    return stores
+
+
 def delivered(index: Index, stores: Stores) -> Stores:
     """Add to `stores` that one more item was delivered for good."""
     stores[W.GOTS] = index.words[W.GOTS] + 1
@@ -262,20 +278,33 @@ def drop(index: Index, record: int) -> Stores:
     return stores
 
 
-def find_pooled(index: Index, size: int, most: int) -> tuple[int, int]:
-    """A pooled file of `size` to `most` bytes: (record, the position that links to it); zeros when none is
-    found in a constant number of looks."""
+def find_pooled(
+    index: Index, size: int, most: int, mapped: Container[int], *, only_mapped: bool = False
+) -> tuple[int, int]:
+    """A pooled file of `size` to `most` bytes: (record, the position that links to it), zeros when none is found
+    in a constant number of looks.
+
+    mapped: birth numbers of files whose pages the asker has mapped; of large files, such a one is preferred.
+    """
     words = index.words
     head = W.bucket(size)
     link = head
-    for _ in range(4):
+    found = (0, 0)
+    for _ in range(_LOOKS_LARGE if size >= LARGE else _LOOKS):
         record = words[link]
         if not record:
             break
         index.record(record, W.POOLED)
         if size <= words[record + W.BYTES] <= most:
-            return record, link
+            if size < LARGE or words[record + W.BIRTH] in mapped:
+                return record, link
+            if not found[0]:
+                found = record, link
         link = record + W.NEXT
+    if only_mapped:
+        return 0, 0
+    if found[0]:
+        return found
     for higher in range(head + 1, min(head + 5, W.BUCKETS + 192)):
         record = words[higher]
         if record and words[index.record(record, W.POOLED) + W.BYTES] <= most:

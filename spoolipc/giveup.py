@@ -7,24 +7,29 @@ import os
 
 from . import changes, history
 from . import words as W
+from .index import exists
 from .layout import item_name
 from .party import Party
 
 _log = logging.getLogger("spoolipc")
 
 
-def give_up(party: Party, record: int, queue: int, who: str, why: str) -> None:
+def give_up(party: Party, record: int, queue: int, who: str, why: str, *, previous: int = 0) -> None:
     """Move an item to `failed/`, in the locked step.
 
-    record, queue: the item waits at the head of `queue`, or is in somebody's hands (`queue` 0).
+    record, queue: the item waits at the head of `queue`, or after the record `previous` there, or is in
+    somebody's hands (`queue` 0). An item that has lost its file is only taken off.
     The reason is written first: a crash after it leaves the item where it was, with one line more in its history.
     """
     index, layout = party.index, party.layout
     words = index.words
     seq, attempt = words[record + W.SEQ], words[record + W.ATTEMPT]
     history.note(layout, seq, attempt, who, why)
-    stores = changes.leave(index, record, queue, 0, False)
-    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + 1
+    if previous:
+        stores = changes.leave_behind(index, record, queue, previous)
+    else:
+        stores = changes.leave(index, record, queue, 0, False)
+    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + exists(layout.items, seq)
 
     def move() -> None:
         try:

@@ -95,7 +95,7 @@ class Index:
         A change that its maker did not finish is finished or undone. Raises Torn.
         """
         status = os.fstat(self.fd)
-        if status.st_nlink == 0 or status.st_size < self.size:
+        if status.st_nlink != 1 or status.st_size < self.size:
             raise Torn("the index was deleted or truncated")
         words = self.words
         if words[W.MAGIC] != W.MAGIC_VALUE or words[W.VERSION] != W.VERSION_VALUE:
