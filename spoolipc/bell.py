@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -134,6 +135,19 @@ class _Room:
                     self.sleepers.remove(sleeper)
 
 
+def _rung(bells: weakref.ref[Bells], kind: Kind) -> None:
+    """What the observer calls. It does not keep the bells alive, so they may be dropped without a close."""
+    there = bells()
+    if there is not None:
+        there._rung(kind)
+
+
+def _close_all(fds: dict[tuple[Kind, int], int]) -> None:
+    while fds:
+        with suppress(OSError):
+            os.close(fds.popitem()[1])
+
+
 class Bells:
     """The bells of one spool, as one of its parties rings and hears them. Threads may share it.
 
@@ -146,8 +160,10 @@ class Bells:
     def __init__(self, bell_dir: str, token: int, flags: Callable[[Kind], Flags]) -> None:
         self._dir = bell_dir
         self._flags = flags
-        self._fds: dict[tuple[Kind, int], int] | None = {}  # None: closed
-        self._closed = False
+        self._fds: dict[tuple[Kind, int], int] = {}
+        weakref.finalize(self, _close_all, self._fds).atexit = False
+        self._closed = False  # for listening
+        self._silent = False  # for ringing
         self._start(token)
 
     def _start(self, token: int) -> None:
@@ -164,11 +180,7 @@ class Bells:
         The parent's threads, which may have held our locks, are not here; its listeners are forgotten.
         """
         self._start(self._bell if token is None else token)
-        fds = self._fds
-        if fds:
-            self._fds = {}
-            for fd in fds.values():
-                os.close(fd)
+        _close_all(self._fds)
 
     def ring(self, kind: Kind, n: int = 1) -> None:
         """Wake somebody for each of `n` items (or free places) that others can see already.
@@ -254,9 +266,8 @@ class Bells:
             if armed:
                 self._withdraw(kind)
         with self._striking:
-            fds, self._fds = self._fds or {}, None
-            for fd in fds.values():
-                os.close(fd)
+            self._silent = True
+            _close_all(self._fds)
 
     def _look_briefly(self, room: _Room, look: Callable[[], bool], deadline: float | None) -> bool:
         """Look for a moment, for less time the less it helped: a look costs 1 us, a wake-up over 100."""
@@ -276,7 +287,9 @@ class Bells:
         with self._listening:
             if not room.asked and not self._closed:
                 room.asked = True
-                room.listener = watch.listen(self._path(kind, self._bell), partial(self._rung, kind))
+                room.listener = watch.listen(
+                    self._path(kind, self._bell), partial(_rung, weakref.ref(self), kind)
+                )
             return room.listener
 
     def _arm(self, kind: Kind, room: _Room) -> None:
@@ -311,7 +324,7 @@ class Bells:
     def _ring(self, kind: Kind, words: Flags, n: int, start: int) -> None:
         fresh = time.monotonic_ns() - FRESH
         for step in range(BELLS):
-            if n <= 0 or self._fds is None:
+            if n <= 0 or self._silent:
                 return
             k = (start + step) % BELLS
             since = words[k]
@@ -323,7 +336,7 @@ class Bells:
     def _strike(self, kind: Kind, k: int) -> None:
         """Write to one bell. A failure is kept quiet: the item is there, and sleepers look once a second."""
         with self._striking, suppress(OSError):  # locked, so that no descriptor is closed under the write
-            if self._fds is None:
+            if self._silent:
                 return
             fd = self._fds.get((kind, k))
             if fd is None:

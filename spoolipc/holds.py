@@ -54,7 +54,7 @@ class Holds:
 
     def add(self, hold: Hold, arrays: Sequence[Any]) -> None:
         """Watch the arrays over a file."""
-        hold.left = len(arrays)
+        hold.left += len(arrays)
         for array in arrays:
             watch = _Watch(array, _gone)
             watch.hold = hold

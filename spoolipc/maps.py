@@ -11,13 +11,13 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import words as W
 from .errors import BadItem
 
 _MOST = 128
-MOST_MAPPED = 1 << 30
+MOST_MAPPED = 1 << 33
 """Bytes of mappings that a party keeps at most."""
 OPEN_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -42,6 +42,7 @@ class Maps:
         self._most_bytes = most_bytes
         self._kept: dict[int, Mapping] = {}
         self._bytes = 0
+        self._swept = 0
         self._mutex = threading.Lock()
 
     def of(self, directory: int, name: str, status: os.stat_result, birth: int, record: int) -> mmap.mmap:
@@ -84,11 +85,20 @@ class Maps:
             if gone is not None:
                 self._bytes -= gone.size
 
-    def sweep(self, alive: Callable[[int, int], bool]) -> None:
-        """Let go of the mappings of files that are no more: alive(birth, record) says which still are."""
+    def sweep(self, words: memoryview[int]) -> None:
+        """Let go of the mappings of files that are no more, once after each tending; the caller holds the index lock.
+
+        A file that was unlinked would otherwise keep its memory for as long as it is mapped here.
+        """
+        if words[W.TENDED] == self._swept:
+            return
+        self._swept = words[W.TENDED]
         for birth, mapping in list(self._kept.items()):
-            if not alive(birth, mapping.record):
+            if words[mapping.record + W.BIRTH] != birth:
                 self.forget(birth)
+
+    def __contains__(self, birth: object) -> bool:
+        return birth in self._kept
 
 
 def check_regular(status: os.stat_result) -> None:

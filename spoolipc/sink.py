@@ -169,7 +169,7 @@ class DirectorySink:
             return None
         if not useless and not self.party.look()[W.POOL_COUNT]:
             return None
-        return self.party.run(spares.swap, useless, need, self._most(need))
+        return self.party.run(spares.swap, useless, need, self._most(need), self.maps)
 
     def _most(self, need: int) -> int:
         """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
@@ -215,7 +215,9 @@ class DirectorySink:
         with self._mutex:
             useless, self.spares = self.spares, []
         with self.party:
-            found = self.party.run(spares.restock, useless, [(need, self._most(need)) for need in needs])
+            found = self.party.run(
+                spares.restock, useless, [(need, self._most(need)) for need in needs], self.maps
+            )
         with self._mutex:
             self.spares += found
 
@@ -332,6 +334,7 @@ class DirectorySink:
     def close(self) -> None:
         """Leave; consumed files in hand go back to the pool."""
         self.party.close(self._leave)
+        self._forget()
 
     def _leave(self, party: Party) -> None:
         with self._mutex:
@@ -355,6 +358,7 @@ def _commit_all(party: Party, sink: DirectorySink, drafts: Sequence[FileDraft], 
     """The locked step of a put: True when the next draft's file is not there any more."""
     if sink.holds.pending:
         settle_loans(party, sink.holds)
+    sink.maps.sweep(party.index.words)
     while len(seqs) < len(drafts):
         try:
             seq = _commit(party, sink, drafts[len(seqs)])
@@ -386,7 +390,10 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
         if not spares.is_ours(party, spare):
             return None
         if len(sink.spares) < MOST_SPARES:
-            successor, link = changes.find_pooled(index, draft.need, draft.size)
+            need, most = draft.need, draft.size
+            successor, link = changes.find_pooled(
+                index, need, most, sink.maps, only_mapped=need >= changes.LARGE
+            )
         record = spare.record
         changes.describe(words, record, seq, draft.put_time, flags, loan, draft.image.end)
         stores = changes.put(index, record, seq, successor, link)
@@ -410,7 +417,7 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
         sink.holds.add(Hold(index, record, seq), draft.payload.arrays)
     if successor:
         sink.keep(spares.spare_of(index, successor))
-    elif spare is not None:
+    elif spare is not None and draft.need < changes.LARGE:
         sink._pool_was_empty = True
     return seq
 

@@ -99,7 +99,7 @@ class DirectorySource:
             raise
         claim.single = opened.single
         if opened.held:
-            claim.hold = Hold(index, claim.record, claim.seq)
+            claim.hold = claim.hold or Hold(index, claim.record, claim.seq)
             self.holds.add(claim.hold, opened.payload.arrays)
         return opened.payload
 
@@ -161,6 +161,7 @@ class DirectorySource:
     def close(self) -> None:
         """Leave: what is in hand is given back; files that are still looked at lose their names."""
         self.party.close(self._leave)
+        self._forget()
 
     def _leave(self, party: Party) -> None:
         release_pending(party, self)
@@ -238,6 +239,7 @@ def _get(party: Party, source: DirectorySource, limit: int, got: list[Payload]) 
     if source.holds.pending:
         release_pending(party, source)
     index = party.index
+    source.maps.sweep(index.words)
     while len(got) < limit:
         try:
             record, queue = _first(party, source)
@@ -271,8 +273,10 @@ def take_off(
     words = index.words
     seq, size = words[record + W.SEQ], words[record + W.BYTES]
     attempt = words[record + W.ATTEMPT]
+    # Whoever had the item in hand before may still look at its file.
     keep = (
         single
+        and attempt == (0 if queue else 1)
         and not words[record + W.FLAGS] & W.DURABLE
         and words[W.POOL_BYTES] + size <= words[W.RECYCLE_BYTES]
     )

@@ -6,6 +6,7 @@ tending unlinks it.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from . import changes
@@ -39,16 +40,18 @@ def evict(party: Party, record: int, link: int) -> None:
     )
 
 
-def swap(party: Party, useless: list[Spare], need: int, most: int) -> Spare | None:
+def swap(party: Party, useless: list[Spare], need: int, most: int, mapped: Container[int]) -> Spare | None:
     """Hand back spares of other sizes and take one of `need` to `most` bytes."""
     give_back(party, useless)
-    return reserve(party, need, most)
+    return reserve(party, need, most, mapped)
 
 
-def restock(party: Party, useless: list[Spare], wanted: list[tuple[int, int]]) -> list[Spare]:
+def restock(
+    party: Party, useless: list[Spare], wanted: list[tuple[int, int]], mapped: Container[int]
+) -> list[Spare]:
     """Hand back spares and take one for each (need, most) that the pool has a file for."""
     give_back(party, useless)
-    found = (reserve(party, need, most) for need, most in wanted)
+    found = (reserve(party, need, most, mapped) for need, most in wanted)
     return [spare for spare in found if spare is not None]
 
 
@@ -60,10 +63,10 @@ def give_back(party: Party, spares: list[Spare]) -> None:
             party.index.change(W.MEMORY, 0, changes.release(party.index, spare.record))
 
 
-def reserve(party: Party, need: int, most: int) -> Spare | None:
+def reserve(party: Party, need: int, most: int, mapped: Container[int]) -> Spare | None:
     """Take a pooled file of `need` to `most` bytes, if there is one."""
     index = party.index
-    record, link = changes.find_pooled(index, need, most)
+    record, link = changes.find_pooled(index, need, most, mapped)
     if not record:
         return None
     index.change(W.MEMORY, 0, changes.reserve(index, record, link, party.token))

@@ -21,6 +21,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, Protocol
@@ -36,16 +37,18 @@ class _Watch:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self.callbacks: tuple[Callable[[], None], ...] = ()  # replaced whole, so that telling needs no lock
+        self.listeners: tuple[weakref.ref[Listener], ...] = ()  # replaced whole: telling needs no lock
         self.heard = False
         self.since = time.monotonic()
         self.handle: Any = None
 
     def on_event(self, event: object) -> None:
         self.heard = True
-        for callback in self.callbacks:
+        for ref in self.listeners:
+            listener = ref()
             try:
-                callback()
+                if listener is not None:
+                    listener.callback()
             except Exception:  # an exception would end the thread, and with it every wake-up
                 log.exception("a listener on %s failed", self.directory)
 
@@ -124,11 +127,11 @@ class _Observed:
 
 
 class Listener:
-    """One callback on one directory, until close()."""
+    """One callback on one directory, until close(). One that is dropped is told nothing more either."""
 
     def __init__(self, watch: _Watch, callback: Callable[[], None]) -> None:
         self._watch = watch
-        self._callback = callback
+        self.callback = callback
 
     def hears(self) -> bool:
         """Whether events arrive. False for a new watch until it heard its own ring: poll meanwhile.
@@ -148,17 +151,10 @@ class Listener:
         ended = None
         with _lock:
             watch = self._watch
-            if _watches.get(watch.directory) is not watch:  # closed before, or inherited by fork
-                return
-            watch.callbacks = tuple(c for c in watch.callbacks if c is not self._callback)
-            if watch.callbacks:
-                return
-            del _watches[watch.directory]
-            if _source is not None:
-                with suppress(OSError, KeyError):
-                    _source.remove(watch)
-                if not _watches:
-                    ended, _source = _source, None
+            watch.listeners = tuple(ref for ref in watch.listeners if ref() is not self)
+            _sweep()
+            if not _watches:
+                ended, _source = _source, None
         if ended is not None:
             ended.stop()
 
@@ -173,29 +169,30 @@ _warned = False
 def listen(directory: str, callback: Callable[[], None]) -> Listener | None:
     """Have `callback` called in the observer's thread each time the file `ring` in `directory` is written.
 
-    Each call needs a callback object of its own. It must be short, must not raise, and must not take a lock
-    that is ever held around `listen` or `close`. Returns None where there is nothing to listen with: poll.
+    `callback` must be short, must not raise, and must not take a lock that is ever held around `listen` or
+    `close`. Returns None where there is nothing to listen with: poll.
     """
     global _source, _deaf
     if _forced():
         return None
     try:
         with _lock:
+            _sweep()
             watch = _watches.get(directory)
             fresh = watch is None
             if watch is None:
                 watch = _Watch(directory)
-                started = _source is None
-                source = _source or _start()
                 try:
-                    source.add(watch)
+                    _source = _source or _start()
+                    _source.add(watch)
                 except BaseException:
-                    if started:
-                        source.stop()
+                    if _source is not None and not _watches:
+                        _source.stop()
+                        _source = None
                     raise
-                _source = source
                 _watches[directory] = watch
-            watch.callbacks = (*watch.callbacks, callback)
+            listener = Listener(watch, callback)
+            watch.listeners = (*watch.listeners, weakref.ref(listener))
             _deaf = False
     except FileNotFoundError:
         return None  # the directory is gone, which says nothing about inotify
@@ -205,7 +202,18 @@ def listen(directory: str, callback: Callable[[], None]) -> Listener | None:
         return None
     if fresh:
         _try_out(directory)
-    return Listener(watch, callback)
+    return listener
+
+
+def _sweep() -> None:
+    """Under the lock: forget the listeners that were dropped, and end the watches that nobody listens to."""
+    for watch in list(_watches.values()):
+        watch.listeners = tuple(ref for ref in watch.listeners if ref() is not None)
+        if not watch.listeners:
+            del _watches[watch.directory]
+            if _source is not None:
+                with suppress(OSError, KeyError):
+                    _source.remove(watch)
 
 
 def mode() -> Literal["inotify", "polling", "idle"]:
