@@ -37,6 +37,6 @@ def read_contents(directory: int, name: str, end: int) -> Contents:
                 _, tail = npy.parse(buffer, status.st_size)
         else:
             _, tail = npy.parse(b"", 0)
-        return Contents(tail.names, tail.meta)
+        return Contents(tail.names, tail.meta, tail.put_time)
     finally:
         os.close(fd)

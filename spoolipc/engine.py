@@ -30,8 +30,8 @@ class Payload:
 class Delivery:
     """An item that a reader has taken.
 
-    seq: its sequence number. attempt: 1 at its first delivery. put_time: wall clock, ns. size: bytes stored.
-    handle: the engine's own, for settling.
+    seq: its sequence number. attempt: 1 at its first delivery. put_time: wall clock, ns; 0 when only the contents
+    tell it. size: bytes stored. handle: the engine's own, for settling.
     """
 
     seq: int
@@ -42,10 +42,12 @@ class Delivery:
 
 
 class Contents(NamedTuple):
-    """What is said of an item beside its arrays: their names, if they have any, and the metadata."""
+    """What is said of an item beside its arrays: their names, if they have any, the metadata, and when it was put
+    (wall clock, ns)."""
 
     names: tuple[str, ...] | None
     meta: Any
+    put_time: int
 
 
 class Source(Protocol):
@@ -62,7 +64,8 @@ class Source(Protocol):
         """The contents of an item in hand. Raises BadItem, having given it up; LeaseExpired."""
 
     def contents(self, delivery: Delivery) -> Contents:
-        """What an item in hand, or one peeked at, says of itself, read without its arrays. Raises BadItem, LeaseExpired."""
+        """What an item in hand, or one peeked at, says of itself, read without its arrays. Raises BadItem, having given
+        it up; LeaseExpired when it is elsewhere now."""
 
     def peek(self) -> Delivery:
         """The next item, left where it is. Raises Empty, ShutDown."""

@@ -7,6 +7,7 @@ beside `failed/SEQ.npy` when the item is given up. It outlives the index, and so
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from .index import unlink_missing_ok
 from .layout import Layout, item_number
 
+_log = logging.getLogger("spoolipc")
 _NAME = re.compile(r"(\d{20})\.jsonl")
 _LONGEST = 1 << 20
 
@@ -42,14 +44,20 @@ def history_number(name: str) -> int | None:
 
 
 def note(layout: Layout, number: int, attempt: int, who: str, why: str) -> None:
-    """Add a failure to an item's history; the caller holds the index lock."""
+    """Add a failure to an item's history; the caller holds the index lock.
+
+    Where it cannot be written, as on a full file system, the log has it: that must keep nobody from the items.
+    """
     line = json.dumps({"attempt": attempt, "when": time.time(), "who": who, "why": why[:4096]})
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(history_name(number), flags, layout.file_mode, dir_fd=layout.failed)
     try:
-        os.write(fd, line.encode() + b"\n")
-    finally:
-        os.close(fd)
+        fd = os.open(history_name(number), flags, layout.file_mode, dir_fd=layout.failed)
+        try:
+            os.write(fd, line.encode() + b"\n")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        _log.warning("%s: the history of item %d lacks %s (%s)", layout.path, number, line, error)
 
 
 def read(layout: Layout, number: int) -> tuple[Failure, ...]:

@@ -70,8 +70,9 @@ class Party:
 
     def _join(self, asked: Limits) -> None:
         set_limits(self.index, agree(self.layout, asked))
-        self._alive = alive.announce(self.layout.alive, self.token, self.layout.file_mode)
-        self._held.append(self._alive)
+        with _no_fork:  # a child that has the locked file unawares would hide our death
+            self._alive = alive.announce(self.layout.alive, self.token, self.layout.file_mode)
+            self._held.append(self._alive)
 
     def _holder(self) -> str:
         if self._index is None:
@@ -208,7 +209,6 @@ class Party:
         """
         if self.closed:
             return
-        _parties.discard(self)
         if self._forked:
             self.closed = True
             return
@@ -224,6 +224,7 @@ class Party:
                 self._index.close()
             if last:
                 self._finalizer()
+            _parties.discard(self)
 
     def forked(self) -> None:
         """In a forked child: close what was inherited, so that the parent's death is not hidden by it."""
@@ -271,9 +272,9 @@ def _abandon(pid: int, alive_directory: int, token: int, held: list[int]) -> Non
         return
     with contextlib.suppress(OSError):
         os.unlink(alive.token_name(token), dir_fd=alive_directory)
-    for fd in held:
+    while held:  # a fork meanwhile closes what is left
         with contextlib.suppress(OSError):
-            os.close(fd)
+            os.close(held.pop())
 
 
 _parties: weakref.WeakSet[Party] = weakref.WeakSet()
@@ -282,6 +283,10 @@ _parties: weakref.WeakSet[Party] = weakref.WeakSet()
 def _forget_inherited() -> None:
     for party in list(_parties):
         party.forked()
+    _no_fork.release()
 
 
-os.register_at_fork(after_in_child=_forget_inherited)
+_no_fork = threading.RLock()
+os.register_at_fork(
+    before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_forget_inherited
+)

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 from . import words as W
 from .delivery import Item
 from .engine import Array, Arrays, Payload, Source
-from .errors import Empty, ShutDown
+from .errors import BadItem, Empty, LeaseExpired, ShutDown
 from .layout import Limits
 from .source import DirectorySource
 from .writer import deadline_of
@@ -140,22 +140,20 @@ class SpoolReader:
     def peek(self, block: bool = True, timeout: float | None = None) -> Peeked:
         """Look at the next item and leave it where it is: its number, times and metadata, not its arrays.
 
-        Another reader may take it at any moment. Raises Empty, ShutDown, as `receive` does.
+        Another reader may take it at any moment. Raises Empty, ShutDown, as `receive` does. A damaged item is moved to
+        `failed/` and the next one looked at.
         """
 
         def look() -> list[Peeked]:
-            delivery = self._source.peek()
-            contents = self._source.contents(delivery)
-            return [
-                Peeked(
-                    delivery.seq,
-                    delivery.attempt,
-                    delivery.put_time / 1e9,
-                    delivery.size,
-                    contents.names,
-                    contents.meta,
-                )
-            ]
+            while True:
+                delivery = self._source.peek()
+                try:
+                    names, meta, put_time = self._source.contents(delivery)
+                except (BadItem, LeaseExpired):
+                    continue  # damaged, or taken by somebody else meanwhile
+                return [
+                    Peeked(delivery.seq, delivery.attempt, put_time / 1e9, delivery.size, names, meta)
+                ]
 
         return self._await(look, deadline_of(block, timeout))[0]
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from . import changes, history, npy
 from . import words as W
@@ -21,7 +21,7 @@ from .errors import BadItem, Empty, LeaseExpired, ShutDown
 from .footer import Footer
 from .giveup import give_up
 from .holds import Hold, Holds
-from .index import Index, unlink_missing_ok
+from .index import Index, exists, unlink_missing_ok
 from .layout import Limits, item_name
 from .loans import release
 from .maps import MOST_MAPPED, Maps, check_regular
@@ -29,6 +29,10 @@ from .newfile import SMALL
 from .party import Party
 from .tend import drop_file, return_item, tend
 from .waiting import wait
+
+
+_LONGEST: Final = 1e9
+"""Seconds of the longest lease or delay, 31 years."""
 
 
 @dataclass(slots=True)
@@ -106,20 +110,24 @@ class DirectorySource:
     def contents(self, delivery: Delivery) -> Contents:
         """What an item in hand, or one peeked at, says of itself; its arrays are not mapped.
 
-        Raises BadItem, having given up an item in hand, and LeaseExpired when the item is elsewhere now.
+        Raises BadItem, having given the item up, and LeaseExpired when it is elsewhere now.
         """
         claim: Claim = delivery.handle
         name = item_name(delivery.seq)
+        items = self.party.layout.items
         with self.party:
             try:
-                return read_contents(self.party.layout.items, name, claim.end)
+                said = read_contents(items, name, claim.end)
             except FileNotFoundError:
                 self.party.layout.check_present()
                 raise _expired(self.party, delivery.seq) from None
             except BadItem as error:
-                if not claim.peeked:
-                    self.party.run(_reject, self, delivery, f"damaged: {error}")
+                self.party.run(_give_up_peeked if claim.peeked else _reject, self, delivery, f"damaged: {error}")
                 raise
+            if claim.peeked and not exists(items, delivery.seq):
+                # Somebody has got it, and its file may have been written again while it was read.
+                raise _expired(self.party, delivery.seq)
+            return said
 
     def peek(self) -> Delivery:
         """The next item, left where it is. Raises Empty, ShutDown."""
@@ -169,8 +177,7 @@ class DirectorySource:
         for record in reversed(changes.away(party.index)):
             if words[record + W.OWNER] == party.token:
                 if words[record + W.STATE] == W.CLAIMED:
-                    party.index.change(W.MEMORY, 0, changes.give_back(party.index, record, 0))
-                    party.news("items")
+                    return_item(party, record, "its reader left", 0)
                 elif words[record + W.STATE] == W.HELD:
                     drop_file(party, record)
 
@@ -260,6 +267,7 @@ def _get(party: Party, source: DirectorySource, limit: int, got: list[Payload]) 
         got.append(opened.payload)
         if hold is not None:
             source.holds.add(hold, opened.payload.arrays)
+    _pass_on(party)
 
 
 def take_off(
@@ -291,7 +299,7 @@ def take_off(
     party.news("space")
     if words[W.SHUTDOWN]:
         party.news("items", 8)
-    if attempt > 1 or (attempt and not queue):
+    if attempt > (0 if queue else 1):
         history.forget(party.layout, seq)
 
 
@@ -328,7 +336,8 @@ def _claim(
     if source.holds.pending:
         release_pending(party, source)
     index = party.index
-    due = time.monotonic_ns() + int(lease * 1e9) if lease is not None else 0
+    taken.clear()  # what was taken before the index proved torn is not in hand any more
+    due = _due(lease) if lease is not None else 0
     while len(taken) < limit:
         try:
             record, queue = _first(party, source)
@@ -340,6 +349,14 @@ def _claim(
         index.change(W.MEMORY, 0, changes.claim(index, record, queue, party.token, due))
         taken.append(_delivery(index, record))
     party.news("space", len(taken))
+    _pass_on(party)
+
+
+def _pass_on(party: Party) -> None:
+    """Let another reader look when items are left: two puts may have rung one bell."""
+    words = party.index.words
+    if words[W.READY] or words[W.RETURNED]:
+        party.news("items")
 
 
 def _peek(party: Party, source: DirectorySource) -> Delivery:
@@ -354,9 +371,13 @@ def _delivery(index: Index, record: int) -> Delivery:
     words = index.words
     seq = words[record + W.SEQ]
     claim = Claim(index, record, seq, words[record + W.END])
-    return Delivery(
-        seq, words[record + W.ATTEMPT], words[record + W.PUT_TIME], words[record + W.BYTES], claim
-    )
+    put_time = words[record + W.PUT_TIME] if claim.end else 0
+    return Delivery(seq, words[record + W.ATTEMPT], put_time, words[record + W.BYTES], claim)
+
+
+def _due(seconds: float) -> int:
+    """So many seconds from now, in monotonic ns."""
+    return time.monotonic_ns() + int(min(seconds, _LONGEST) * 1e9)
 
 
 def _expired(party: Party, seq: int) -> LeaseExpired:
@@ -399,7 +420,7 @@ def _ack(party: Party, source: DirectorySource, deliveries: list[Delivery]) -> N
 
 def _nack(party: Party, source: DirectorySource, delivery: Delivery, delay: float, why: str) -> None:
     record = _in_hand(party, delivery)
-    return_item(party, record, why, time.monotonic_ns() + int(delay * 1e9) if delay > 0 else 0)
+    return_item(party, record, why, _due(delay) if delay > 0 else 0)
 
 
 def _reject(party: Party, source: DirectorySource, delivery: Delivery, why: str) -> None:
@@ -408,10 +429,19 @@ def _reject(party: Party, source: DirectorySource, delivery: Delivery, why: str)
     give_up(party, record, 0, f"process {os.getpid()}", why)
 
 
+def _give_up_peeked(party: Party, source: DirectorySource, delivery: Delivery, why: str) -> None:
+    """Give up an item that was peeked at and is still the next. Raises LeaseExpired."""
+    record, queue = changes.first(party.index)
+    if not record or party.index.words[record + W.SEQ] != delivery.seq:
+        raise _expired(party, delivery.seq)
+    source.maps.forget(party.index.words[record + W.BIRTH])
+    give_up(party, record, queue, f"process {os.getpid()}", why)
+
+
 def _extend(party: Party, source: DirectorySource, delivery: Delivery, lease: float) -> None:
     record = _in_hand(party, delivery)
     words = party.index.words
-    due = time.monotonic_ns() + int(lease * 1e9)
+    due = _due(lease)
     stores = {record + W.DUE: due}
     if not words[W.NEXT_DUE] or due < words[W.NEXT_DUE]:
         stores[W.NEXT_DUE] = due

@@ -24,6 +24,7 @@ from .census import AnySpool, Progress, batches, dead_among, strangers_at_top, t
 from .history import history_number
 from .index import Index, exists
 from .layout import Limits, item_name, item_number
+from .ledger import table
 from .onlooker import Onlooker
 from .party import Party
 from .tend import drop_file, return_item, temporary_owner
@@ -197,7 +198,7 @@ class _Sweep:
             index = self.spool.run(_index)
             if index is None:
                 return listed  # a rebuild removes every file of free/
-            orphans = np.setdiff1d(listed, known_files(index.words), assume_unique=False)
+            orphans = np.setdiff1d(listed, _known_files(index.words))
             if self.party is None or not orphans.size or self.party.run(_index) is index:
                 return orphans
 
@@ -217,13 +218,10 @@ class _Sweep:
             self._looked_at(names, len(names) - len(tokens))
 
 
-def known_files(words: memoryview[int]) -> Numbers:
+def _known_files(words: memoryview[int]) -> Numbers:
     """The numbers of all files that records of an index stand for."""
-    end = min(max(words[W.EDGE], W.HEADER), len(words))
-    table = np.frombuffer(words, np.uint64)[W.HEADER : end - (end - W.HEADER) % W.RECORD].reshape(
-        -1, W.RECORD
-    )
-    files: Numbers = table[:, W.FILE][table[:, W.STATE] != W.NOTHING]
+    records = table(words)
+    files: Numbers = records[records[:, W.STATE] != W.NOTHING, W.FILE]
     return files
 
 

@@ -103,12 +103,12 @@ def return_item(party: Party, record: int, why: str, due: int) -> bool:
     index = party.index
     words = index.words
     seq, attempt = words[record + W.SEQ], words[record + W.ATTEMPT]
-    who = alive.process_of(party.layout.alive, words[record + W.OWNER])
+    who = f"process {alive.process_of(party.layout.alive, words[record + W.OWNER])}"
     most = words[W.MAX_ATTEMPTS]
     if most and attempt >= most:
         give_up(party, record, 0, who, f"{why}; that was attempt {attempt} of {most}")
         return False
     history.note(party.layout, seq, attempt, who, why)
     index.change(W.MEMORY, 0, changes.give_back(index, record, due))
-    party.news("items")
+    party.news("items", 8 if due else 1)  # all who wait must know when to look
     return True

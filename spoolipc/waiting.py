@@ -20,19 +20,22 @@ def wait(party: Party, kind: Kind, look: Look, deadline: float | None) -> bool:
     once a second, and a lease or delay is attended to when it ends.
     """
 
-    def glance() -> bool:
+    def ready() -> bool:
         if party.closed:
             raise SpoolClosed("this was closed while it waited")
         index = party.index
         # An index that is not whole any more is repaired by the step that follows a True.
         return not index.whole() or look(index.words)
 
+    def glance() -> bool:
+        return ready() or 0 < party.index.words[W.NEXT_DUE] < until * 1e9
+
     while True:
         tend_if_due(party)
         until = _next_event(party)
         if deadline is not None:
             until = min(until, deadline)
-        if party.bells.wait(kind, glance, max(0.0, until - time.monotonic())):
+        if party.bells.wait(kind, glance, max(0.0, until - time.monotonic())) and ready():
             return True
         if deadline is not None and time.monotonic() >= deadline:
             return False
