@@ -1,8 +1,9 @@
 """Who is alive: each party that opens a spool holds a lock on `alive/TOKEN` until it ends.
 
 A party is dead exactly when its lock can be taken or its file is gone. The kernel releases the lock at
-death, so there is no pid to be reused, no clock and no heartbeat, and it holds between containers that share the
-directory. Files are made and judged under the index lock only: nobody sees one between making and locking.
+death, so there is no pid to be reused, no clock and no heartbeat, and it holds between containers that share
+the directory. Files are made and judged under the index lock only: nobody sees one between making and
+locking.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _pool(words: memoryview[int], stores: Stores, record: int, size: int) -> Non
 def describe(
     words: memoryview[int], record: int, seq: int, put_time: int, flags: int, loan: int, end: int = 0
 ) -> None:
-    """Write what a record says of its item, before the change that makes it one: until then nobody reads it."""
+    """Write what a record says of its item, before the change that makes it one."""
     words[record + W.SEQ : record + W.OWNER] = array("Q", (seq, put_time, 0, 0, flags, loan, end, 0, 0))
 
 
@@ -223,7 +223,7 @@ def delivered(index: Index, stores: Stores) -> Stores:
 
 
 def give_back(index: Index, record: int, due: int) -> Stores:
-    """CLAIMED or DELAYED becomes WAITING, before all never delivered; or DELAYED until `due` (monotonic ns)."""
+    """CLAIMED or DELAYED becomes WAITING, before all never delivered, or DELAYED until `due` (ns)."""
     words = index.words
     stores: Stores = {}
     if words[record + W.STATE] == W.CLAIMED:
@@ -281,8 +281,9 @@ def drop(index: Index, record: int) -> Stores:
 def find_pooled(
     index: Index, size: int, most: int, mapped: Container[int], *, only_mapped: bool = False
 ) -> tuple[int, int]:
-    """A pooled file of `size` to `most` bytes: (record, the position that links to it), zeros when none is found
-    in a constant number of looks.
+    """A pooled file of `size` to `most` bytes, as (record, the position that links to it).
+
+    Zeros when none is found in a constant number of looks.
 
     mapped: birth numbers of files whose pages the asker has mapped; of large files, such a one is preferred.
     """
@@ -313,7 +314,7 @@ def find_pooled(
 
 
 def any_pooled(index: Index) -> tuple[int, int]:
-    """A pooled file to give up for space, the largest bucket first: (record, link); zeros when there is none."""
+    """A pooled file to give up for space, the largest first: (record, link), or zeros."""
     words = index.words
     if words[W.POOL_COUNT]:
         for head in range(W.BUCKETS + 191, W.BUCKETS - 1, -1):

@@ -14,11 +14,13 @@ _log = logging.getLogger("spoolipc")
 
 
 class Item:
-    """An item in a reader's hands. As a context manager it is acknowledged at the end of the block, or given back
-    when the block raises; by hand, with ack, nack or reject.
+    """An item in a reader's hands.
 
-    seq: sequence number. attempt: 1 at the first delivery. nbytes: bytes stored. Nothing of the arrays is read
-    before `array` or `arrays` is asked for.
+    As a context manager it is acknowledged at the end of the block, or given back when the block raises; by hand,
+    with ack, nack or reject.
+
+    seq: sequence number. attempt: 1 at the first delivery. nbytes: bytes stored. Nothing of the arrays is
+    read before `array` or `arrays` is asked for.
     """
 
     def __init__(self, source: Source, delivery: Delivery) -> None:
@@ -48,8 +50,10 @@ class Item:
 
     @property
     def put_time(self) -> float:
-        """When the item was put, wall clock in seconds. Raises what `meta` raises, as after the loss of the index only
-        the file knows it."""
+        """When the item was put, wall clock in seconds.
+
+        Raises what `meta` raises: after the loss of the index only the file knows it.
+        """
         return (self._delivery.put_time or self._said().put_time) / 1e9
 
     def _said(self) -> Contents:

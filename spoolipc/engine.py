@@ -1,7 +1,8 @@
 """What the faces (writer, reader, queue, asyncio) ask of an engine, and the values that pass between them.
 
-The directory engine keeps this for one machine. Another engine stands behind the same faces by keeping it too; `tests/contract.py`
-says what that means. Nothing here blocks but `wait_items` and `wait_space`: a face loops over a step and a wait.
+The directory engine keeps this for one machine. Another engine stands behind the same faces by keeping it
+too; `tests/contract.py` says what that means. Nothing here blocks but `wait_items` and `wait_space`: a face
+loops over a step and a wait.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Payload:
 class Delivery:
     """An item that a reader has taken.
 
-    seq: its sequence number. attempt: 1 at its first delivery. put_time: wall clock, ns; 0 when only the contents
-    tell it. size: bytes stored. handle: the engine's own, for settling.
+    seq: its sequence number. attempt: 1 at its first delivery. put_time: wall clock, ns; 0 when only the
+    contents tell it. size: bytes stored. handle: the engine's own, for settling.
     """
 
     seq: int

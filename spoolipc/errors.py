@@ -1,4 +1,4 @@
-"""Every error the package raises: all derive from `SpoolError` and from the standard class a caller would already catch."""
+"""Every error the package raises: each a `SpoolError`, and of the standard class a caller would already catch."""
 
 from __future__ import annotations
 

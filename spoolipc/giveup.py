@@ -19,7 +19,8 @@ def give_up(party: Party, record: int, queue: int, who: str, why: str, *, previo
 
     record, queue: the item waits at the head of `queue`, or after the record `previous` there, or is in
     somebody's hands (`queue` 0). An item that has lost its file is only taken off.
-    The reason is written first: a crash after it leaves the item where it was, with one line more in its history.
+    The reason is written first: a crash after it leaves the item where it was, with one line more in its
+    history.
     """
     index, layout = party.index, party.layout
     words = index.words

@@ -1,7 +1,8 @@
 """Why deliveries of an item failed: one line of JSON per failure in `failed/SEQ.jsonl`.
 
-The file exists only while there is something to tell: it is removed when the item is acknowledged after all, and stays
-beside `failed/SEQ.npy` when the item is given up. It outlives the index, and so does the number of attempts.
+The file exists only while there is something to tell: it is removed when the item is acknowledged after all,
+and stays beside `failed/SEQ.npy` when the item is given up. It outlives the index, and so does the number of
+attempts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def history_number(name: str) -> int | None:
 def note(layout: Layout, number: int, attempt: int, who: str, why: str) -> None:
     """Add a failure to an item's history; the caller holds the index lock.
 
-    Where it cannot be written, as on a full file system, the log has it: that must keep nobody from the items.
+    Where it cannot be written, as on a full file system, the log has it: that must keep nobody from the
+    items.
     """
     line = json.dumps({"attempt": attempt, "when": time.time(), "who": who, "why": why[:4096]})
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -1,7 +1,7 @@
 """Who still looks at a file: the arrays given out, and what happens to the file when the last view of them is gone.
 
-A file is written again only when nobody can see it change: no array over it is left (an array's every view keeps
-the array alive), and no fork happened while there was one, as the child has the views too.
+A file is written again only when nobody can see it change: no array over it is left (an array's every view
+keeps the array alive), and no fork happened while there was one, as the child has the views too.
 """
 
 from __future__ import annotations

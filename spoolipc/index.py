@@ -1,8 +1,9 @@
 """The index: a file of 64-bit words mapped by every party, and how it is changed without ever being torn.
 
 A change is a set of stores, and at most one system call on a file that goes with it. It is written to a
-journal in the header first, then MARK names its kind, then the file is moved, then the stores are made, then MARK is
-cleared. A process can die between any two of these steps; the next holder of the lock sees MARK and asks
+journal in the header first, then MARK names its kind, then the file is moved, then the stores are made, then
+MARK is cleared. A process can die between any two of these steps; the next holder of the lock sees MARK and
+asks
 the directory whether the file was moved: if so it makes the stores, else it forgets them.
 
 The index holds no truth that the directories do not: it is never synced, and one that is lost, torn or of an
@@ -11,6 +12,7 @@ earlier boot is built again from a listing of `items/` (`rebuild.py`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import mmap
@@ -163,7 +165,8 @@ class Index:
     def new_record(self) -> int:
         """Position of a record that stands for nothing, growing the file where none is left.
 
-        The caller's change takes it, by the stores of `taken`. Raises StorageError when the file system is full.
+        The caller's change takes it, by the stores of `taken`. Raises StorageError when the file system is
+        full.
         """
         words = self.words
         if words[W.UNUSED]:
@@ -220,10 +223,8 @@ def exists(directory: int, number: int) -> bool:
 
 def unlink_missing_ok(directory: int, name: str) -> None:
     """Remove a name that a predecessor may have removed already."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory)
-    except FileNotFoundError:
-        pass
 
 
 def create(layout: Layout, records: int) -> Index:

@@ -1,7 +1,8 @@
 """Lent arrays after their commit: the writer that filled one may still look at it.
 
 Its file carries the writer's token in LOAN until the array and every view of it are gone. A reader that is
-done with such a file does not pool it but passes it into the writer's hands (HELD), and the writer pools it when it can.
+done with such a file does not pool it but passes it into the writer's hands (HELD), and the writer pools it
+when it can.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Kept mappings: a file that comes back is already mapped, its pages already faulted in.
 
-A mapping is kept under its file's birth number, which no other file ever has, and used again only when the file at hand is the same
-one (device and inode) and not shorter. Bounded in number, as each mapping holds a descriptor, and in bytes.
+A mapping is kept under its file's birth number, which no other file ever has, and used again only when the
+file at hand is the same one (device and inode) and not shorter. Bounded in number, as each mapping holds a
+descriptor, and in bytes.
 """
 
 from __future__ import annotations

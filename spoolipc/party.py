@@ -1,7 +1,8 @@
 """One party: a writer's or reader's open spool, and the locked step in which everything happens.
 
-`run` takes the lock, makes sure the index is the spool's and whole, does one piece of work, lets go, and only then rings the
-bells that the work asked for. A forked child inherits nothing: it closes what it got and opens the spool again as a party of its own.
+`run` takes the lock, makes sure the index is the spool's and whole, does one piece of work, lets go, and only
+then rings the bells that the work asked for. A forked child inherits nothing: it closes what it got and opens
+the spool again as a party of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .errors import SpoolClosed, SpoolError, SpoolGone, StorageError
 from .index import Index, Torn
 from .layout import Layout, Limits, agree, open_layout
 from .lock import IndexLock, open_lock
+from .nofork import no_fork
 from .rebuild import rebuild, set_limits
 
 P = ParamSpec("P")
@@ -70,7 +72,7 @@ class Party:
 
     def _join(self, asked: Limits) -> None:
         set_limits(self.index, agree(self.layout, asked))
-        with _no_fork:  # a child that has the locked file unawares would hide our death
+        with no_fork:  # a child that has the locked file unawares would hide our death
             self._alive = alive.announce(self.layout.alive, self.token, self.layout.file_mode)
             self._held.append(self._alive)
 
@@ -283,10 +285,6 @@ _parties: weakref.WeakSet[Party] = weakref.WeakSet()
 def _forget_inherited() -> None:
     for party in list(_parties):
         party.forked()
-    _no_fork.release()
 
 
-_no_fork = threading.RLock()
-os.register_at_fork(
-    before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_forget_inherited
-)
+os.register_at_fork(after_in_child=_forget_inherited)

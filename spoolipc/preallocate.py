@@ -20,7 +20,8 @@ from .room import rounded
 def preallocate(party: Party, maps: Maps, count: int, nbytes: int, prefix: str) -> int:
     """Fill the pool up to `count` files that each hold an array of `nbytes` bytes; returns how many were made.
 
-    maps: keeps the files mapped, their pages touched. prefix: begins their names in `tmp/`, until they are whole.
+    maps: keeps the files mapped, their pages touched. prefix: begins their names in `tmp/`, until they are
+    whole.
 
     Raises Full when the file system is full, ValueError when the pool may not hold so much.
     """

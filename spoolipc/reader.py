@@ -24,8 +24,8 @@ class SpoolReader:
 
     path: the spool's directory, made (with mode 0700) by whoever comes first.
     maxsize, max_bytes, recycle_bytes, max_attempts, mode: limits, as SpoolWriter takes them.
-    lease: seconds after which a received item that is not settled goes to another reader; None, only when this
-    reader ends. `get` needs none.
+    lease: seconds after which a received item that is not settled goes to another reader; None, only when
+    this reader ends. `get` needs none.
 
     Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork.
     Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
@@ -114,11 +114,12 @@ class SpoolReader:
             with reader.receive() as item:
                 work(item.array)
 
-        acknowledges it at the end, and gives it back when `work` raises, when this process dies, or when the lease ends. An item
-        given back is delivered before all that was never delivered; after `max_attempts` it is a dead letter.
+        acknowledges it at the end, and gives it back when `work` raises, when this process dies, or when the
+        lease ends. An item given back is delivered before all that was never delivered; after `max_attempts`
+        it is a dead letter.
 
-        Raises Empty when no item comes in time, ShutDown when the spool was shut down, nothing waits and nobody else
-        has an item in hand.
+        Raises Empty when no item comes in time, ShutDown when the spool was shut down, nothing waits and
+        nobody else has an item in hand.
         """
         (delivery,) = self._await(lambda: self._source.claim(1, self._lease), deadline_of(block, timeout))
         return Item(self._source, delivery)
@@ -126,8 +127,8 @@ class SpoolReader:
     def items(self) -> Iterator[Item]:
         """Receive item after item, until the spool was shut down and has ended.
 
-        Each is acknowledged when the next is asked for, unless it was settled by hand; one whose loop body raises or
-        breaks is given back.
+        Each is acknowledged when the next is asked for, unless it was settled by hand; one whose loop body
+        raises or breaks is given back.
         """
         while True:
             try:
@@ -140,8 +141,8 @@ class SpoolReader:
     def peek(self, block: bool = True, timeout: float | None = None) -> Peeked:
         """Look at the next item and leave it where it is: its number, times and metadata, not its arrays.
 
-        Another reader may take it at any moment. Raises Empty, ShutDown, as `receive` does. A damaged item is moved to
-        `failed/` and the next one looked at.
+        Another reader may take it at any moment. Raises Empty, ShutDown, as `receive` does. A damaged item is
+        moved to `failed/` and the next one looked at.
         """
 
         def look() -> list[Peeked]:
@@ -151,9 +152,7 @@ class SpoolReader:
                     names, meta, put_time = self._source.contents(delivery)
                 except (BadItem, LeaseExpired):
                     continue  # damaged, or taken by somebody else meanwhile
-                return [
-                    Peeked(delivery.seq, delivery.attempt, put_time / 1e9, delivery.size, names, meta)
-                ]
+                return [Peeked(delivery.seq, delivery.attempt, put_time / 1e9, delivery.size, names, meta)]
 
         return self._await(look, deadline_of(block, timeout))[0]
 

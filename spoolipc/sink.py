@@ -2,8 +2,8 @@
 
 A put goes: is there room (a look without the lock); write the file; commit. The file is one that was consumed
 before, written through a mapping kept from last time, or a new one in `tmp/`. The commit is one change: a
-rename into `items/` and the stores that go with it. A crash before the rename leaves a file that nobody but the
-tending and `gc` see; a crash after it leaves an item.
+rename into `items/` and the stores that go with it. A crash before the rename leaves a file that nobody but
+the tending and `gc` see; a crash after it leaves an item.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .errors import BadItem, Full, ShutDown, SpoolClosed, StorageError
 from .holds import Hold, Holds
 from .index import unlink_missing_ok
 from .layout import Limits, item_name
-from .maps import MOST_MAPPED, Maps, check_regular
 from .loans import abandon_loans, settle_loans
+from .maps import MOST_MAPPED, Maps, check_regular
 from .newfile import map_new, sync_new, write_new
 from .party import Party
 from .preallocate import preallocate
@@ -48,7 +48,8 @@ RETRY_AFTER = 1.0
 class FileDraft:
     """A payload in a file not yet in `items/`: a spare, or the file `name` in `tmp/`.
 
-    need: bytes written. size: bytes of the file. put_time: wall clock, ns. lent: the payload's array is the file's own memory.
+    need: bytes written. size: bytes of the file. put_time: wall clock, ns. lent: the payload's array is the
+    file's own memory.
     """
 
     payload: Payload
@@ -115,8 +116,8 @@ class DirectorySink:
     def wait_space(self, payload: Payload, deadline: float | None) -> bool:
         """Wait until there may be room for a payload; False when the deadline (monotonic seconds) is past.
 
-        When the file system refused to store it although it seemed to have room (a quota does that), any change of its
-        free space or any item taken is reason to try again, and so is a second gone by.
+        When the file system refused to store it although it seemed to have room (a quota does that), any
+        change of its free space or any item taken is reason to try again, and so is a second gone by.
         """
         party = self.party
         need = _need(payload)
@@ -308,7 +309,9 @@ class DirectorySink:
     def discard(self, draft: FileDraft) -> None:
         """Remove a draft. One left by a close meanwhile is a dead party's: the next tending removes it."""
         with contextlib.suppress(SpoolClosed), self.party:
-            if draft.spare is not None:
+            if draft.spare is not None and draft.lent:
+                self._drop(draft.spare)  # whoever filled it may still write to it
+            elif draft.spare is not None:
                 self._give_back(draft.spare)
             elif draft.name:
                 unlink_missing_ok(self.party.layout.tmp, draft.name)

@@ -1,8 +1,8 @@
 """The getting side of the directory engine.
 
-`get` is one locked step: look at the first item, map it, move its file out of `items/`. A crash before the move leaves the item waiting; after
-it the item is gone, as with any queue. `claim` and `ack` are two steps with the work between them: a crash before the
-second gives the item to another reader.
+`get` is one locked step: look at the first item, map it, move its file out of `items/`. A crash before the
+move leaves the item waiting; after it the item is gone, as with any queue. `claim` and `ack` are two steps
+with the work between them: a crash before the second gives the item to another reader.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 
 from . import changes, history, npy
 from . import words as W
-from .engine import Array, Contents, Delivery, Payload
 from .contents import read_contents
+from .engine import Array, Contents, Delivery, Payload
 from .errors import BadItem, Empty, LeaseExpired, ShutDown
 from .footer import Footer
 from .giveup import give_up
@@ -30,7 +30,6 @@ from .party import Party
 from .tend import drop_file, return_item, tend
 from .waiting import wait
 
-
 _LONGEST: Final = 1e9
 """Seconds of the longest lease or delay, 31 years."""
 
@@ -39,7 +38,8 @@ _LONGEST: Final = 1e9
 class Claim:
     """An item in this reader's hands, as the index knows it.
 
-    end: where the footer begins, 0 when not known. hold: its arrays, once loaded. single: its file was seen to have no other name, so that it may be written again.
+    end: where the footer begins, 0 when not known. hold: its arrays, once loaded. single: its file was seen
+    to have no other name, so that it may be written again.
     """
 
     index: Index
@@ -84,7 +84,10 @@ class DirectorySource:
         return got
 
     def claim(self, limit: int, lease: float | None) -> list[Delivery]:
-        """Take up to `limit` items in hand, for `lease` seconds or as long as this party lives. Raises Empty, ShutDown."""
+        """Take up to `limit` items in hand, for `lease` seconds or as long as this party lives.
+
+        Raises Empty, ShutDown.
+        """
         taken: list[Delivery] = []
         self.party.run(_claim, self, limit, lease, taken)
         return taken
@@ -122,7 +125,8 @@ class DirectorySource:
                 self.party.layout.check_present()
                 raise _expired(self.party, delivery.seq) from None
             except BadItem as error:
-                self.party.run(_give_up_peeked if claim.peeked else _reject, self, delivery, f"damaged: {error}")
+                step = _give_up_peeked if claim.peeked else _reject
+                self.party.run(step, self, delivery, f"damaged: {error}")
                 raise
             if claim.peeked and not exists(items, delivery.seq):
                 # Somebody has got it, and its file may have been written again while it was read.
@@ -345,7 +349,6 @@ def _claim(
             if taken:
                 return
             raise
-        words = index.words
         index.change(W.MEMORY, 0, changes.claim(index, record, queue, party.token, due))
         taken.append(_delivery(index, record))
     party.news("space", len(taken))

@@ -1,7 +1,7 @@
 """Consumed files that are written again: taken from the pool, given back to it, or unlinked.
 
-All functions are locked steps (`Party.run`). A file is RESERVED while a writer has it: when the writer dies, the
-tending unlinks it.
+All functions are locked steps (`Party.run`). A file is RESERVED while a writer has it: when the writer dies,
+the tending unlinks it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Tending the spool: what ended leases, ended delays and dead parties left is put back, once a second by whoever is around.
+"""Tending the spool: what ended leases, ended delays and dead parties left is put back.
+
+Once a second, by whoever is around.
 
 A constant amount of work however large the backlog: only files in somebody's hands are looked at, and a
 bounded number of names in `tmp/`. `gc` does the same without the bound.

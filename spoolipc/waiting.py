@@ -16,8 +16,8 @@ Look = Callable[["memoryview[int]"], bool]
 def wait(party: Party, kind: Kind, look: Look, deadline: float | None) -> bool:
     """Wait until `look(words)` is true (True) or the deadline (monotonic seconds) is past (False).
 
-    look: sees the index's words without the lock, so what it says is a hint. Meanwhile the dead are looked for
-    once a second, and a lease or delay is attended to when it ends.
+    look: sees the index's words without the lock, so what it says is a hint. Meanwhile the dead are looked
+    for once a second, and a lease or delay is attended to when it ends.
     """
 
     def ready() -> bool:

@@ -1,7 +1,8 @@
 """The index's words: where each number stands in the mapped file. Names only; no code.
 
 The index is an array of 64-bit words: a header of HEADER words, then records of RECORD words. A record
-stands for one file, from the moment it is known until it is unlinked. Records are linked by the position of their first word, 0 being none.
+stands for one file, from the moment it is known until it is unlinked. Records are linked by the position of
+their first word, 0 being none.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class SpoolWriter:
     max_bytes: most bytes of items waiting or in flight; likewise.
     durability: "none", what was put survives the crash of any process; "fsync", also the loss of power.
     reopen: take puts again if the spool was shut down.
-    preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of `nbytes` bytes, so
-    that the first puts are as fast as the later ones.
+    preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of
+    `nbytes` bytes, so that the first puts are as fast as the later ones.
 
     Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork.
     Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
@@ -89,7 +89,8 @@ class SpoolWriter:
         meta: any JSON value, delivered with the item.
 
         Raises Full when there is no room in time, ShutDown when the spool was shut down, TooLarge when the
-        array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array, StorageError.
+        array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array,
+        StorageError.
         """
         return self._put([_payload(array, meta)], deadline_of(block, timeout))[0]
 
@@ -103,8 +104,9 @@ class SpoolWriter:
     ) -> list[int]:
         """Put several arrays, up to 64 in one step; returns their sequence numbers in order.
 
-        metas: one for each array. Other parameters and errors are those of `put`; `timeout` is for all of them
-        together. Each item is put whole or not at all, and Full and ShutDown tell in their `seqs` which were.
+        metas: one for each array. Other parameters and errors are those of `put`; `timeout` is for all of
+        them together. Each item is put whole or not at all, and Full and ShutDown tell in their `seqs` which
+        were.
         """
         deadline = deadline_of(block, timeout)
         several = list(arrays)
@@ -187,11 +189,11 @@ class SpoolWriter:
                 camera.read_into(frame)
 
         shape, dtype, order: as for np.empty; what the array holds at first is undefined.
-        block, timeout, meta: as for `put`, when the block begins; at its end the item is put, waiting for room
-        for ever. When the block raises, nothing is put.
+        block, timeout, meta: as for `put`, when the block begins; at its end the item is put, waiting for
+        room for ever. When the block raises, nothing is put.
 
-        The array is writable within the block and read-only after it; views made of it within the block must not be
-        written any more. Raises what `put` raises.
+        The array is writable within the block and read-only after it; views made of it within the block must
+        not be written any more. Raises what `put` raises.
         """
         template: Array = np.empty(shape, dtype, order)
         payload = _payload(template, meta)
