@@ -1,6 +1,8 @@
 """Large NumPy arrays handed between processes, through files in a spool directory."""
 
+from .delivery import Item
 from .errors import (
+    AlreadySettled,
     BadItem,
     Empty,
     Full,
@@ -19,18 +21,21 @@ from .errors import (
     UnsafeSpool,
     UnsupportedArray,
 )
-from .reader import SpoolReader
+from .reader import Peeked, SpoolReader
 from .writer import SpoolWriter
 
 __all__ = [
+    "AlreadySettled",
     "BadItem",
     "Empty",
     "Full",
+    "Item",
     "LeaseExpired",
     "LimitMismatch",
     "LockTimeout",
     "NetworkFileSystem",
     "NotASpool",
+    "Peeked",
     "ShutDown",
     "SpoolClosed",
     "SpoolError",

@@ -10,9 +10,12 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from .index import Index
+
+NO_FILE: Final = 2**64 - 1
+"""Stands for the number of a file that is not an item yet."""
 
 
 class Hold:
@@ -20,12 +23,12 @@ class Hold:
 
     __slots__ = ("alone", "index", "left", "number", "record")
 
-    def __init__(self, index: Index, record: int, number: int) -> None:
+    def __init__(self, index: Index, record: int, number: int, *, alone: bool = True) -> None:
         self.index = index
         self.record = record
         self.number = number
         self.left = 0
-        self.alone = True
+        self.alone = alone
 
 
 class _Watch(weakref.ref[Any]):

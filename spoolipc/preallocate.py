@@ -25,6 +25,8 @@ def preallocate(party: Party, maps: Maps, count: int, nbytes: int, prefix: str) 
 
     Raises Full when the file system is full, ValueError when the pool may not hold so much.
     """
+    if count < 0 or nbytes < 0:
+        raise ValueError(f"preallocate takes a count and a number of bytes, not ({count!r}, {nbytes!r})")
     size = rounded(npy.ALIGN * 4 + nbytes + footer.SIZE)
     words = party.look()
     if count * size > words[W.RECYCLE_BYTES]:

@@ -24,7 +24,7 @@ from . import words as W
 from .alive import token_name
 from .engine import Array, Payload
 from .errors import BadItem, Full, ShutDown, SpoolClosed, StorageError
-from .holds import Hold, Holds
+from .holds import NO_FILE, Hold, Holds
 from .index import unlink_missing_ok
 from .layout import Limits, item_name
 from .loans import abandon_loans, settle_loans
@@ -49,7 +49,7 @@ class FileDraft:
     """A payload in a file not yet in `items/`: a spare, or the file `name` in `tmp/`.
 
     need: bytes written. size: bytes of the file. put_time: wall clock, ns. lent: the payload's array is the
-    file's own memory.
+    file's own memory. hold: who looks at that.
     """
 
     payload: Payload
@@ -63,6 +63,7 @@ class FileDraft:
     name: str = ""
     size: int = 0
     lent: bool = False
+    hold: Hold | None = None
 
 
 class DirectorySink:
@@ -213,12 +214,13 @@ class DirectorySink:
         if self.durable or not self.party.look()[W.POOL_COUNT]:
             return
         needs = [_need(payload) for payload in payloads[:MOST_SPARES]]
+        wanted = [(need, self._most(need)) for need in needs]
         with self._mutex:
+            if spares.suffice(self.spares, wanted):
+                return
             useless, self.spares = self.spares, []
         with self.party:
-            found = self.party.run(
-                spares.restock, useless, [(need, self._most(need)) for need in needs], self.maps
-            )
+            found = self.party.run(spares.restock, useless, wanted, self.maps)
         with self._mutex:
             self.spares += found
 
@@ -251,6 +253,8 @@ class DirectorySink:
         array = npy.view(buffer, image.blocks[0], writeable=True)
         draft.payload.arrays = (array,)
         draft.buffer = buffer
+        draft.hold = Hold(self.party.index, 0, NO_FILE)
+        self.holds.add(draft.hold, draft.payload.arrays)  # now, so that a fork meanwhile is known
         return draft, array
 
     def finish(self, draft: FileDraft) -> None:
@@ -417,7 +421,12 @@ def _commit(party: Party, sink: DirectorySink, draft: FileDraft) -> int | None:
     if loan:
         if draft.status is not None and draft.buffer is not None:
             sink.maps.keep(draft.buffer, draft.status, seq, record)
-        sink.holds.add(Hold(index, record, seq), draft.payload.arrays)
+        hold = draft.hold
+        assert hold is not None
+        if hold.index is not index:
+            hold = Hold(index, record, seq, alone=hold.alone)
+            sink.holds.add(hold, draft.payload.arrays)
+        hold.record, hold.number = record, seq
     if successor:
         sink.keep(spares.spare_of(index, successor))
     elif spare is not None and draft.need < changes.LARGE:

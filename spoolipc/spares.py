@@ -6,7 +6,7 @@ the tending unlinks it.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from . import changes
@@ -53,6 +53,17 @@ def restock(
     give_back(party, useless)
     found = (reserve(party, need, most, mapped) for need, most in wanted)
     return [spare for spare in found if spare is not None]
+
+
+def suffice(spares: Sequence[Spare], wanted: Sequence[tuple[int, int]]) -> bool:
+    """Whether there is a spare for each (need, most)."""
+    sizes = [spare.size for spare in spares]
+    for need, most in wanted:
+        fit = next((position for position, size in enumerate(sizes) if need <= size <= most), None)
+        if fit is None:
+            return False
+        del sizes[fit]
+    return True
 
 
 def give_back(party: Party, spares: list[Spare]) -> None:
