@@ -10,6 +10,7 @@ from .errors import (
     LimitMismatch,
     LockTimeout,
     NetworkFileSystem,
+    NoSuchItem,
     NotASpool,
     ShutDown,
     SpoolClosed,
@@ -21,30 +22,54 @@ from .errors import (
     UnsafeSpool,
     UnsupportedArray,
 )
+from .failed import DeadLetter, Retried, StoredArray, failed_drop, failed_list, failed_retry, failed_show
+from .fsck import FsckReport, fsck
+from .history import Failure
+from .layout import Limits
+from .premises import Problem
 from .reader import Peeked, SpoolReader
+from .status import SpoolStat, stat
+from .sweep import GcReport, gc
 from .writer import SpoolWriter
 
 __all__ = [
     "AlreadySettled",
     "BadItem",
+    "DeadLetter",
     "Empty",
+    "Failure",
+    "FsckReport",
     "Full",
+    "GcReport",
     "Item",
     "LeaseExpired",
     "LimitMismatch",
+    "Limits",
     "LockTimeout",
     "NetworkFileSystem",
+    "NoSuchItem",
     "NotASpool",
     "Peeked",
+    "Problem",
+    "Retried",
     "ShutDown",
     "SpoolClosed",
     "SpoolError",
     "SpoolGone",
     "SpoolReader",
+    "SpoolStat",
     "SpoolWriter",
     "StorageError",
+    "StoredArray",
     "TooLarge",
     "UnknownVersion",
     "UnsafeSpool",
     "UnsupportedArray",
+    "failed_drop",
+    "failed_list",
+    "failed_retry",
+    "failed_show",
+    "fsck",
+    "gc",
+    "stat",
 ]
