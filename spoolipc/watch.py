@@ -26,6 +26,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
+from .nofork import no_fork
+
 log = logging.getLogger("spoolipc")
 
 RING = "ring"  # the one file in a watched directory; writing to it is the event
@@ -233,10 +235,11 @@ def _forced() -> bool:
 
 
 def _start() -> _Source:
-    try:
-        return _Direct()
-    except ImportError:
-        return _Observed()
+    with no_fork:  # Python's lock on a module being imported would never be released in the child
+        try:
+            return _Direct()
+        except ImportError:
+            return _Observed()
 
 
 def _try_out(directory: str) -> None:
