@@ -96,6 +96,14 @@ class Party:
                 raise SpoolClosed(_CLOSED)
             try:
                 lock.take()
+                index = self._index
+                if index is not None:
+                    try:
+                        index.check()
+                        index.words[W.HOLDER] = self.token
+                        return work(self, *args, **kwargs)
+                    except Torn as torn:
+                        self._repair(str(torn))
                 return self._steadily(work, *args, **kwargs)
             except OSError as error:
                 raise self._explained(error) from error
@@ -110,8 +118,9 @@ class Party:
             self.bells.ring(kind, count)
 
     def _steadily(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do the work with an index that was lost or damaged just now."""
         damage = ""
-        for _ in range(3):
+        for _ in range(2):
             try:
                 if self._index is None:
                     self._adopt(Index(self.layout))

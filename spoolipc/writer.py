@@ -17,7 +17,8 @@ from . import words as W
 from .engine import Array, Payload, Sink
 from .errors import Full, ShutDown, UnsupportedArray
 from .layout import Limits
-from .sink import MOST_SPARES, DirectorySink, Durability
+from .sink import DirectorySink, Durability
+from .stock import MOST_SPARES
 
 AT_ONCE = MOST_SPARES
 

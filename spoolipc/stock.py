@@ -1,0 +1,149 @@
+"""A writer's stock: consumed files it has reserved, mappings it keeps, arrays it has lent."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from . import footer, npy, spares
+from . import words as W
+from .alive import token_name
+from .engine import Payload
+from .errors import BadItem, StorageError
+from .holds import Hold, Holds
+from .layout import Limits, item_name
+from .maps import MOST_MAPPED, Maps, check_regular
+from .party import Party
+from .preallocate import preallocate
+from .room import PAGE, rounded
+from .spares import Spare
+from .tend import tend
+
+MOST_SPARES = 64
+
+
+@dataclass(slots=True)
+class FileDraft:
+    """A payload in a file not yet in `items/`: a spare, or the file `name` in `tmp/`.
+
+    need: bytes written. size: bytes of the file. put_time: wall clock, ns. lent: the payload's array is the
+    file's own memory. hold: who looks at that.
+    """
+
+    payload: Payload
+    image: npy.Image
+    tail: bytes
+    put_time: int
+    need: int
+    buffer: mmap.mmap | None = None
+    status: os.stat_result | None = None
+    spare: Spare | None = None
+    name: str = ""
+    size: int = 0
+    lent: bool = False
+    hold: Hold | None = None
+
+
+class Stock:
+    """A writer's party, and the files it may write. asked: limits, None for what is there.
+
+    durable: every item must survive the loss of power, so no consumed file is written again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], asked: Limits, *, durable: bool) -> None:
+        self.party = Party(path, asked)
+        self.durable = durable
+        self._forget()
+        self.party.on_adopt = self._forget
+        self.party.run(tend, force=True)
+
+    def _forget(self) -> None:
+        """Start afresh: the index is another, or this is a forked child, where a thread may have held the mutex."""
+        self._mutex = threading.Lock()
+        self.spares: list[Spare] = []
+        self.holds = Holds()
+        self.maps = Maps(writable=True, most_bytes=MOST_MAPPED)
+        self.pool_was_empty = False
+
+    def take_spare(self, need: int) -> Spare | None:
+        """A consumed file of the right size that is ours to write."""
+        with self._mutex:
+            most = self.most(need)
+            for position, spare in enumerate(self.spares):
+                if need <= spare.size <= most:
+                    return self.spares.pop(position)
+            useless, self.spares = self.spares, []
+        if self.pool_was_empty and not useless:
+            # One file more in circulation, so that the next commit finds one to reserve in the same step.
+            self.pool_was_empty = False
+            return None
+        if not useless and not self.party.look()[W.POOL_COUNT]:
+            return None
+        return self.party.run(spares.swap, useless, need, most, self.maps)
+
+    def most(self, need: int) -> int:
+        """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
+        return rounded(need) if self.party.index.words[W.MAX_BYTES] else max(PAGE, 2 * need)
+
+    def map_spare(self, spare: Spare) -> mmap.mmap | None:
+        """The bytes of a consumed file; None when it is not fit to be written any more and was dropped."""
+        layout, name = self.party.layout, item_name(spare.number)
+        try:
+            status = os.stat(name, dir_fd=layout.free, follow_symlinks=False)
+            check_regular(status)
+            if status.st_nlink != 1 or status.st_size != spare.size:
+                raise BadItem("the file is linked elsewhere or has changed its size")
+            return self.maps.of(layout.free, name, status, spare.birth, spare.record)
+        except BadItem:
+            self.drop(spare)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                self.put_aside(spare)
+                raise StorageError(error.errno, error.strerror, str(layout.path / "free" / name)) from error
+            self.drop(spare)
+        return None
+
+    def drop(self, spare: Spare) -> None:
+        self.maps.forget(spare.birth)
+        self.party.run(spares.drop, spare)
+
+    def stock(self, payloads: Sequence[Payload]) -> None:
+        """Reserve consumed files for several payloads in one step."""
+        if self.durable or not self.party.look()[W.POOL_COUNT]:
+            return
+        needs = [need_of(payload) for payload in payloads[:MOST_SPARES]]
+        wanted = [(need, self.most(need)) for need in needs]
+        with self._mutex:
+            if spares.suffice(self.spares, wanted):
+                return
+            useless, self.spares = self.spares, []
+        with self.party:
+            found = self.party.run(spares.restock, useless, wanted, self.maps)
+        with self._mutex:
+            self.spares += found
+
+    def preallocate(self, count: int, nbytes: int) -> None:
+        """Fill the pool ahead with files for `count` arrays of `nbytes` bytes. Raises Full, ValueError."""
+        with self.party:
+            preallocate(self.party, self.maps, count, nbytes, f"{token_name(self.party.token)}-0")
+
+    def keep(self, spare: Spare) -> None:
+        """Keep a consumed file for the next put."""
+        with self._mutex:
+            self.spares.append(spare)
+
+    def put_aside(self, spare: Spare) -> None:
+        """Keep a spare after all, unless an interrupted commit has made it an item."""
+        if self.party.run(spares.is_ours, spare):
+            self.keep(spare)
+
+
+def need_of(payload: Payload) -> int:
+    end = npy.image_of(payload.arrays).end
+    if payload.names is None and payload.meta is None:
+        return rounded(end + footer.SIZE)
+    return rounded(end + len(footer.pack(end, 0, names=payload.names, meta=payload.meta)))
