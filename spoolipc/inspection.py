@@ -127,7 +127,9 @@ class Inspection:
             self._note(problem, _permission(directory, name, layout.file_mode))
         elif problem.kind == "planted" and directory == layout.items and number is not None:
             self._note(problem, partial(Mender.set_aside, number=number, why=problem.what))
-        else:
+        elif (
+            problem.kind != "planted" or directory != layout.failed or number is None
+        ):  # else set aside already
             self._note(problem)
         return status if problem.kind != "planted" else None
 
