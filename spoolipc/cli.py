@@ -23,42 +23,48 @@ from .sweep import gc
 
 DONE, PROBLEM, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 _SUMMARY = """\
-Look after a spool: a directory through which processes hand NumPy arrays to each other.
+Look after a spool: a directory through which processes hand NumPy arrays to
+each other.
 
-Every command may run at any time, also while readers and writers use the spool."""
+Every command may run at any time, also while readers and writers use the
+spool."""
 _EPILOG = """\
 exit codes: 0 done, 1 found a problem, 2 wrong use, 130 interrupted
 '%(prog)s COMMAND --help' says more, with examples"""
 _GC = """\
-Put back and remove what dead processes left: half-written files, items in dead readers' hands (they are
-delivered again), files nobody needs, stale tokens. A damaged index is built again. Work of
-living processes is never touched, and names that are not the spool's are left alone.
+Put back and remove what dead processes left: half-written files, items in dead
+readers' hands (they are delivered again), files nobody needs, stale tokens. A
+damaged index is built again. Work of living processes is never touched, and
+names that are not the spool's are left alone.
 
-The bytes freed are disk blocks; of a file that another process still has mapped they come back when it
-lets go."""
+The bytes freed are disk blocks; of a file that another process still has
+mapped they come back when it lets go."""
 _GC_EXAMPLES = """\
 examples:
   %(prog)s /dev/shm/frames              tidy up
   %(prog)s /dev/shm/frames --dry-run    only say what would be done
   %(prog)s /dev/shm/frames --json | jq .bytes_freed"""
 _STAT = """\
-Show what is in a spool: items waiting and in readers' hands, dead letters, files kept to be written again, who
-has it open, its limits, and how old the first item is. Changes nothing, and needs no repair to run."""
+Show what is in a spool: items waiting and in readers' hands, dead letters,
+files kept to be written again, who has it open, its limits, and how old the
+first item is. Changes nothing, and needs no repair to run."""
 _STAT_EXAMPLES = """\
 examples:
   %(prog)s /dev/shm/frames
   %(prog)s /dev/shm/frames --json | jq .depth
   watch -n1 %(prog)s /dev/shm/frames
 
-exit codes: 0 all is well, 1 the index is damaged or its lock is stuck, 2 not a spool"""
+exit codes: 0 all is well, 1 the index is damaged or its lock stuck, 2 no spool"""
 _FSCK = """\
-Check every file of a spool and its index against each other: damaged items, items the index does not know,
-files that are missing or of no use, lists that contradict themselves, wrong modes, links and other planted
-things. Without --repair it changes nothing.
+Check every file of a spool and its index against each other: damaged items,
+items the index does not know, files that are missing or of no use, lists that
+contradict themselves, wrong modes, links and other planted things. Without
+--repair it changes nothing.
 
-With --repair, damaged items move to failed/ with the reason, modes are closed, missing directories made, files of
-no item removed. Where the index contradicts itself or does not know an item it is built again from
-the items; what readers have in hands is then delivered again. Nothing is lost silently."""
+With --repair, damaged items move to failed/ with the reason, modes are closed,
+missing directories made, files of no item removed. Where the index contradicts
+itself or does not know an item it is built again from the items; what readers
+have in hands is then delivered again. Nothing is lost silently."""
 _FSCK_EXAMPLES = """\
 examples:
   %(prog)s /data/spool                  look
@@ -66,18 +72,19 @@ examples:
 
 exit codes: 0 clean, or clean now; 1 problems are left; 2 not a spool"""
 _FAILED = """\
-Dead letters: items that were rejected, failed in every attempt, or were damaged. They lie in failed/, each a
-plain .npy with its history beside it, and take space until they are retried or dropped."""
+Dead letters: items that were rejected, failed in every attempt, or were
+damaged. They lie in failed/, each a plain .npy with its history beside it, and
+take space until they are retried or dropped."""
 _FAILED_EXAMPLES = """\
 examples:
   %(prog)s list /data/spool
-  %(prog)s show /data/spool 17          its arrays, metadata and every failure
-  %(prog)s retry /data/spool 17 18      put these two back at the end of the queue
-  %(prog)s drop /data/spool             remove all dead letters for good"""
+  %(prog)s show /data/spool 17         arrays, metadata, every failure
+  %(prog)s retry /data/spool 17 18     put back at the end of the queue
+  %(prog)s drop /data/spool            remove all dead letters for good"""
 _ACTIONS = {
     "list": "one line for each dead letter: number, size, attempts, the reason",
     "show": "all that is known of dead letters: arrays, metadata, every failure",
-    "retry": "put dead letters back at the end of the queue, under new numbers, with no attempts counted",
+    "retry": "put dead letters back at the end of the queue, as new items",
     "drop": "remove dead letters and their histories for good",
 }
 
@@ -85,7 +92,8 @@ _ACTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    logging.getLogger("spoolipc").addHandler(logging.NullHandler())
+    if not logging.getLogger("spoolipc").hasHandlers():
+        logging.getLogger("spoolipc").addHandler(logging.NullHandler())  # what matters is in the report
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         code = command(options)
