@@ -203,7 +203,8 @@ class TestSettling:
         }
         said = {"ack": "acknowledged", "nack": "given back", "reject": "rejected"}[first]
         done[first]()
-        for again in (*done.values(), lambda: item.extend(5)):
+        done["extend"] = lambda: item.extend(5)
+        for again in done.values():
             with pytest.raises(AlreadySettled, match=said):
                 again()
 
