@@ -8,11 +8,14 @@ locking.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 
 from filelock import lock_descriptor
+
+from .ownfile import open_own
 
 
 def new_token() -> int:
@@ -30,10 +33,10 @@ def announce(alive: int, token: int, mode: int = 0o600) -> int:
 
     A crash after the open leaves an unlocked file: a dead party with nothing in its hands.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(token_name(token), flags, mode, dir_fd=alive)
+    fd = open_own(alive, token_name(token), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
     try:
-        os.write(fd, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # only told in messages, and a full disk must keep no reader away
+            os.write(fd, f"{os.getpid()}\n".encode())
         if not lock_descriptor(fd, blocking=False):
             raise OSError(errno.EWOULDBLOCK, "a file just made is locked by somebody else", token_name(token))
     except BaseException:

@@ -43,6 +43,7 @@ SHORT_LOOK: Final = (5e-6, 100e-6)  # seconds of looking before sleeping: least 
 FRESH: Final = 1_500_000_000  # nanoseconds: a sleeper's flag is never older, LOOK_EVERY and some delay
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where no bell can be heard: first and longest
 KINDS: Final[tuple[Kind, ...]] = ("items", "space")
+_RING_FLAGS: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Flags(Protocol):
@@ -341,7 +342,7 @@ class Bells:
             fd = self._fds.get((kind, k))
             if fd is None:
                 path = os.path.join(self._path(kind, k), watch.RING)
-                fd = self._fds[kind, k] = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fd = self._fds[kind, k] = os.open(path, _RING_FLAGS)
             os.pwrite(fd, b"\0", 0)
 
     def _path(self, kind: Kind, k: int) -> str:

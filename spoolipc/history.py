@@ -7,6 +7,7 @@ attempts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .index import unlink_missing_ok
+from .errors import UnsafeSpool
 from .layout import Layout, item_number
+from .ownfile import open_own
 
 _log = logging.getLogger("spoolipc")
 _NAME = re.compile(r"(\d{20})\.jsonl")
@@ -51,9 +53,9 @@ def note(layout: Layout, number: int, attempt: int, who: str, why: str) -> None:
     items.
     """
     line = json.dumps({"attempt": attempt, "when": time.time(), "who": who, "why": why[:4096]})
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
-        fd = os.open(history_name(number), flags, layout.file_mode, dir_fd=layout.failed)
+        fd = open_own(layout.failed, history_name(number), flags, layout.file_mode)
         try:
             os.write(fd, line.encode() + b"\n")
         finally:
@@ -64,10 +66,9 @@ def note(layout: Layout, number: int, attempt: int, who: str, why: str) -> None:
 
 def read(layout: Layout, number: int) -> tuple[Failure, ...]:
     """The failures of an item, oldest first; a torn last line is left out."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(history_name(number), flags, dir_fd=layout.failed)
-    except FileNotFoundError:
+        fd = open_own(layout.failed, history_name(number), os.O_RDONLY)
+    except (FileNotFoundError, UnsafeSpool):
         return ()
     with open(fd, "rb") as file:
         lines = file.read(_LONGEST).splitlines()
@@ -83,8 +84,9 @@ def _parse(line: bytes) -> Failure | None:
 
 
 def forget(layout: Layout, number: int) -> None:
-    """Remove an item's history: it was delivered after all."""
-    unlink_missing_ok(layout.failed, history_name(number))
+    """Remove an item's history: it was delivered after all. What cannot be removed is left to `gc`."""
+    with contextlib.suppress(OSError):
+        os.unlink(history_name(number), dir_fd=layout.failed)
 
 
 def failed_numbers(layout: Layout) -> list[int]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from . import words as W
 from .errors import StorageError, UnknownVersion, UnsafeSpool
 from .layout import Layout, item_name
+from .ownfile import make_own
 
 NAME = "index"
 FIRST_RECORDS = 240
@@ -89,7 +90,10 @@ class Index:
 
     def whole(self) -> bool:
         """Whether the mapped file can be looked at without the lock: false when it was truncated or overwritten."""
-        return self._map_object.size() >= self.size and self.words[W.MAGIC] == W.MAGIC_VALUE
+        try:
+            return self._map_object.size() >= self.size and self.words[W.MAGIC] == W.MAGIC_VALUE
+        except OSError:
+            return False
 
     def check(self) -> None:
         """Make sure that the mapped file is still the spool's index, whole; the caller holds the lock.
@@ -232,15 +236,12 @@ def create(layout: Layout, records: int) -> Index:
 
     Every block is allocated, so that no store can meet a full file system.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    name = NAME + ".new"
-    fd = os.open(name, flags, layout.file_mode, dir_fd=layout.root)
+    fd = make_own(layout.root, NAME + ".new", layout.file_mode)
     index = Index.__new__(Index)
     index._layout = layout
     index.fd = fd
     index._finalizer = weakref.finalize(index, os.close, fd)
     try:
-        os.fchmod(fd, layout.file_mode)
         capacity = W.HEADER + max(records, FIRST_RECORDS) * W.RECORD
         index.size = capacity * W.WORD
         os.posix_fallocate(fd, 0, index.size)
@@ -248,6 +249,7 @@ def create(layout: Layout, records: int) -> Index:
         index.words = memoryview(index._map_object).cast("Q")
     except BaseException:
         index.close()
+        unlink_missing_ok(layout.root, NAME + ".new")
         raise
     words = index.words
     words[W.VERSION] = W.VERSION_VALUE

@@ -17,6 +17,7 @@ a name can lead out of the directory.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -27,13 +28,24 @@ from pathlib import Path
 from typing import Any
 
 from . import bell, mounts
-from .errors import LimitMismatch, NotASpool, SpoolGone, UnknownVersion, UnsafeSpool
+from .errors import (
+    LimitMismatch,
+    NotASpool,
+    SpoolError,
+    SpoolGone,
+    UnknownVersion,
+    UnsafeSpool,
+    storage_error,
+)
 from .lock import exclusively
+from .ownfile import make_own
 
 FORMAT = 1
 PARTS = ("items", "free", "tmp", "failed", "alive", "bell")
 FILES = ("spool.json", "spool.json.new", "index", "index.new", "index.lock", "shutdown")
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+NUMBERS = 2**64
+"""Numbers of files are below this, as the index holds them in 64 bits."""
 _ITEM = re.compile(r"(\d{20})\.npy")
 
 
@@ -65,11 +77,12 @@ def item_name(number: int) -> str:
 def item_number(name: str) -> int | None:
     """The number in an item's file name, or None for any other name."""
     match = _ITEM.fullmatch(name)
-    return int(match[1]) if match else None
+    number = int(match[1]) if match else NUMBERS
+    return number if number < NUMBERS else None
 
 
 class Layout:
-    """Open descriptors of one spool's directories; close() or the end of the process lets them go."""
+    """Open descriptors of one spool's directories, `root` among them; close() lets them go."""
 
     def __init__(self, path: Path, root: int, mode: int) -> None:
         self.path = path
@@ -81,7 +94,8 @@ class Layout:
             for name in PARTS:
                 self.parts[name] = _open_part(path, root, name, mode)
         except BaseException:
-            self.close()
+            for fd in self.parts.values():
+                os.close(fd)
             raise
         self.items = self.parts["items"]
         self.free = self.parts["free"]
@@ -116,11 +130,20 @@ class Layout:
 def open_layout(path: str | os.PathLike[str], asked: Limits, *, create: bool = True) -> Layout:
     """Open the spool at `path`, making it first where it does not exist and `create` is true.
 
-    Raises LimitMismatch, NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
+    Raises LimitMismatch, NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion, StorageError.
     """
     place = Path(os.path.abspath(os.fspath(path)))
     _check_asked(asked)
     mounts.refuse_network(place)
+    try:
+        return _opened(place, asked, create)
+    except SpoolError:
+        raise
+    except OSError as error:
+        raise storage_error(error, str(place)) from error
+
+
+def _opened(place: Path, asked: Limits, create: bool) -> Layout:
     if create:
         _make_root(place, asked.mode or 0o700)
     root = _open_root(place)
@@ -135,8 +158,7 @@ def open_layout(path: str | os.PathLike[str], asked: Limits, *, create: bool = T
         _check_private(place, os.fstat(root), mode)
         return Layout(place, root, mode)
     except BaseException:
-        if _is_open(root):
-            os.close(root)
+        os.close(root)
         raise
 
 
@@ -169,14 +191,6 @@ def _check_asked(asked: Limits) -> None:
             _whole(name, value)
     if asked.mode is not None and (asked.mode & 0o700 != 0o700 or asked.mode & ~0o770):
         raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {asked.mode:#o}")
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def _make_root(place: Path, mode: int) -> None:
@@ -271,24 +285,29 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
 def _write_limits(root: int, limits: Limits) -> None:
     """Put a new spool.json in place, whole and synced; the caller holds the index lock."""
     mode = (limits.mode or 0o700) & 0o666
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open("spool.json.new", flags, mode, dir_fd=root)
-    with open(fd, "w", encoding="ascii") as file:
-        os.fchmod(fd, mode)
+    with open(make_own(root, "spool.json.new", mode), "w", encoding="ascii") as file:
         json.dump({"format": FORMAT, **asdict(limits)}, file)
         file.flush()
-        os.fsync(fd)
+        os.fsync(file.fileno())
     os.rename("spool.json.new", "spool.json", src_dir_fd=root, dst_dir_fd=root)
     os.fsync(root)
 
 
 def _make_directory(root: int, name: str, mode: int) -> None:
-    try:
+    """Make a part of a spool that has no spool.json yet. One that is there was left by a crash, perhaps of
+    somebody who wanted another mode."""
+    with contextlib.suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=root)
-    except FileExistsError:
-        return
-    if mode != 0o700:
-        os.chmod(name, mode, dir_fd=root)
+    try:
+        fd = os.open(name, OPEN_DIRECTORY, dir_fd=root)
+    except NotADirectoryError:
+        return  # refused when the spool is opened
+    try:
+        status = os.fstat(fd)
+        if stat.S_IMODE(status.st_mode) & 0o777 != mode and status.st_uid == os.geteuid():
+            os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
 
 
 def _open_part(place: Path, root: int, name: str, mode: int) -> int:

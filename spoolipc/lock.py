@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 from filelock import lock_descriptor, unlock_descriptor
 
-from .errors import LockTimeout, UnsafeSpool
+from .errors import LockTimeout
+from .ownfile import open_own
 
 NAME = "index.lock"
 TIMEOUT = 10.0
@@ -27,16 +28,8 @@ _LONGEST_PAUSE = 1e-3
 
 
 def open_lock(root: int, mode: int = 0o600) -> int:
-    """Open (and make) the lock file in the spool's directory; returns its descriptor."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        return os.open(NAME, flags, mode, dir_fd=root)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise UnsafeSpool(
-                errno.EPERM, "is not a regular file; this spool was tampered with", NAME
-            ) from None
-        raise
+    """Open (and make) the lock file in the spool's directory; returns its descriptor. Raises UnsafeSpool."""
+    return open_own(root, NAME, os.O_RDWR | os.O_CREAT, mode)
 
 
 @contextmanager
@@ -87,7 +80,10 @@ class IndexLock:
 
     def drop(self) -> None:
         """Release the lock; harmless when it is not held. The caller holds `mutex`."""
-        unlock_descriptor(self.fd)
+        try:
+            unlock_descriptor(self.fd)
+        except OSError:  # never seen; but a lock that is kept stops everybody
+            unlock_descriptor(self.fd)
 
     def close(self) -> None:
         """Close the descriptor, which releases the lock if nobody shares it."""

@@ -13,13 +13,19 @@ from array import array
 
 from . import words as W
 from .history import attempts_of, failed_numbers
-from .index import Index, create, install, unlink_missing_ok
+from .index import NAME, Index, create, install, unlink_missing_ok
 from .layout import Layout, Limits, agree, item_name, item_number
+from .maps import is_shortage
+from .ownfile import open_own
 
 _log = logging.getLogger("spoolipc")
 _LEFTOVERS = 4096
 DONATED = 2**63
 """Numbers of files that never held an item begin here."""
+_LAST = 10**18
+"""Sequence numbers are below this: a file of a higher number was not put here by this package."""
+_MOST_BYTES = 2**44
+"""A file that claims more is taken for one of this size, so that sums stay within 64 bits."""
 
 
 def rebuild(layout: Layout, why: str) -> Index:
@@ -29,9 +35,45 @@ def rebuild(layout: Layout, why: str) -> Index:
     large number of them is left to `gc`. Raises SpoolGone when the directory is gone.
     """
     layout.check_present()
-    waiting = sorted(number for number in map(item_number, os.listdir(layout.items)) if number is not None)
-    failed = failed_numbers(layout)
-    index = create(layout, len(waiting) * 5 // 4)
+    waiting = sorted(
+        number
+        for number in map(item_number, os.listdir(layout.items))
+        if number is not None and number < _LAST
+    )
+    failed = [number for number in failed_numbers(layout) if number < _LAST]
+    last = _last_known(layout)
+    freed = _clear_free(layout)
+    index = _create(layout, len(waiting) * 5 // 4)
+    try:
+        _fill(index, layout, waiting)
+        words = index.words
+        words[W.FAILED_COUNT] = len(failed)
+        words[W.SHUTDOWN] = read_shutdown(layout)
+        known = max([0, *waiting[-1:], *failed, *freed, last])
+        words[W.NEXT_SEQ] = known + 1
+        set_limits(index, agree(layout, Limits()))
+        install(layout, index)
+    except BaseException:
+        index.close()
+        raise
+    level = logging.WARNING if known else logging.INFO
+    _log.log(level, "%s: %s; built it again with %d items waiting", layout.path, why, len(waiting))
+    return index
+
+
+def _create(layout: Layout, records: int) -> Index:
+    """A new index, in the space of the old where there is no other."""
+    try:
+        return create(layout, records)
+    except OSError as error:
+        if not is_shortage(error):
+            raise
+        unlink_missing_ok(layout.root, NAME)
+        return create(layout, records)
+
+
+def _fill(index: Index, layout: Layout, waiting: list[int]) -> None:
+    """Describe the files that wait, in order."""
     words = index.words
     tries = attempts_of(layout, set(waiting))
     position = W.HEADER
@@ -42,12 +84,12 @@ def rebuild(layout: Layout, why: str) -> Index:
         record[W.STATE] = W.WAITING
         record[W.NEXT] = position + W.RECORD
         record[W.SEQ] = record[W.FILE] = record[W.BIRTH] = number
-        record[W.BYTES] = status.st_size
+        record[W.BYTES] = min(status.st_size, _MOST_BYTES)
         record[W.PUT_TIME] = max(0, status.st_mtime_ns)
         record[W.ATTEMPT] = tries.get(number, 0)
         record[W.FLAGS] = W.DURABLE
         words[position : position + W.RECORD] = array("Q", record)
-        total += status.st_size
+        total += record[W.BYTES]
         position += W.RECORD
     if waiting:
         words[position - W.RECORD + W.NEXT] = 0
@@ -56,16 +98,6 @@ def rebuild(layout: Layout, why: str) -> Index:
     words[W.READY_COUNT] = len(waiting)
     words[W.EDGE] = position
     words[W.ITEM_BYTES] = total
-    words[W.FAILED_COUNT] = len(failed)
-    words[W.SHUTDOWN] = read_shutdown(layout)
-    freed = _clear_free(layout)
-    known = max([0, *waiting[-1:], *failed, *freed, _last_known(layout)])
-    words[W.NEXT_SEQ] = known + 1
-    set_limits(index, agree(layout, Limits()))
-    install(layout, index)
-    level = logging.WARNING if known else logging.INFO
-    _log.log(level, "%s: %s; built it again with %d items waiting", layout.path, why, len(waiting))
-    return index
 
 
 def set_limits(index: Index, limits: Limits) -> None:
@@ -92,15 +124,13 @@ def _clear_free(layout: Layout) -> list[int]:
 def _last_known(layout: Layout) -> int:
     """The last sequence number the old index gave out, where it can still be read."""
     try:
-        with open(
-            os.open("index", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=layout.root), "rb"
-        ) as file:
+        with open(open_own(layout.root, NAME, os.O_RDONLY), "rb") as file:
             words = array("Q", file.read(W.HEADER * W.WORD))
     except (OSError, ValueError):
         return 0
     if len(words) < W.HEADER or (words[W.MAGIC], words[W.VERSION]) != (W.MAGIC_VALUE, W.VERSION_VALUE):
         return 0
-    return words[W.NEXT_SEQ] - 1 if 0 < words[W.NEXT_SEQ] < 10**18 else 0
+    return words[W.NEXT_SEQ] - 1 if 0 < words[W.NEXT_SEQ] < _LAST else 0
 
 
 _SHUTDOWN = "shutdown"
@@ -110,9 +140,7 @@ _STATES = {W.DRAINING: b"draining", W.DISCARDED: b"discarded"}
 def read_shutdown(layout: Layout) -> int:
     """The state of the spool as its marker file says it."""
     try:
-        fd = os.open(
-            _SHUTDOWN, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=layout.root
-        )
+        fd = open_own(layout.root, _SHUTDOWN, os.O_RDONLY)
     except FileNotFoundError:
         return W.OPEN
     with open(fd, "rb") as file:
@@ -124,9 +152,9 @@ def write_shutdown(layout: Layout, state: int) -> None:
     if state == W.OPEN:
         unlink_missing_ok(layout.root, _SHUTDOWN)
         return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(_SHUTDOWN, flags, layout.file_mode, dir_fd=layout.root)
+    fd = open_own(layout.root, _SHUTDOWN, os.O_WRONLY | os.O_CREAT, layout.file_mode)
     try:
+        os.ftruncate(fd, 0)
         os.write(fd, _STATES[state])
     finally:
         os.close(fd)
