@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 
@@ -81,6 +82,17 @@ class LockTimeout(SpoolError, TimeoutError):
 
 class StorageError(SpoolError, OSError):
     """A system call on the spool failed; the message names the path."""
+
+
+def storage_error(error: OSError, path: str) -> StorageError:
+    """The StorageError for one of a system call on something in the spool at `path`."""
+    what = error.strerror or str(error)
+    if error.filename is None:
+        return StorageError(error.errno, what, path)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+    if name.startswith(path):
+        return StorageError(error.errno, what, name)
+    return StorageError(error.errno, f"{what} ({name})", path)
 
 
 class BadItem(SpoolError, ValueError):

@@ -18,7 +18,7 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 from . import alive
 from . import words as W
 from .bell import Bells
-from .errors import SpoolClosed, SpoolError, SpoolGone, StorageError
+from .errors import SpoolClosed, SpoolError, SpoolGone, StorageError, storage_error
 from .index import Index, Torn
 from .layout import Layout, Limits, agree, open_layout
 from .lock import IndexLock, open_lock
@@ -95,22 +95,28 @@ class Party:
             if self.closed:
                 raise SpoolClosed(_CLOSED)
             try:
-                lock.take()
-                index = self._index
-                if index is not None:
-                    try:
-                        index.check()
-                        index.words[W.HOLDER] = self.token
-                        return work(self, *args, **kwargs)
-                    except Torn as torn:
-                        self._repair(str(torn))
-                return self._steadily(work, *args, **kwargs)
+                try:
+                    lock.take()
+                    index = self._index
+                    if index is not None:
+                        try:
+                            index.check()
+                            index.words[W.HOLDER] = self.token
+                            return work(self, *args, **kwargs)
+                        except Torn as torn:
+                            self._repair(str(torn))
+                    return self._steadily(work, *args, **kwargs)
+                finally:
+                    lock.drop()
+                    if self._news:
+                        self._ring()
+            except SpoolError:
+                raise
             except OSError as error:
                 raise self._explained(error) from error
-            finally:
-                lock.drop()
-                if self._news:
-                    self._ring()
+            except BaseException:
+                lock.drop()  # a signal may have come before the other
+                raise
 
     def _ring(self) -> None:
         news, self._news = self._news, {}
@@ -156,14 +162,13 @@ class Party:
 
     def _explained(self, error: OSError) -> OSError:
         """The error to raise for one of a system call: it names the path, and a deleted spool is called so."""
-        if isinstance(error, SpoolError):
-            return error
-        with contextlib.suppress(OSError):
+        try:
             self.layout.check_present()
-            return StorageError(error.errno, error.strerror or str(error), str(error.filename or self.path))
-        return SpoolGone(
-            errno.ENOENT, "the spool was deleted while in use; close this and open a new one", self.path
-        )
+        except SpoolGone as gone:
+            return gone
+        except OSError:
+            pass  # the error at hand says more
+        return storage_error(error, self.path)
 
     def look(self) -> memoryview[int]:
         """The index's words to be looked at without the lock: what they say is a hint."""
@@ -206,12 +211,15 @@ class Party:
                 raise SpoolClosed(_CLOSED)
             self._users += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raises StorageError or SpoolGone for an error of a system call in the block."""
         with self._using:
             self._users -= 1
             last = self.closed and not self._users
         if last:
             self._finalizer()
+        if isinstance(error, OSError) and not isinstance(error, SpoolError):
+            raise self._explained(error) from error
 
     def close(self, work: Callable[[Party], None]) -> None:
         """Do the last `work` under the lock and leave; harmless when repeated.
