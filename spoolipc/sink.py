@@ -20,11 +20,12 @@ from . import words as W
 from .alive import token_name
 from .committing import commit_all, shut_down
 from .engine import Array, Payload
-from .errors import Full, SpoolClosed
+from .errors import Full, SpoolClosed, StorageError
 from .holds import NO_FILE, Hold
 from .index import unlink_missing_ok
 from .layout import Limits
 from .loans import abandon_loans
+from .maps import is_shortage
 from .newfile import map_new, sync_new, write_new
 from .party import Party
 from .room import fits, make_room, refuse_impossible, room, rounded
@@ -192,12 +193,21 @@ class DirectorySink(Stock):
         party = self.party
         seqs: list[int] = []
         with party:
-            while party.run(commit_all, self, drafts, seqs):
+            while self._commit_some(drafts, seqs):
                 # A file was lost with the index, or removed by hand: write it once more.
                 self._write_new(drafts[len(seqs)])
             if self.durable:
                 os.fsync(party.layout.items)
         return seqs
+
+    def _commit_some(self, drafts: Sequence[FileDraft], seqs: list[int]) -> bool:
+        try:
+            return self.party.run(commit_all, self, drafts, seqs)
+        except StorageError as error:
+            if not is_shortage(error):
+                raise
+            self._no_space = self._space(self.party.look())
+            raise Full(f"the file system of {self.party.path} is full: {error.strerror}") from error
 
     def discard(self, draft: FileDraft) -> None:
         """Remove a draft. One left by a close meanwhile is a dead party's: the next tending removes it."""
