@@ -33,6 +33,8 @@ def set_state(party: Party, state: int) -> None:
     now = party.index.words[W.SHUTDOWN]
     if now == state or (now == W.DISCARDED and state == W.DRAINING):
         return
+    while now == W.DISCARDED and discard(party):
+        pass  # who shut down died before all was removed
     write_shutdown(party.layout, state)
     party.index.change(W.MEMORY, 0, {W.SHUTDOWN: state})
 

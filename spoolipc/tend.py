@@ -20,6 +20,7 @@ from .giveup import give_up
 from .index import unlink_missing_ok
 from .layout import item_name
 from .party import Party
+from .shutdown import discard
 
 TEND_EVERY: Final = 1.0
 """Seconds between two looks for the dead."""
@@ -57,6 +58,8 @@ def tend(party: Party, *, force: bool = False) -> None:
     for token, gone in dead.items():
         if gone:
             unlink_missing_ok(party.layout.alive, alive.token_name(token))
+    if words[W.SHUTDOWN] == W.DISCARDED:
+        discard(party)  # what its maker did not live to remove, or a reader gave back since
 
 
 def is_dead(party: Party, token: int, known: dict[int, bool]) -> bool:
