@@ -19,8 +19,7 @@ from .party import Party
 from .premises import Problem, check_premises
 
 _log = logging.getLogger("spoolipc")
-_ROUNDS = 4
-"""Repairs can bring to light what was hidden: an item that only a new index knows may be damaged too."""
+_MOST_ROUNDS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +90,18 @@ def _inspected(
     path: str | os.PathLike[str], repair: bool, progress: Progress | None, before: list[Problem]
 ) -> FsckReport:
     noted: list[Problem] = []
-    for _ in range(_ROUNDS):
+    last: set[tuple[str, str, str]] | None = None
+    for _ in range(_MOST_ROUNDS):
+        # Repairs bring to light what was hidden: an item that only a new index knows may be damaged too.
         look = _look(path, progress)
-        found = look.found
-        keys = {_key(problem) for problem, _ in found}
+        keys = {_key(problem) for problem, _ in look.found}
         noted = [_judged(problem, keys) for problem in noted]
         known = {_key(problem) for problem in noted}
-        noted += [problem for problem, _ in found if _key(problem) not in known]
-        if not repair or not any(mend for _, mend in found):
+        noted += [problem for problem, _ in look.found if _key(problem) not in known]
+        if not repair or keys == last or not any(mend for _, mend in look.found):
             break
-        _mend(path, found)
+        _mend(path, look.found)
+        last = keys
     return FsckReport(os.path.abspath(path), look.items, look.bytes, (*before, *noted))
 
 

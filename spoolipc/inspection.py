@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 import numpy as np
 
@@ -22,12 +23,12 @@ from .errors import BadItem
 from .failed import read_item
 from .footer import Footer
 from .index import exists
-from .layout import Limits, agree, item_name, item_number
-from .ledger import IN_FREE, IN_ITEMS, Table, files_of, index_problems, table, wrong_sizes
+from .layout import item_name, item_number
+from .ledger import IN_FREE, IN_ITEMS, Table, index_problems, table, wrong_sizes
 from .mend import Mender, permit
 from .onlooker import Onlooker
 from .premises import Kind, Problem, wrong_file
-from .rebuild import read_shutdown
+from .reconcile import contradictions, disagreements, is_orphaned
 from .tend import temporary_owner
 
 Mend = Callable[[Mender], None]
@@ -36,6 +37,13 @@ Found = list[tuple[Problem, Mend | None]]
 
 _MOST_OF_A_KIND = 10_000
 _SLICE = 65536
+_AT_ONCE: Final[dict[Kind, Mend]] = {
+    "missing": Mender.rebuild,
+    "unknown": Mender.rebuild,
+    "size": Mender.rebuild,
+    "orphan": Mender.sweep,
+}
+"""What repairs very many problems of a kind faster than one by one."""
 
 
 def checksum_problem(directory: int, number: int, tail: Footer) -> str:
@@ -78,7 +86,8 @@ class Inspection:
             self._note(Problem("stranger", name, "is none of the spool's names"))
         for kind, count in self._counts.items():
             if count > _MOST_OF_A_KIND:
-                self.found.append((Problem(kind, ".", f"{count - _MOST_OF_A_KIND} more of this kind"), None))
+                more = Problem(kind, ".", f"{count - _MOST_OF_A_KIND} more of this kind")
+                self.found.insert(0, (more, _AT_ONCE.get(kind)))
 
     def _note(self, problem: Problem, mend: Mend | None = None) -> None:
         """Keep a problem. Of a kind of which there are very many, the rest is only counted: the next look
@@ -98,7 +107,7 @@ class Inspection:
             return
         for what in index_problems(words):
             self._note(Problem("index", "index", what), Mender.rebuild)
-        for what in self.spool.run(_contradictions):
+        for what in self.spool.run(contradictions):
             self._note(Problem("limits", "index", what), Mender.restate)
 
     def _names(self, part: str, known: Callable[[str], int]) -> None:
@@ -159,7 +168,7 @@ class Inspection:
         number = history.history_number(name)
         if part == "failed" and number is not None:
             self._status(directory, f"{part}/{name}", name)
-            if self.spool.run(_is_orphaned, number):
+            if self.spool.run(is_orphaned, number):
                 problem = Problem("orphan", f"{part}/{name}", "is the history of an item that is no more")
                 self._note(problem, Mender.sweep)
         else:
@@ -196,9 +205,7 @@ class Inspection:
         part = "items" if states is IN_ITEMS else "free"
         suspects = np.setxor1d(numbers, records[:, W.FILE])
         for start in range(0, len(suspects), _SLICE):
-            self._disagreement(
-                part, *self.spool.run(_disagreements, suspects[start : start + _SLICE], states)
-            )
+            self._disagreement(part, *self.spool.run(disagreements, suspects[start : start + _SLICE], states))
         for number, said, size in wrong_sizes(records, numbers, sizes):
             if number not in self._damaged:
                 mend = partial(Mender.measure if part == "items" else Mender.drop_lost, number=number)
@@ -225,43 +232,3 @@ class Inspection:
 
 def _permission(directory: int, name: str, mode: int) -> Mend:
     return lambda mender: permit(directory, name, mode)
-
-
-def _is_orphaned(spool: Onlooker, number: int) -> bool:
-    """Whether there is no item that a history tells of: a locked step."""
-    return not exists(spool.layout.items, number) and not exists(spool.layout.failed, number)
-
-
-def _contradictions(spool: Onlooker) -> list[str]:
-    """What the index says otherwise than spool.json, the shutdown marker and `failed/`: a locked step."""
-    if spool.index is None:
-        return []
-    layout, words = spool.layout, spool.index.words
-    limits = agree(layout, Limits())
-    said = {
-        "maxsize": (words[W.MAXSIZE], limits.maxsize),
-        "max_bytes": (words[W.MAX_BYTES], limits.max_bytes),
-        "recycle_bytes": (words[W.RECYCLE_BYTES], limits.recycle_bytes),
-        "max_attempts": (words[W.MAX_ATTEMPTS], limits.max_attempts),
-        "state of shutdown": (words[W.SHUTDOWN], read_shutdown(layout)),
-        "number of dead letters": (words[W.FAILED_COUNT], len(history.failed_numbers(layout))),
-    }
-    return [f"{what}: the index says {a}, the directory {b}" for what, (a, b) in said.items() if a != b]
-
-
-def _disagreements(spool: Onlooker, suspects: Table, states: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Which of `suspects` are files that no record stands for, and records that have no file: a locked
-    step."""
-    words = spool.snapshot()
-    if words is None:
-        return [], []
-    directory = spool.layout.items if states is IN_ITEMS else spool.layout.free
-    recorded = np.isin(suspects, files_of(table(words), states))
-    unknown, missing = [], []
-    for number, known in zip(suspects.tolist(), recorded.tolist(), strict=True):
-        there = exists(directory, number)
-        if there and not known:
-            unknown.append(number)
-        elif known and not there:
-            missing.append(number)
-    return unknown, missing

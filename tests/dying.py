@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from spoolipc import fsck
 from spoolipc import words as W
-from spoolipc.layout import Limits
+from spoolipc.layout import Limits, item_name
 from spoolipc.party import Party
 
 _PRELUDE = """
@@ -69,3 +70,22 @@ def open_party(path: Path) -> Party:
 
 def close_party(party: Party) -> None:
     party.close(lambda _: None)
+
+
+def check(path: Path) -> None:
+    """The next step of anybody finds nothing to repair, and index and directories agree."""
+    close_party(open_party(path))
+    assert fsck(path).problems == ()
+    words = words_of(path)
+    states: dict[int, list[int]] = {}
+    for record in range(W.HEADER, words[W.EDGE], W.RECORD):
+        states.setdefault(words[record + W.STATE], []).append(words[record + W.FILE])
+    for part, there in (
+        ("items", (W.WAITING, W.CLAIMED, W.DELAYED)),
+        ("free", (W.HELD, W.RESERVED, W.POOLED)),
+    ):
+        numbers = sorted(number for state in there for number in states.get(state, []))
+        assert sorted(os.listdir(path / part)) == [item_name(number) for number in numbers]
+    waiting = words[W.READY_COUNT] + words[W.RETURNED_COUNT]
+    assert waiting == len(states.get(W.WAITING, []))
+    assert words[W.FAILED_COUNT] == sum(name.endswith(".npy") for name in os.listdir(path / "failed"))

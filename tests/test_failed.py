@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from audit import audit
-from dying import close_party, open_party, picture
+from dying import check, picture
 
 from spoolipc import (
     Empty,
@@ -41,12 +40,6 @@ def path(tmp_path: Path) -> Path:
             reader.receive(timeout=5).reject(f"reason {number}")
         writer.put(np.full(5000, 4), meta={"number": 4})
     return place
-
-
-def check(path: Path) -> None:
-    party = open_party(path)
-    audit(party)
-    close_party(party)
 
 
 def test_a_list_tells_why_each_is_there(path: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from audit import audit
-from dying import close_party, die, open_party, picture, poke, words_of
+from dying import check, die, picture, poke, words_of
 
 from spoolipc import (
     Empty,
@@ -20,6 +19,7 @@ from spoolipc import (
     SpoolWriter,
     failed_show,
     fsck,
+    inspection,
     stat,
 )
 from spoolipc import words as W
@@ -55,10 +55,7 @@ def repaired(path: Path) -> FsckReport:
     """Repair, which must leave nothing, and hold the index against the directories."""
     report = fsck(path, repair=True)
     assert report.clean, report.problems
-    assert fsck(path).problems == ()
-    party = open_party(path)
-    audit(party)
-    close_party(party)
+    check(path)
     return report
 
 
@@ -174,6 +171,23 @@ def test_an_unknown_item_that_is_damaged_ends_in_failed(path: Path) -> None:
     repaired(path)
     assert failed_show(path, 20).damage
     assert rest(path) == list(range(COUNT))
+
+
+def test_very_many_problems_are_counted_and_all_repaired(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "_MOST_OF_A_KIND", 2)
+    with SpoolWriter(path) as writer:
+        for number in range(COUNT, 30):
+            writer.put(BIG + number)
+    for seq in range(4, 12):
+        cut(path / item(seq))
+    for seq in range(12, 20):
+        (path / item(seq)).unlink()
+    assert {problem.what for problem in fsck(path).problems if problem.where == "."} == {
+        "6 more of this kind"
+    }
+    repaired(path)
+    assert rest(path) == [0, *range(17, 30)]
+    assert stat(path).failed == 9
 
 
 def test_orphans_are_removed(path: Path) -> None:

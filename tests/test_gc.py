@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from audit import audit
-from dying import close_party, die, open_party, picture, poke
+from dying import check, die, picture, poke
 
 import spoolipc
 from spoolipc import GcReport, NotASpool, SpoolReader, SpoolWriter, gc, sweep
@@ -48,13 +47,6 @@ def counts(report: GcReport) -> dict[str, int]:
 
 def files(path: Path, part: str) -> list[str]:
     return sorted(os.listdir(path / part))
-
-
-def check(path: Path) -> None:
-    """The index and the directories agree."""
-    party = open_party(path)
-    audit(party)
-    close_party(party)
 
 
 def test_a_tidy_spool_is_left_as_it_is(path: Path) -> None:
