@@ -81,6 +81,19 @@ examples:
   %(prog)s show /data/spool 17         arrays, metadata, every failure
   %(prog)s retry /data/spool 17 18     put back at the end of the queue
   %(prog)s drop /data/spool            remove all dead letters for good"""
+_BENCH = """\
+Measure how fast arrays pass between two processes here, one way and round
+trip, every byte read: spoolipc, multiprocessing.Queue, and the limit, a ring in
+shared memory that is only copied into and read from. Takes a few minutes, and
+memory for some 20 arrays of 54 MB. Best done when nothing else runs.
+
+DIR is where the spools are made and removed again: a disk, to measure that."""
+_BENCH_EXAMPLES = """\
+examples:
+  %(prog)s --quick
+  %(prog)s /data --json > bench.json
+
+exit codes: 0 done, 1 a carrier could not be measured, 2 wrong use"""
 _ACTIONS = {
     "list": "one line for each dead letter: number, size, attempts, the reason",
     "show": "all that is known of dead letters: arrays, metadata, every failure",
@@ -129,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "fsck", "check files and index against each other", _FSCK, _FSCK_EXAMPLES, _run_fsck
     )
     one.add_argument("--repair", action="store_true", help="put right what can be, losing nothing silently")
+    bench = _described(commands, "bench", "measure how fast arrays pass here", _BENCH, _BENCH_EXAMPLES)
+    bench.add_argument("path", metavar="DIR", nargs="?", help="where to make the spools (default: /dev/shm)")
+    bench.add_argument("--json", action="store_true", help="print JSON, for programs")
+    bench.add_argument("--quick", action="store_true", help="fewer sizes, shorter and fewer rounds")
+    bench.set_defaults(command=_run_bench)
     failed = _described(
         commands, "failed", "list, show, retry or drop dead letters", _FAILED, _FAILED_EXAMPLES
     )
@@ -215,6 +233,14 @@ def _run_fsck(options: argparse.Namespace) -> int:
         found = fsck(options.path, repair=options.repair, progress=progress)
     _print(options, found, report.fsck_text(found))
     return DONE if found.clean else PROBLEM
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from .bench import bench
+
+    found = bench(options.path, quick=options.quick)
+    _print(options, found, found.table())
+    return PROBLEM if any(one.error for one in found.results) else DONE
 
 
 def _letters(options: argparse.Namespace) -> list[DeadLetter]:
