@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install format lint test demo clean all
+.PHONY: help install format lint test demo bench clean all
 
 help:  ## say what the targets are
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -37,6 +37,14 @@ test: $(STAMP)  ## run all tests; ARGS="-k name" narrows them
 
 demo: $(STAMP)  ## the article's experiment, on real processes; ARGS="--rounds 100" is its full size
 	$(BIN)/python examples/article.py $(ARGS)
+
+bench: $(VENV)/.bench  ## measure beside the peers and redraw docs/performance.md; ARGS="--quick" is shorter
+	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.report $(if $(findstring --quick,$(ARGS)),benchmarks/results/quick.json)
+
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
 
 clean:  ## remove what building and testing left; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
