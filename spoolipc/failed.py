@@ -24,8 +24,9 @@ from .errors import BadItem, NoSuchItem, ShutDown, StorageError
 from .footer import Footer
 from .history import Failure
 from .index import exists, unlink_missing_ok
-from .layout import Layout, Limits, item_name, open_layout
+from .layout import Layout, Limits, item_name
 from .maps import OPEN_FILE, check_regular
+from .onlooker import Onlooker
 from .party import Party
 
 _log = logging.getLogger("spoolipc")
@@ -78,23 +79,18 @@ def failed_list(path: str | os.PathLike[str]) -> list[DeadLetter]:
 
     Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
     """
-    layout = open_layout(path, Limits(), create=False)
-    try:
+    with Onlooker(path) as spool:
+        layout = spool.layout
         return [letter for number in history.failed_numbers(layout) if (letter := _letter(layout, number))]
-    finally:
-        layout.close()
 
 
 def failed_show(path: str | os.PathLike[str], seq: int) -> DeadLetter:
     """One dead letter of the spool at `path`. Raises NoSuchItem, and what `failed_list` raises."""
-    layout = open_layout(path, Limits(), create=False)
-    try:
-        letter = _letter(layout, seq)
+    with Onlooker(path) as spool:
+        letter = _letter(spool.layout, seq)
         if letter is None:
-            raise _no_such_item(layout, seq)
+            raise _no_such_item(spool.layout, seq)
         return letter
-    finally:
-        layout.close()
 
 
 def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None = None) -> Retried:
@@ -159,13 +155,14 @@ def _each(
     """Do `work` for each of `seqs` that are all there, or for every dead letter, and then `last`."""
     party = Party(path, Limits(), create=False)
     try:
-        there = history.failed_numbers(party.layout)
-        wanted = there if seqs is None else sorted(set(seqs))
-        if missing := sorted(set(wanted) - set(there)):
-            raise _no_such_item(party.layout, missing[0])
-        for number in wanted:
-            work(party, number)
-        last(party)
+        with party:
+            there = history.failed_numbers(party.layout)
+            wanted = there if seqs is None else sorted(set(seqs))
+            if missing := sorted(set(wanted) - set(there)):
+                raise _no_such_item(party.layout, missing[0])
+            for number in wanted:
+                work(party, number)
+            last(party)
     finally:
         party.close(_nothing)
 

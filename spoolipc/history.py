@@ -23,6 +23,7 @@ from .ownfile import open_own
 _log = logging.getLogger("spoolipc")
 _NAME = re.compile(r"(\d{20})\.jsonl")
 _LONGEST = 1 << 20
+_MOST_ATTEMPTS = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,10 @@ def read(layout: Layout, number: int) -> tuple[Failure, ...]:
 def _parse(line: bytes) -> Failure | None:
     try:
         said: Any = json.loads(line)
-        return Failure(int(said["attempt"]), float(said["when"]), str(said["who"]), str(said["why"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        failure = Failure(int(said["attempt"]), float(said["when"]), str(said["who"]), str(said["why"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    return failure if 0 <= failure.attempt < _MOST_ATTEMPTS else None
 
 
 def forget(layout: Layout, number: int) -> None:

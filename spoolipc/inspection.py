@@ -28,6 +28,7 @@ from .ledger import IN_FREE, IN_ITEMS, Table, index_problems, table, wrong_sizes
 from .mend import Mender, permit
 from .onlooker import Onlooker
 from .premises import Kind, Problem, wrong_file
+from .rebuild import LAST
 from .reconcile import contradictions, disagreements, is_orphaned
 from .tend import temporary_owner
 
@@ -150,7 +151,7 @@ class Inspection:
             for name in names:
                 where = f"{part}/{name}"
                 number = item_number(name)
-                if number is None or number >= 2**64:
+                if number is None or (part != "free" and number >= LAST):
                     self._other(directory, part, name)
                     continue
                 status = self._status(directory, where, name)

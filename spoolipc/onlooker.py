@@ -6,7 +6,6 @@ sees a damaged index as such where a party would build it again.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -14,11 +13,12 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from . import alive
 from . import words as W
-from .errors import LockTimeout, UnsafeSpool
+from .errors import LockTimeout, SpoolError, storage_error
 from .index import Index, Torn, exists
 from .layout import Limits, open_layout
 from .lock import NAME as LOCK
 from .lock import TIMEOUT, IndexLock
+from .ownfile import open_own
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -128,7 +128,13 @@ class Onlooker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        """Raises SpoolGone or StorageError for an error of a system call in the block."""
+        try:
+            if isinstance(error, OSError) and not isinstance(error, SpoolError):
+                self.layout.check_present()
+                raise storage_error(error, self.path) from error
+        finally:
+            self.close()
 
 
 def _nothing(onlooker: Onlooker) -> None:
@@ -137,13 +143,6 @@ def _nothing(onlooker: Onlooker) -> None:
 
 def _existing_lock(root: int) -> IndexLock | None:
     try:
-        fd = os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
+        return IndexLock(open_own(root, LOCK, os.O_RDWR), lambda: "another process")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise UnsafeSpool(
-                errno.EPERM, "is not a regular file; this spool was tampered with", LOCK
-            ) from None
-        raise
-    return IndexLock(fd, lambda: "another process")

@@ -6,16 +6,20 @@ index.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from . import bell, watch
+from . import alive, bell, watch
+from .census import token_of
 from .layout import FILES, OPEN_DIRECTORY, PARTS
+from .lock import NAME as LOCK
 from .mend import permit
 
 Kind = Literal[
@@ -143,6 +147,24 @@ def _file_repair(root: int, problem: Problem, mode: int) -> Repair | None:
     name = problem.where
     if problem.kind == "mode":
         return _permitter(root, name, mode)
-    if (problem.kind == "planted" and name in _REPLACEABLE) or (problem.kind == "link" and name == "index"):
-        return lambda: os.unlink(name, dir_fd=root)  # made anew by the next who opens the spool
+    if problem.kind in ("planted", "link") and name in _REPLACEABLE:
+        return partial(_remove, root, name)
     return None
+
+
+def _remove(root: int, name: str) -> None:
+    """Remove a file that the next who opens the spool makes anew. A lock that somebody may hold must stay, as
+    otherwise two would each hold one."""
+    if name == LOCK and _is_open(root):
+        raise OSError(errno.EBUSY, "the spool is in use", name)
+    os.unlink(name, dir_fd=root)
+
+
+def _is_open(root: int) -> bool:
+    """Whether any party is alive."""
+    alive_directory = os.open("alive", OPEN_DIRECTORY, dir_fd=root)
+    try:
+        tokens = map(token_of, os.listdir(alive_directory))
+        return any(token and not alive.is_dead(alive_directory, token) for token in tokens)
+    finally:
+        os.close(alive_directory)

@@ -22,7 +22,7 @@ _log = logging.getLogger("spoolipc")
 _LEFTOVERS = 4096
 DONATED = 2**63
 """Numbers of files that never held an item begin here."""
-_LAST = 10**18
+LAST = 10**18
 """Sequence numbers are below this: a file of a higher number was not put here by this package."""
 _MOST_BYTES = 2**44
 """A file that claims more is taken for one of this size, so that sums stay within 64 bits."""
@@ -38,9 +38,9 @@ def rebuild(layout: Layout, why: str) -> Index:
     waiting = sorted(
         number
         for number in map(item_number, os.listdir(layout.items))
-        if number is not None and number < _LAST
+        if number is not None and number < LAST
     )
-    failed = [number for number in failed_numbers(layout) if number < _LAST]
+    failed = [number for number in failed_numbers(layout) if number < LAST]
     last = _last_known(layout)
     freed = _clear_free(layout)
     index = _create(layout, len(waiting) * 5 // 4)
@@ -130,7 +130,7 @@ def _last_known(layout: Layout) -> int:
         return 0
     if len(words) < W.HEADER or (words[W.MAGIC], words[W.VERSION]) != (W.MAGIC_VALUE, W.VERSION_VALUE):
         return 0
-    return words[W.NEXT_SEQ] - 1 if 0 < words[W.NEXT_SEQ] < _LAST else 0
+    return words[W.NEXT_SEQ] - 1 if 0 < words[W.NEXT_SEQ] < LAST else 0
 
 
 _SHUTDOWN = "shutdown"

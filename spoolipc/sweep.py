@@ -85,7 +85,8 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progres
     party = Party(path, Limits(), create=False)
     try:
         sweep = _Sweep(party, party, progress)
-        sweep.run()
+        with party:
+            sweep.run()
     finally:
         party.close(_nothing)
     return GcReport(party.path, False, index_rebuilt=damaged, **sweep.counts)

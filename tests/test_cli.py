@@ -73,13 +73,16 @@ def test_stat_tells_of_a_damaged_index_by_its_exit_code(path: Path, capsys: Out)
 def test_gc_in_text_and_json(path: Path, capsys: Out) -> None:
     assert run("gc", path) == 0
     assert capsys.readouterr().out == f"{path}: nothing left by the dead\n"
-    die(path, "one = SpoolReader(path).receive(); draft = prepare(SpoolWriter(path), np.zeros(10**6))")
+    die(
+        path,
+        "reader, writer = SpoolReader(path), SpoolWriter(path); one = reader.receive()\n"
+        "draft = prepare(writer, np.zeros(10**6))",
+    )
     (path / "README").touch()
     before = picture(path)
     foreseen = json_of(capsys, "gc", path, "--dry-run")
     assert picture(path) == before
     assert foreseen["dry_run"]
-    # The writer that died last had found the reader alive.
     assert (foreseen["returned_items"], foreseen["temporary_files"], foreseen["stale_parties"]) == (1, 1, 2)
     assert run("gc", path, "--dry-run") == 0
     assert "8.0 MB would be freed" in capsys.readouterr().out

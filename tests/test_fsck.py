@@ -292,8 +292,43 @@ def test_a_planted_index_is_replaced(path: Path, tmp_path: Path, plant: str) -> 
     assert rest(path) == list(range(COUNT))
 
 
+@pytest.mark.parametrize("plant", ["symlink", "hard link"])
+def test_a_planted_lock_is_replaced_when_nobody_can_hold_it(path: Path, tmp_path: Path, plant: str) -> None:
+    lock = path / "index.lock"
+    with SpoolWriter(path):
+        if plant == "symlink":
+            lock.rename(tmp_path / "lock")
+            lock.symlink_to(tmp_path / "lock")
+        else:
+            os.link(lock, tmp_path / "lock")
+        assert not fsck(path, repair=True).clean
+    repaired(path)
+    assert rest(path) == list(range(COUNT))
+
+
+def test_a_hostile_history_is_not_believed(path: Path) -> None:
+    history = path / "failed" / f"{2:020d}.jsonl"
+    for attempt in ("1e999", "-1", str(10**30), "[]", "NaN"):
+        history.write_text(f'{{"attempt": {attempt}, "when": 1, "who": "me", "why": "so"}}\n')
+        assert failed_show(path, 2).attempts == 0
+        (path / "failed" / f"{3:020d}.jsonl").write_bytes(history.read_bytes())
+        (path / "failed" / f"{3:020d}.jsonl").chmod(0o600)
+        (path / "index").unlink()
+        repaired(path)
+    assert rest(path) == list(range(COUNT))
+
+
 def test_strangers_are_named_and_left_alone(path: Path) -> None:
-    names = ["README", "items/1.npy", "free/x", "failed/y", "tmp/z", "alive/1", "bell/w"]
+    names = [
+        "README",
+        "items/1.npy",
+        f"items/{item_name(10**19)}",
+        "free/x",
+        "failed/y",
+        "tmp/z",
+        "alive/1",
+        "bell/w",
+    ]
     for name in names:
         (path / name).touch()
     report = fsck(path, repair=True)
@@ -440,7 +475,10 @@ def test_an_index_never_used_has_no_problems() -> None:
 
 
 def test_what_the_dead_left_is_no_problem_of_fsck(path: Path) -> None:
-    die(path, "reader = SpoolReader(path); one = reader.receive(); draft = prepare(SpoolWriter(path), big)")
+    die(
+        path,
+        "reader = SpoolReader(path); one = reader.receive(); writer = SpoolWriter(path); draft = prepare(writer, big)",
+    )
     assert fsck(path).clean
 
 

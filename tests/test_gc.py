@@ -58,7 +58,7 @@ def test_a_tidy_spool_is_left_as_it_is(path: Path) -> None:
 
 
 def test_files_of_a_writer_killed_before_its_commit_are_removed(path: Path) -> None:
-    die(path, "prepare(SpoolWriter(path), big)")
+    die(path, "writer = SpoolWriter(path); draft = prepare(writer, big)")
     assert len(files(path, "tmp")) == 1
     report = gc(path)
     assert counts(report) == {"temporary_files": 1, "stale_parties": 1}
@@ -86,7 +86,7 @@ def test_an_item_whose_reader_died_every_time_is_given_up(tmp_path: Path) -> Non
     path = tmp_path / "spool"
     with SpoolWriter(path, max_attempts=1) as writer:
         writer.put(BIG)
-    die(path, "item = SpoolReader(path).receive()")
+    die(path, "reader = SpoolReader(path); item = reader.receive()")
     assert counts(gc(path, dry_run=True)) == {"given_up_items": 1, "stale_parties": 1}
     assert counts(gc(path)) == {"given_up_items": 1, "stale_parties": 1}
     assert spoolipc.failed_show(path, 1).attempts == 1
