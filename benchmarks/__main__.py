@@ -22,7 +22,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spoolipc.bench import QUICK_SIZES, SHM, SIZES, Measured, compare, machine, show_bytes
+from spoolipc.bench import QUICK_SIZES, SIZES, machine, show_bytes
+from spoolipc.benchlinks import SHM
+from spoolipc.benchpair import Measured, compare
 
 from . import targets
 from .article import article

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from spoolipc.bench import SPAWN
+from spoolipc.benchpair import SPAWN
 
 TIMEOUT = 300.0
 Job = tuple[Callable[..., Any], tuple[Any, ...]]

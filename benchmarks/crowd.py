@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from spoolipc import ShutDown, SpoolReader, SpoolWriter, lock
-from spoolipc.bench import source
+from spoolipc.benchpair import source
 
 from .crew import Crew
 

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from spoolipc.bench import WINDOW, Pair, SpoolLink
+from spoolipc.benchlinks import SpoolLink
+from spoolipc.benchpair import WINDOW, Pair
 
 EVERY = 0.05
 """Seconds between two looks."""

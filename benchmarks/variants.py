@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spoolipc import SpoolReader, SpoolWriter
-from spoolipc.bench import Read, Receiver, Sender, SpoolLink
+from spoolipc.benchlinks import SpoolLink
+from spoolipc.benchpair import Read, Receiver, Sender
 from spoolipc.engine import Array
 
 BATCH = 64

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from spoolipc import SpoolReader, SpoolWriter
-from spoolipc.bench import SPAWN
+from spoolipc.benchpair import SPAWN
 
 from .crew import together
 

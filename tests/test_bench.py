@@ -11,18 +11,9 @@ import numpy as np
 import pytest
 
 from spoolipc import cli
-from spoolipc.bench import (
-    WINDOW,
-    BenchResult,
-    MakeLink,
-    Measured,
-    Pair,
-    QueueLink,
-    RingLink,
-    SpoolLink,
-    bench,
-    compare,
-)
+from spoolipc.bench import BenchResult, bench
+from spoolipc.benchlinks import QueueLink, RingLink, SpoolLink
+from spoolipc.benchpair import WINDOW, MakeLink, Measured, Pair, compare
 
 ROOT = Path(__file__).parent.parent
 TINY = 8_000

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.synchronize import Semaphore
 
-from spoolipc.bench import SPAWN, MakeLink
+from spoolipc.benchpair import SPAWN, MakeLink
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spoolipc.bench import Read, Receiver, Sender
+from spoolipc.benchpair import Read, Receiver, Sender
 from spoolipc.engine import Array
 
 from .base import Carrier, Window

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spoolipc.bench import QueueLink, RingLink, SpoolLink
+from spoolipc.benchlinks import QueueLink, RingLink, SpoolLink
 
 from .base import Carrier
 

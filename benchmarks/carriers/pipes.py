@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spoolipc.bench import SPAWN, Read, Receiver, Sender
+from spoolipc.benchpair import SPAWN, Read, Receiver, Sender
 from spoolipc.engine import Array
 
 from .base import Carrier

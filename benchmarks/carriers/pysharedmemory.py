@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spoolipc.bench import SPAWN, Read, Receiver, Sender
+from spoolipc.benchpair import SPAWN, Read, Receiver, Sender
 from spoolipc.engine import Array
 
 from .base import Carrier

@@ -7,7 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from spoolipc.bench import Read, Receiver, Sender
+from spoolipc.benchpair import Read, Receiver, Sender
 from spoolipc.engine import Array
 
 from .base import Carrier

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spoolipc.bench import SPAWN, Read, Receiver, Sender
+from spoolipc.benchpair import SPAWN, Read, Receiver, Sender
 from spoolipc.engine import Array
 
 from .base import Carrier, Window

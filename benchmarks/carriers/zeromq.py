@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from spoolipc.bench import Read, Receiver, Sender
+from spoolipc.benchpair import Read, Receiver, Sender
 from spoolipc.engine import Array
 
 from .base import Carrier
