@@ -20,6 +20,7 @@ from typing import Any
 
 from . import changes, history, npy
 from . import words as W
+from .checksum import verify
 from .errors import BadItem, NoSuchItem, ShutDown, StorageError
 from .footer import Footer
 from .history import Failure
@@ -171,8 +172,11 @@ def _no_such_item(layout: Layout, seq: int) -> NoSuchItem:
     return NoSuchItem(f"{layout.path} has no dead letter {seq}; failed_list() tells those it has")
 
 
-def read_item(layout: Layout, directory: int, number: int) -> tuple[int, Blocks, Footer]:
-    """The size, blocks and footer of an item's file, its data untouched. Raises BadItem, OSError."""
+def read_item(
+    layout: Layout, directory: int, number: int, *, whole: bool = False
+) -> tuple[int, Blocks, Footer]:
+    """The size, blocks and footer of an item's file; its data untouched, or `whole` compared with the checksum
+    it may have. Raises BadItem, OSError."""
     name = item_name(number)
     check_regular(os.stat(name, dir_fd=directory, follow_symlinks=False))
     fd = os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=directory)
@@ -183,6 +187,8 @@ def read_item(layout: Layout, directory: int, number: int) -> tuple[int, Blocks,
             raise BadItem("the file is empty")
         with mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ) as buffer:
             blocks, tail = npy.parse(buffer, status.st_size)
+            if whole:
+                verify(buffer, tail)
         return status.st_size, blocks, tail
     finally:
         os.close(fd)

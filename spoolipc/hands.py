@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from . import changes, history, npy
 from . import words as W
+from .checksum import verify
 from .engine import Array, Payload
 from .errors import BadItem
 from .footer import Footer
@@ -36,10 +37,12 @@ class Hands:
     """A reader's party, the files its arrays look at, and the mappings it keeps.
 
     asked: limits, None for what is there. own: items in hand, as they were last counted.
+    verify: compare every item with its checksum.
     """
 
-    def __init__(self, path: str | os.PathLike[str], asked: Limits) -> None:
+    def __init__(self, path: str | os.PathLike[str], asked: Limits, *, verify: bool = False) -> None:
         self.party = Party(path, asked)
+        self.verify = verify
         self.own = 0
         self._forget()
         self.party.on_adopt = self._forget
@@ -68,6 +71,8 @@ class Hands:
             raise BadItem("the file is empty")
         buffer = self.maps.of(layout.items, name, status, words[record + W.BIRTH], record)
         blocks, tail = npy.parse(buffer, size)
+        if self.verify:
+            verify(buffer, tail)
         arrays = tuple(npy.view(buffer, block, writeable=False) for block in blocks)
         small = tail.data_end <= SMALL
         if small:

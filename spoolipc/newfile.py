@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from . import npy
+from . import footer, npy
 from .engine import Array
 from .errors import Full, StorageError
 from .index import unlink_missing_ok
@@ -20,9 +20,18 @@ SMALL = 16384
 
 
 def write_new(
-    party: Party, name: str, arrays: Sequence[Array], image: npy.Image, tail: bytes, *, sync: bool
+    party: Party,
+    name: str,
+    arrays: Sequence[Array],
+    image: npy.Image,
+    tail: bytes,
+    *,
+    seal: Callable[[mmap.mmap], bytes] | None,
+    sync: bool,
 ) -> None:
     """Write the file `name` in `tmp/`: the blocks of `image`, then `tail`; with `sync`, to the device.
+
+    seal: gives the final footer from the blocks as they were written; it replaces the one in `tail`.
 
     Raises Full when the file system or a quota is full, StorageError for any other failure; the file is
     then removed.
@@ -33,6 +42,9 @@ def write_new(
             _write_all(fd, npy.to_bytes(image, arrays) + tail)
         else:
             _save(fd, arrays, image, tail)
+        if seal is not None:
+            with mmap.mmap(fd, image.end, access=mmap.ACCESS_READ) as written:
+                os.pwrite(fd, seal(written)[: footer.SIZE], image.end)
         if sync:
             os.fsync(fd)
 

@@ -26,6 +26,7 @@ class SpoolReader:
     maxsize, max_bytes, recycle_bytes, max_attempts, mode: limits, as SpoolWriter takes them.
     lease: seconds after which a received item that is not settled goes to another reader; None, only when
     this reader ends. `get` needs none.
+    verify: compare every item that was put with a checksum with it; one that differs goes to `failed/`.
 
     Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork.
     Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
@@ -42,11 +43,12 @@ class SpoolReader:
         max_attempts: int | None = None,
         mode: int | None = None,
         lease: float | None = None,
+        verify: bool = False,
     ) -> None:
         if lease is not None and not lease > 0:
             raise ValueError(f"lease must be a positive number of seconds, not {lease!r}")
         asked = Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode)
-        self._directory = DirectorySource(path, asked)
+        self._directory = DirectorySource(path, asked, verify=verify)
         self._source: Source = self._directory
         self._lease = lease
 
@@ -180,7 +182,7 @@ class SpoolReader:
         return f"SpoolReader({self.path!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.path, self._lease)
+        return _reopened, (self.path, self._lease, self._directory.verify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +198,8 @@ class Peeked:
     meta: Any
 
 
-def _reopened(path: str, lease: float | None) -> SpoolReader:
-    return SpoolReader(path, lease=lease)
+def _reopened(path: str, lease: float | None, verify: bool) -> SpoolReader:
+    return SpoolReader(path, lease=lease, verify=verify)
 
 
 def _arrays(payload: Payload, copy: bool) -> Arrays:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from . import footer, npy, shutdown, spares
 from . import words as W
 from .alive import token_name
+from .checksum import checksum_of
 from .committing import commit_all, shut_down
 from .engine import Array, Payload
 from .errors import Full, SpoolClosed, StorageError
@@ -43,13 +45,20 @@ class DirectorySink(Stock):
     """A writer's party in a spool directory.
 
     asked: limits, None for what is there. durability: "none" survives the crash of any process, "fsync" also
-    the loss of power.
+    the loss of power. checksum: store one with every item.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], asked: Limits, durability: Durability, *, reopen: bool
+        self,
+        path: str | os.PathLike[str],
+        asked: Limits,
+        durability: Durability,
+        *,
+        reopen: bool = False,
+        checksum: bool = False,
     ) -> None:
         super().__init__(path, asked, durable=durability == "fsync")
+        self.checksum = checksum
         self._numbers = itertools.count()
         self._no_space: tuple[int, int] | None = None
         if reopen:
@@ -102,7 +111,7 @@ class DirectorySink(Stock):
         """Write a payload to a file that nobody sees yet. Raises Full when the file system is full."""
         image = npy.image_of(payload.arrays)
         put_time = time.time_ns()
-        tail = footer.pack(image.end, put_time, names=payload.names, meta=payload.meta)
+        tail = _tail(payload, image, put_time)
         draft = FileDraft(payload, image, tail, put_time, image.end + len(tail))
         with self.party:
             if not self.durable:
@@ -120,9 +129,19 @@ class DirectorySink(Stock):
         if buffer is None:
             return False
         npy.store(buffer, draft.image, draft.payload.arrays)
-        buffer[draft.image.end : draft.need] = draft.tail
+        self._seal(buffer, draft)
         draft.spare, draft.size = spare, spare.size
         return True
+
+    def _seal(self, buffer: mmap.mmap, draft: FileDraft) -> None:
+        """Write the footer of a mapped file whose blocks are there."""
+        if self.checksum:
+            draft.tail = self._tail_of(draft, buffer)
+        buffer[draft.image.end : draft.need] = draft.tail
+
+    def _tail_of(self, draft: FileDraft, buffer: mmap.mmap) -> bytes:
+        """The footer with the checksum of the blocks in `buffer`; it is as long as without."""
+        return _tail(draft.payload, draft.image, draft.put_time, checksum_of(buffer, draft.image.end))
 
     def lend(self, template: Array, meta: Any) -> tuple[FileDraft, Array]:
         """A draft like `template` and the array over its file, to be filled in place. Raises Full.
@@ -157,10 +176,10 @@ class DirectorySink(Stock):
         buffer, image = draft.buffer, draft.image
         assert buffer is not None
         draft.put_time = time.time_ns()
-        draft.tail = footer.pack(image.end, draft.put_time, meta=draft.payload.meta)
+        draft.tail = _tail(draft.payload, image, draft.put_time)
         (header,), (block,) = image.headers, image.blocks
         buffer[block.offset - len(header) : block.offset] = header
-        buffer[image.end : draft.need] = draft.tail
+        self._seal(buffer, draft)
         if self.durable:
             sync_new(self.party, draft.name)
 
@@ -170,8 +189,13 @@ class DirectorySink(Stock):
         draft.lent = False
         draft.name, draft.size = self._new_name(), rounded(draft.need)
         tail = draft.tail + bytes(draft.size - draft.need)
-        arrays, image, sync = draft.payload.arrays, draft.image, self.durable
-        self._storing(lambda: write_new(self.party, draft.name, arrays, image, tail, sync=sync), draft.size)
+        seal = (lambda written: self._tail_of(draft, written)) if self.checksum else None
+
+        def write() -> None:
+            arrays, sync = draft.payload.arrays, self.durable
+            write_new(self.party, draft.name, arrays, draft.image, tail, seal=seal, sync=sync)
+
+        self._storing(write, draft.size)
 
     def _new_name(self) -> str:
         return f"{token_name(self.party.token)}-{next(self._numbers)}.npy"
@@ -242,3 +266,7 @@ class DirectorySink(Stock):
             ours, self.spares = self.spares, []
         spares.give_back(party, ours)
         abandon_loans(party)
+
+
+def _tail(payload: Payload, image: npy.Image, put_time: int, checksum: int | None = None) -> bytes:
+    return footer.pack(image.end, put_time, names=payload.names, meta=payload.meta, checksum=checksum)
