@@ -36,7 +36,7 @@ class Claim:
     end: int
     peeked: bool = False
     hold: Hold | None = None
-    single: bool = False
+    single: bool | None = None
 
 
 def claim(party: Party, hands: Hands, limit: int, lease: float | None, taken: list[Delivery]) -> None:
@@ -112,7 +112,10 @@ def ack(party: Party, hands: Hands, deliveries: list[Delivery]) -> None:
         record = _in_hand(party, delivery)
         hold = delivery.handle.hold
         looked_at = hold is not None and (hold.left > 0 or not hold.alone)
-        take_off(party, hands, record, 0, delivery.handle.single, hold if looked_at else None)
+        single = delivery.handle.single
+        if single is None:
+            single = hands.is_single(delivery.seq)
+        take_off(party, hands, record, 0, single, hold if looked_at else None)
         if hold is not None and looked_at and not hold.left:
             hands.holds.pending.append(hold)
         deliveries.pop(0)

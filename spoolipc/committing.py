@@ -90,7 +90,7 @@ def _commit(party: Party, stock: Stock, draft: FileDraft) -> int | None:
     if successor:
         stock.keep(spares.spare_of(index, successor))
     elif spare is not None and draft.need < changes.LARGE:
-        stock.pool_was_empty = True
+        stock.short = min(stock.short + 1, MOST_SPARES)
     return seq
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,6 +79,14 @@ class Hands:
         if small:
             arrays = tuple(_copied(array) for array in arrays)
         return Opened(_payload(arrays, tail), not small, status.st_nlink == 1)
+
+    def is_single(self, seq: int) -> bool:
+        """Whether an item's file is a regular one that has no other name."""
+        try:
+            status = os.stat(item_name(seq), dir_fd=self.party.layout.items, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _copied(array: Array) -> Array:

@@ -35,7 +35,8 @@ def release(party: Party, record: int, alone: bool) -> bool:
     it; unlinked when the pool is full, or a fork may look at it (not `alone`). True when it was kept."""
     index = party.index
     words = index.words
-    if not alone or words[W.POOL_BYTES] + words[record + W.BYTES] > words[W.RECYCLE_BYTES]:
+    never_again = not alone or words[record + W.FLAGS] & W.DURABLE
+    if never_again or words[W.POOL_BYTES] + words[record + W.BYTES] > words[W.RECYCLE_BYTES]:
         drop_file(party, record)
         return False
     if words[record + W.LOAN]:

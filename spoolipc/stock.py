@@ -51,7 +51,8 @@ class FileDraft:
 class Stock:
     """A writer's party, and the files it may write. asked: limits, None for what is there.
 
-    durable: every item must survive the loss of power, so no consumed file is written again.
+    durable: every item must survive the loss of power, so no consumed file is written again. short: how many
+    files more in circulation would let a commit find its successors in the pool, in the same step.
     """
 
     def __init__(self, path: str | os.PathLike[str], asked: Limits, *, durable: bool) -> None:
@@ -67,7 +68,7 @@ class Stock:
         self.spares: list[Spare] = []
         self.holds = Holds()
         self.maps = Maps(writable=True, most_bytes=MOST_MAPPED)
-        self.pool_was_empty = False
+        self.short = 0
 
     def take_spare(self, need: int) -> Spare | None:
         """A consumed file of the right size that is ours to write."""
@@ -77,9 +78,8 @@ class Stock:
                 if need <= spare.size <= most:
                     return self.spares.pop(position)
             useless, self.spares = self.spares, []
-        if self.pool_was_empty and not useless:
-            # One file more in circulation, so that the next commit finds one to reserve in the same step.
-            self.pool_was_empty = False
+        if self.short and not useless:
+            self.short -= 1
             return None
         if not useless and not self.party.look()[W.POOL_COUNT]:
             return None
@@ -116,7 +116,7 @@ class Stock:
         if self.durable or not self.party.look()[W.POOL_COUNT]:
             return
         needs = [need_of(payload) for payload in payloads[:MOST_SPARES]]
-        wanted = [(need, self.most(need)) for need in needs]
+        wanted = [(need, self.most(need)) for need in needs[self.short :]]
         with self._mutex:
             if spares.suffice(self.spares, wanted):
                 return

@@ -35,7 +35,7 @@ def look_ahead(hands: Hands, limit: int) -> list[Ahead]:
     words = hands.party.look()
     found: list[Ahead] = []
     record = words[W.RETURNED] or words[W.READY]
-    top = words[W.CAPACITY] - W.RECORD
+    top = min(words[W.CAPACITY], len(words)) - W.RECORD  # the file may have grown beyond what is mapped
     while len(found) < min(limit, _AHEAD) and W.HEADER <= record <= top:
         seq = words[record + W.SEQ]
         try:
