@@ -11,6 +11,7 @@ from .errors import Full, ShutDown
 from .holds import Hold
 from .layout import item_name
 from .loans import settle_loans
+from .newfile import SMALL
 from .party import Party
 from .room import room, rounded
 from .stock import MOST_SPARES, FileDraft, Stock
@@ -90,7 +91,7 @@ def _commit(party: Party, stock: Stock, draft: FileDraft) -> int | None:
     if successor:
         stock.keep(spares.spare_of(index, successor))
     elif spare is not None and draft.need < changes.LARGE:
-        stock.short = min(stock.short + 1, MOST_SPARES)
+        stock.short = min(stock.short + 1, MOST_SPARES if draft.need <= SMALL else 1)
     return seq
 
 

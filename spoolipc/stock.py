@@ -17,6 +17,7 @@ from .errors import BadItem, StorageError
 from .holds import Hold, Holds
 from .layout import Limits, item_name
 from .maps import MOST_MAPPED, Maps, check_regular
+from .newfile import SMALL
 from .party import Party
 from .preallocate import preallocate
 from .room import PAGE, rounded
@@ -52,7 +53,7 @@ class Stock:
     """A writer's party, and the files it may write. asked: limits, None for what is there.
 
     durable: every item must survive the loss of power, so no consumed file is written again. short: how many
-    files more in circulation would let a commit find its successors in the pool, in the same step.
+    files more in circulation would let a commit find its successors in the pool.
     """
 
     def __init__(self, path: str | os.PathLike[str], asked: Limits, *, durable: bool) -> None:
@@ -79,6 +80,7 @@ class Stock:
                     return self.spares.pop(position)
             useless, self.spares = self.spares, []
         if self.short and not useless:
+            # One file more in circulation, so that the next commit finds one to reserve in the same step.
             self.short -= 1
             return None
         if not useless and not self.party.look()[W.POOL_COUNT]:
@@ -116,7 +118,8 @@ class Stock:
         if self.durable or not self.party.look()[W.POOL_COUNT]:
             return
         needs = [need_of(payload) for payload in payloads[:MOST_SPARES]]
-        wanted = [(need, self.most(need)) for need in needs[self.short :]]
+        fresh = self.short if max(needs, default=0) <= SMALL else 0
+        wanted = [(need, self.most(need)) for need in needs[fresh:]]
         with self._mutex:
             if spares.suffice(self.spares, wanted):
                 return

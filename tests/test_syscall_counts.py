@@ -1,0 +1,177 @@
+"""System calls per put and per get in steady state: what docs/performance.md says they cost, counted by strace."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fault
+
+ROUNDS = 20
+PROGRAM = """
+import contextlib, os, sys
+import numpy as np
+from spoolipc import SpoolReader, SpoolWriter
+
+path, size, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+array = np.zeros(size, "u1")
+batch = [array] * 64
+
+
+@contextlib.contextmanager
+def counted(name):
+    with contextlib.suppress(OSError):
+        os.stat("/begin " + name)
+    yield
+    with contextlib.suppress(OSError):
+        os.stat("/end " + name)
+
+
+def lend():
+    with writer.loan(size, "u1") as lent:
+        lent[0] = 1
+
+
+def meta():
+    with reader.receive() as item:
+        item.meta
+
+
+def receive():
+    global item
+    item = reader.receive()
+    item.array[:0]
+
+
+def ack():
+    global item
+    item.ack()
+    item = None
+
+
+with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+    pairs = {
+        "put": lambda: writer.put(array), "get": reader.get,
+        "put again": lambda: writer.put(array), "receive": receive, "ack": ack,
+        "put once more": lambda: writer.put(array, meta=1), "receive, look at meta, ack": meta,
+        "loan": lend, "get what was lent": reader.get,
+        "put_many": lambda: writer.put_many(batch), "get_many": lambda: reader.get_many(64),
+    }
+    groups = [("put", "get"), ("put again", "receive", "ack"), ("put once more", "receive, look at meta, ack"),
+              ("loan", "get what was lent"), ("put_many", "get_many")]
+    for group in groups:
+        for name in group * 20:
+            pairs[name]()
+        for _ in range(rounds):
+            for name in group:
+                with counted(name):
+                    pairs[name]()
+    with counted("qsize"):
+        for _ in range(rounds):
+            writer.qsize()
+"""
+_LINE = re.compile(r"(\d+) +(\w+)\((.*)")
+_NOT_OURS = {"futex", "sched_yield", "brk", "madvise", "clock_gettime", "getpid"}
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Counter[str]]]:
+    """System calls by name for all rounds of each operation, by the array's size in bytes."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    return {size: count(tmp_path_factory.mktemp("counts"), size) for size in (1000, 50_000)}
+
+
+def count(place: Path, size: int) -> dict[str, Counter[str]]:
+    log = place / "log"
+    strace = ["strace", "-f", "-qq", "-s", "200", "-e", "signal=none", "-o", str(log)]
+    program = [sys.executable, "-W", "error", "-c", PROGRAM, str(place / "spool"), str(size), str(ROUNDS)]
+    ran = subprocess.run(strace + program, capture_output=True, text=True, check=False, timeout=50)
+    if "ptrace" in ran.stderr:
+        pytest.skip(f"strace may not trace here: {ran.stderr.splitlines()[0]}")
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, Counter[str]] = {}
+    now: Counter[str] | None = None
+    main = ""
+    for line in log.read_text().splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        process, call, rest = match.groups()
+        mark = re.search(r'"/(begin|end) ([^"]*)"', rest)
+        if mark:
+            main = process
+            now = found.setdefault(mark[2], Counter()) if mark[1] == "begin" else None
+        elif now is not None and process == main and call not in _NOT_OURS:
+            now[call] += 1
+    return found
+
+
+def each(calls: Counter[str]) -> dict[str, float]:
+    """Calls per round, those made once in many rounds left out."""
+    return {name: made / ROUNDS for name, made in sorted(calls.items()) if made * 4 > ROUNDS}
+
+
+LOCK = {"flock": 2.0}
+"""Taken and let go."""
+ITEM = {"newfstatat": 3.0, "renameat": 1.0}
+"""Is the index whole, looked at twice; is the file the one that is mapped; and the move."""
+
+
+@pytest.mark.parametrize("size", [1000, 50_000])
+class TestEach:
+    @pytest.mark.parametrize("name", ["put", "put once more", "loan"])
+    def test_put_is_one_lock_and_one_rename(
+        self, counts: dict[int, dict[str, Counter[str]]], size: int, name: str
+    ) -> None:
+        assert each(counts[size][name]) == LOCK | ITEM
+
+    @pytest.mark.parametrize("name", ["get", "get what was lent"])
+    def test_get_is_one_lock_and_one_rename(
+        self, counts: dict[int, dict[str, Counter[str]]], size: int, name: str
+    ) -> None:
+        assert each(counts[size][name]) == LOCK | ITEM
+
+    def test_receive_and_ack_are_one_lock_each_and_one_rename(
+        self, counts: dict[int, dict[str, Counter[str]]], size: int
+    ) -> None:
+        assert each(counts[size]["receive"]) == LOCK | {"newfstatat": 2.0}
+        assert each(counts[size]["ack"]) == LOCK | {"newfstatat": 1.0, "renameat": 1.0}
+
+    def test_metadata_is_two_reads_and_no_map(
+        self, counts: dict[int, dict[str, Counter[str]]], size: int
+    ) -> None:
+        found = each(counts[size]["receive, look at meta, ack"])
+        assert found == {
+            "flock": 4.0,
+            "newfstatat": 4.0,
+            "openat": 1.0,
+            "pread64": 2.0,
+            "close": 1.0,
+            "renameat": 1.0,
+        }
+
+    def test_batch_of_64_is_one_lock(self, counts: dict[int, dict[str, Counter[str]]], size: int) -> None:
+        """Two for a put_many of what is given out as views: consumed files are reserved in a step of their own."""
+        put, got = each(counts[size]["put_many"]), each(counts[size]["get_many"])
+        assert put["flock"] == (2 if size < 16384 else 4)
+        assert put["renameat"] == 64
+        assert 128 <= put["newfstatat"] <= 132
+        assert set(put) == {"flock", "newfstatat", "renameat"}
+        assert (got["flock"], got["renameat"]) == (2, 64)
+        assert 64 <= got["newfstatat"] <= 68
+        assert set(got) == {"flock", "newfstatat", "renameat"}
+
+    def test_nothing_is_rung_when_nobody_waits(
+        self, counts: dict[int, dict[str, Counter[str]]], size: int
+    ) -> None:
+        assert not any("write" in call for calls in counts[size].values() for call in each(calls))
+
+    def test_qsize_takes_no_lock(self, counts: dict[int, dict[str, Counter[str]]], size: int) -> None:
+        assert each(counts[size]["qsize"]) == {"newfstatat": 1.0}
