@@ -140,7 +140,7 @@ def fill(text: str, run: Run) -> str:
         except (KeyError, IndexError):
             continue
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+        text = pattern.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)  # type: ignore[misc]
     return text
 
 

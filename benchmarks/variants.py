@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from spoolipc import SpoolReader, SpoolWriter
 from spoolipc.benchlinks import SpoolLink
-from spoolipc.benchpair import Read, Receiver, Sender
+from spoolipc.benchpair import MakeLink, Read, Receiver, Sender
 from spoolipc.engine import Array
 
 BATCH = 64
@@ -89,11 +86,10 @@ class ChecksumLink(SpoolLink):
     """Every item carries a checksum, which the reader verifies."""
 
     def sender(self) -> Sender:
-        options: dict[str, Any] = {"checksum": True}
-        return PutSender(SpoolWriter(self._path, maxsize=self._window, **options))
+        return PutSender(SpoolWriter(self._path, maxsize=self._window, checksum=True))
 
     def receiver(self) -> Receiver:
-        return GetReceiver(SpoolReader(self._path, maxsize=self._window))
+        return GetReceiver(SpoolReader(self._path, maxsize=self._window, verify=True))
 
 
 class DurableLink(SpoolLink):
@@ -121,15 +117,10 @@ class GetReceiver:
         read(self._reader.get())
 
 
-def offered() -> dict[str, Callable[[Path, int, int], SpoolLink]]:
-    """The variants that this spoolipc has, by name."""
-    links: dict[str, Callable[[Path, int, int], SpoolLink]] = {}
-    if hasattr(SpoolWriter, "put_many") and hasattr(SpoolReader, "get_many"):
-        links["64 a call"] = BatchLink
-    if hasattr(SpoolReader, "receive"):
-        links["receive and ack"] = AckLink
-    if hasattr(SpoolWriter, "loan"):
-        links["loan, copied into"] = LoanLink
-    if "checksum" in inspect.signature(SpoolWriter).parameters:
-        links["checksum"] = ChecksumLink
-    return links
+VARIANTS: dict[str, MakeLink] = {
+    "put and get": SpoolLink,
+    "64 a call": BatchLink,
+    "receive and ack": AckLink,
+    "loan, copied into": LoanLink,
+    "checksum, verified": ChecksumLink,
+}

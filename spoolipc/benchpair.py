@@ -138,6 +138,10 @@ def compare(
     return list(results.values())
 
 
+_TURNS = ((0.03, WINDOW, WINDOW), (0.1, 4, 2), (float("inf"), 2, 1))
+"""For messages that take less than so many seconds: how many to time at least, and to pass before and after them."""
+
+
 class Pair:
     """A producing and a consuming process, and a link each way between them."""
 
@@ -205,9 +209,9 @@ class Pair:
         """Bring the pair to its steady state, and find how many messages to time in a turn of `seconds`, and how many
         to pass before and after them."""
         took = self.measure(kind, 2, 1)
-        if took < 0.05:
+        if took < 0.03:
             took = self.measure(kind, 2 * WINDOW, WINDOW)
-        least, edge = (WINDOW, WINDOW) if took < 0.05 else (3, 2)
+        least, edge = next((least, edge) for most, least, edge in _TURNS if took < most)
         return min(max(int(seconds / took), least), 20_000), edge
 
     def close(self) -> None:

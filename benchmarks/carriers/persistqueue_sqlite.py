@@ -25,9 +25,16 @@ class RawBytes:
         return np.frombuffer(stored)
 
 
+def open_queue(folder: Path) -> Any:
+    from persistqueue import SQLiteQueue
+
+    return SQLiteQueue(str(folder), auto_commit=True, multithreading=True, timeout=60, serializer=RawBytes)
+
+
 class SqliteLink:
     def __init__(self, folder: Path, nbytes: int, window: int) -> None:
         self.folder = folder
+        open_queue(folder).close()  # made before two processes open it at the same moment
         self.window = Window(window)
 
     def sender(self) -> Sender:
@@ -42,12 +49,8 @@ class SqliteLink:
 
 class SqliteEnd:
     def __init__(self, link: SqliteLink) -> None:
-        from persistqueue import SQLiteQueue
-
         self._window = link.window
-        self._queue = SQLiteQueue(
-            str(link.folder), auto_commit=True, multithreading=True, timeout=60, serializer=RawBytes
-        )
+        self._queue = open_queue(link.folder)
 
     def send(self, array: Array) -> None:
         self._window.free.acquire()
