@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from . import alive, changes, shutdown
+from . import alive, shutdown
 from . import words as W
 from .census import AnySpool, Progress, batches, dead_among, strangers_at_top, token_of
 from .history import history_number
@@ -27,12 +26,11 @@ from .layout import Limits, item_name, item_number
 from .ledger import table
 from .onlooker import Onlooker
 from .party import Party
-from .tend import drop_file, return_item, temporary_owner
+from .retrieval import abandoned, foreseen, settle
+from .tend import temporary_owner
 
 Numbers = npt.NDArray[np.uint64]
 _FREE_BATCH = 16384
-_STEP = 0.002
-"""Seconds after which a locked step that removes files ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +141,13 @@ class _Sweep:
             self.counts["bytes_freed"] += status.st_blocks * 512
 
     def _claims(self) -> None:
-        index, records = self.spool.run(_abandoned)
+        index, records = self.spool.run(abandoned)
         done = 0
         while done < len(records) and index is not None:
             if self.party is None:
-                self.counts += _foreseen(self.spool, index, records)
+                self.counts += foreseen(self.spool, index, records)
                 return
-            step, counts = self.party.run(_settle, index, records[done:])
+            step, counts = self.party.run(settle, index, records[done:])
             done += step
             self.counts += counts
             self._looked_at([], 0)
@@ -247,54 +245,6 @@ def _orphaned_histories(spool: AnySpool, sweep: _Sweep, names: list[str]) -> Non
         and not exists(layout.failed, number)
     ]
     _each(spool, sweep, layout.failed, gone, "orphaned_histories")
-
-
-def _abandoned(spool: AnySpool) -> tuple[Index | None, list[tuple[int, int]]]:
-    """The records in the hands of dead parties, those longest there first, each with its owner."""
-    index = spool.index
-    if index is None:
-        return None, []
-    words = index.words
-    held = [(record, words[record + W.OWNER]) for record in reversed(changes.away(index))]
-    dead = dead_among(spool, {owner for _, owner in held if owner})
-    return index, [(record, owner) for record, owner in held if owner in dead]
-
-
-def _settle(party: Party, index: Index, records: list[tuple[int, int]]) -> tuple[int, Counter[str]]:
-    """Take some of `records` out of dead hands; returns how many were looked at and what became of them."""
-    counts: Counter[str] = Counter()
-    if party.index is not index:
-        return len(records), counts  # rebuilt meanwhile: nothing is in anybody's hands
-    words = index.words
-    until = time.monotonic() + _STEP
-    for done, (record, owner) in enumerate(records):
-        if time.monotonic() > until:
-            return done, counts
-        if words[record + W.OWNER] != owner:
-            continue
-        if words[record + W.STATE] == W.CLAIMED:
-            returned = return_item(party, record, "its reader died", 0)
-            counts["returned_items" if returned else "given_up_items"] += 1
-        else:
-            counts["bytes_freed"] += words[record + W.BYTES]
-            counts["abandoned_files"] += 1
-            drop_file(party, record)
-    return len(records), counts
-
-
-def _foreseen(spool: AnySpool, index: Index, records: list[tuple[int, int]]) -> Counter[str]:
-    """What `_settle` would do."""
-    counts: Counter[str] = Counter()
-    words = index.words
-    most = words[W.MAX_ATTEMPTS]
-    for record, _ in records:
-        if words[record + W.STATE] == W.CLAIMED:
-            last = most and words[record + W.ATTEMPT] >= most
-            counts["given_up_items" if last else "returned_items"] += 1
-        else:
-            counts["abandoned_files"] += 1
-            counts["bytes_freed"] += words[record + W.BYTES]
-    return counts
 
 
 def _discard(party: Party) -> tuple[bool, Counter[str]]:
