@@ -100,6 +100,16 @@ def test_resume_after_crash_goes_on_where_the_killed_one_stopped(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_worker_pool_survives_a_kill_and_sets_the_poison_aside(tmp_path: Path) -> None:
+    ran = run(tmp_path, "worker_pool.py", "--images=12", "--workers=2")
+    assert ran.returncode == 0, ran.stderr
+    assert "the first worker ended with -9, others did again: [1]" in ran.stdout
+    assert "every image but one was done exactly once: True" in ran.stdout
+    assert "dead letter: image 5, 3 attempts" in ran.stdout
+    assert ran.stdout.count(": ValueError: image 5 is black") == 3
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_the_readme_shows_runs(tmp_path: Path) -> None:
     readme = EXAMPLES.with_name("README.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
