@@ -191,14 +191,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some parts only")
     add("--sizes", nargs="+", type=lambda text: int(float(text)), metavar="BYTES", help="sizes of the arrays")
     add("--rounds", type=int, help="turns of each carrier at each size (default 5; quick: 3)")
-    add("--seconds", type=float, help="how long a turn should last (default 0.2; quick: 0.03)")
+    add("--seconds", type=float, help="how long a turn should last (default 0.12; quick: 0.03)")
     add("--backlog", type=int, metavar="ITEMS", help="items waiting (default 1,000,000; quick: 20,000)")
     add("--disk", type=Path, default=tempfile.gettempdir(), help="a directory on a disk (default: TMPDIR)")
     add("--out", type=Path, help="the JSON file (default: benchmarks/results/latest.json; quick: quick.json)")
     options = parser.parse_args(arguments)
     options.sizes = options.sizes or list(QUICK_SIZES if options.quick else SIZES)
     options.rounds = options.rounds or (3 if options.quick else 5)
-    options.seconds = options.seconds or (0.03 if options.quick else 0.2)
+    options.seconds = options.seconds or (0.03 if options.quick else 0.12)
     options.out = options.out or RESULTS / ("quick.json" if options.quick else "latest.json")
     return options
 

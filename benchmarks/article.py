@@ -34,7 +34,7 @@ def article(scratch: Path, workers: int, rounds: int, repeats: int) -> list[dict
                     job = example.Job(title, workers, rounds, heavy, number, scratch)
                     rows.setdefault((key, heavy), []).append(measure(job))
     return [
-        {"carrier": key, "title": carriers[key][0], "heavy": heavy, "seconds": seconds}
+        {"carrier": key, "title": carriers[key][0], "heavy": heavy, "workers": workers, "seconds": seconds}
         for (key, heavy), seconds in rows.items()
     ]
 

@@ -183,7 +183,8 @@ STYLES = {
 
 def lines(pyplot: Any, rows: list[dict[str, Any]], kind: str) -> Any:
     figure, axes = pyplot.subplots(figsize=(8.5, 5.5))
-    colors = iter(pyplot.get_cmap("tab20").colors[2:])
+    hues = pyplot.get_cmap("tab20").colors
+    colors = iter([hues[k] for k in (2, 4, 8, 10, 12, 14, 16, 18, 3, 5, 9, 11, 15, 17, 19)])
     for name in dict.fromkeys(row["carrier"] for row in rows):
         points = sorted(
             (row["nbytes"], row["seconds"]) for row in rows if row["carrier"] == name and row["seconds"]
@@ -195,7 +196,15 @@ def lines(pyplot: Any, rows: list[dict[str, Any]], kind: str) -> Any:
             style: dict[str, Any] = {"color": next(colors), "linewidth": 1.2, "label": name} | STYLES.get(
                 name, {}
             )
-            axes.errorbar(x, middle, yerr=list(zip(*errors, strict=True)), marker="o", markersize=3, **style)
+            axes.errorbar(
+                x,
+                middle,
+                yerr=list(zip(*errors, strict=True)),
+                marker="o",
+                markersize=3,
+                elinewidth=0.8,
+                **style,
+            )
     axes.set(xscale="log", yscale="log", xlabel="size of the array", ylabel="time per message")
     axes.set_xticks(sizes(rows), [show_bytes(nbytes) for nbytes in sizes(rows)], minor=False)
     axes.xaxis.set_minor_locator(pyplot.NullLocator())
@@ -228,7 +237,7 @@ def bars(pyplot: Any, rows: list[dict[str, Any]]) -> Any:
     axes.margins(x=0.12)
     axes.set_xlabel("seconds for all rounds; lower is better")
     axes.legend(frameon=False)
-    axes.set_title("the article's experiment: 16 workers, one object a round")
+    axes.set_title(f"the article's experiment: {rows[0]['workers']} workers, one object a round")
     return figure
 
 
