@@ -1,5 +1,7 @@
 """Large NumPy arrays handed between processes, through files in a spool directory."""
 
+import logging
+
 from .delivery import Item
 from .errors import (
     AlreadySettled,
@@ -31,6 +33,8 @@ from .reader import Peeked, SpoolReader
 from .status import SpoolStat, stat
 from .sweep import GcReport, gc
 from .writer import SpoolWriter
+
+logging.getLogger("spoolipc").addHandler(logging.NullHandler())
 
 __all__ = [
     "AlreadySettled",

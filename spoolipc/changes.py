@@ -87,6 +87,19 @@ def _pool(words: memoryview[int], stores: Stores, record: int, size: int) -> Non
     stores[W.POOL_COUNT] = words[W.POOL_COUNT] + 1
 
 
+def turned(number: int) -> int:
+    """A word with all bits turned."""
+    return number ^ 0xFFFF_FFFF_FFFF_FFFF
+
+
+def next_seq(words: memoryview[int]) -> int:
+    """The next sequence number. Raises Torn when it cannot be trusted: a put would overwrite a waiting item."""
+    seq = words[W.NEXT_SEQ]
+    if words[W.NEXT_SEQ_CHECK] != turned(seq):
+        raise Torn("the next sequence number is damaged")
+    return seq
+
+
 def describe(
     words: memoryview[int], record: int, seq: int, put_time: int, flags: int, loan: int, end: int = 0
 ) -> None:
@@ -136,6 +149,7 @@ def _arrive(words: memoryview[int], stores: Stores, record: int, seq: int, size:
     stores[record + W.FILE] = seq
     _append(words, stores, W.READY, record)
     stores[W.NEXT_SEQ] = seq + 1
+    stores[W.NEXT_SEQ_CHECK] = turned(seq + 1)
     stores[W.PUTS] = words[W.PUTS] + 1
     stores[W.ITEM_BYTES] = words[W.ITEM_BYTES] + size
 

@@ -49,7 +49,7 @@ def _commit(party: Party, stock: Stock, draft: FileDraft) -> int | None:
     if not room(words, rounded(draft.need)):
         raise Full(f"the spool {party.path} is full")
     layout = party.layout
-    seq = words[W.NEXT_SEQ]
+    seq = changes.next_seq(words)
     flags = W.DURABLE if stock.durable else 0
     spare = draft.spare
     loan = party.token if draft.lent else 0

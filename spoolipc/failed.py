@@ -237,7 +237,7 @@ def _put_again(party: Party, number: int, size: int, tail: Footer) -> int | None
         return None
     record = index.new_record()
     words = index.words
-    seq = words[W.NEXT_SEQ]
+    seq = changes.next_seq(words)
     # Whether its file survives power loss is not known any more: it is never written again, as one that does.
     changes.describe(words, record, seq, max(0, tail.put_time), W.DURABLE, 0, tail.data_end)
     stores = changes.put_new(index, record, seq, size)

@@ -257,6 +257,7 @@ def create(layout: Layout, records: int) -> Index:
     words[W.CAPACITY] = capacity
     words[W.EDGE] = W.HEADER
     words[W.NEXT_SEQ] = 1
+    words[W.NEXT_SEQ_CHECK] = 1 ^ 0xFFFF_FFFF_FFFF_FFFF
     for flag in range(8):
         words[W.ITEM_FLAGS + flag] = words[W.SPACE_FLAGS + flag] = 1
     return index

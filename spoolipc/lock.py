@@ -78,6 +78,21 @@ class IndexLock:
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
 
+    def renewed(self, root: int, mode: int) -> bool:
+        """Whether the lock file had been removed by hand; then a new one is taken in the place of the old.
+
+        Newcomers and those who were there before hold different locks until this is called. The caller holds the lock.
+        """
+        if os.fstat(self.fd).st_nlink:
+            return False
+        fd = open_lock(root, mode)
+        try:
+            os.dup2(fd, self.fd, inheritable=False)
+        finally:
+            os.close(fd)
+        self.take()
+        return True
+
     def drop(self) -> None:
         """Release the lock; harmless when it is not held. The caller holds `mutex`."""
         try:

@@ -12,6 +12,7 @@ import os
 from array import array
 
 from . import words as W
+from .changes import turned
 from .history import attempts_of, failed_numbers
 from .index import NAME, Index, create, install, unlink_missing_ok
 from .layout import Layout, Limits, agree, item_name, item_number
@@ -51,6 +52,7 @@ def rebuild(layout: Layout, why: str) -> Index:
         words[W.SHUTDOWN] = read_shutdown(layout)
         known = max([0, *waiting[-1:], *failed, *freed, last])
         words[W.NEXT_SEQ] = known + 1
+        words[W.NEXT_SEQ_CHECK] = turned(known + 1)
         set_limits(index, agree(layout, Limits()))
         install(layout, index)
     except BaseException:
@@ -130,7 +132,8 @@ def _last_known(layout: Layout) -> int:
         return 0
     if len(words) < W.HEADER or (words[W.MAGIC], words[W.VERSION]) != (W.MAGIC_VALUE, W.VERSION_VALUE):
         return 0
-    return words[W.NEXT_SEQ] - 1 if 0 < words[W.NEXT_SEQ] < LAST else 0
+    seq = words[W.NEXT_SEQ]
+    return seq - 1 if 0 < seq < LAST and words[W.NEXT_SEQ_CHECK] == turned(seq) else 0
 
 
 _SHUTDOWN = "shutdown"

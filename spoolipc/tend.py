@@ -2,8 +2,8 @@
 
 Once a second, by whoever is around.
 
-A constant amount of work however large the backlog: only files in somebody's hands are looked at, and a
-bounded number of names in `tmp/`. `gc` does the same without the bound.
+However large the backlog, only files in somebody's hands are looked at, and a bounded number of names in
+`tmp/`; what is more than one step should do is left to the next. `gc` does the same without the bound.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 from . import alive, changes, history
 from . import words as W
 from .giveup import give_up
-from .index import unlink_missing_ok
+from .index import Torn, unlink_missing_ok
 from .layout import item_name
 from .party import Party
 from .shutdown import discard
@@ -26,6 +26,8 @@ TEND_EVERY: Final = 1.0
 """Seconds between two looks for the dead."""
 _TEMPORARY = re.compile(r"([0-9a-f]{16})-\d+\.npy")
 _NAMES = 64
+_AT_ONCE = 256
+"""Files put back in one locked step at most."""
 
 
 def tend(party: Party, *, force: bool = False) -> None:
@@ -37,14 +39,21 @@ def tend(party: Party, *, force: bool = False) -> None:
     due = 0 < words[W.NEXT_DUE] <= now
     if not (late or due or force):
         return
+    if party.lock.renewed(party.layout.root, party.layout.file_mode):
+        raise Torn("index.lock was removed while in use")
     dead: dict[int, bool] = {}
-    soonest = 0
+    soonest = put = 0
     for record in reversed(changes.away(index)):
+        if put == _AT_ONCE:
+            soonest = now  # the next step goes on
+            break
         owner, ends = words[record + W.OWNER], words[record + W.DUE]
         if owner and owner != party.token and is_dead(party, owner, dead):
             put_back(party, record, "its reader died")
+            put += 1
         elif 0 < ends <= now:
             put_back(party, record, "its lease ended" if owner else "")
+            put += 1
         elif ends and (not soonest or ends < soonest):
             soonest = ends
         words = index.words

@@ -47,6 +47,7 @@ NEXT_DUE: Final = 34  # monotonic ns at which a lease or a delay ends, 0 for non
 TENDED: Final = 35  # monotonic ns at which the dead were last looked for
 PUTS: Final = 36  # how many items were ever put, delivered ...
 GOTS: Final = 37
+NEXT_SEQ_CHECK: Final = 38  # NEXT_SEQ with all bits turned: a number given twice would cost an item
 MAXSIZE: Final = 40  # the limits, as spool.json has them
 MAX_BYTES: Final = 41
 RECYCLE_BYTES: Final = 42
