@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install format lint test demo bench clean all
+.PHONY: help install format lint test demo bench docs clean all
 
 help:  ## say what the targets are
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -46,8 +46,11 @@ $(VENV)/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
+docs: $(STAMP)  ## write docs/reference.md from the docstrings; a test fails when it is not current
+	$(BIN)/python docs/build.py
+
 clean:  ## remove what building and testing left; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-all: format lint test  ## what to run before a commit
+all: format docs lint test  ## what to run before a commit
