@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -53,10 +54,21 @@ def claim(party: Party, hands: Hands, limit: int, lease: float | None, taken: li
             if taken:
                 return
             raise
+        delivery = _delivery(index, record)
+        delivery.attempt += 1
+        taken.append(delivery)  # first, so that `put_down` finds it whenever a signal comes
         index.change(W.MEMORY, 0, changes.claim(index, record, queue, party.token, due))
-        taken.append(_delivery(index, record))
     party.news("space", len(taken))
     pass_on(party)
+
+
+def put_down(party: Party, taken: list[Delivery]) -> None:
+    """Give back at once what a claim took that was interrupted before anybody had it."""
+    for delivery in taken:
+        with contextlib.suppress(LeaseExpired):
+            record = _in_hand(party, delivery)
+            party.index.change(W.MEMORY, 0, changes.give_back(party.index, record, 0))
+            party.news("items")
 
 
 def peek(party: Party, hands: Hands) -> Delivery:

@@ -41,7 +41,12 @@ def exclusively(root: int, mode: int = 0o600) -> Iterator[None]:
             lock.take()
             yield
     finally:
-        lock.close()
+        try:
+            lock.close()
+        except BaseException:  # a signal
+            if lock.fd >= 0:
+                lock.drop()
+            raise
 
 
 class IndexLock:

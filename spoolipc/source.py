@@ -57,7 +57,12 @@ class DirectorySource(Hands):
         Raises Empty, ShutDown.
         """
         taken: list[Delivery] = []
-        self.party.run(claiming.claim, self, limit, lease, taken)
+        try:
+            self.party.run(claiming.claim, self, limit, lease, taken)
+        except BaseException:
+            if taken:
+                self.party.run(claiming.put_down, taken)
+            raise
         return taken
 
     def load(self, delivery: Delivery) -> Payload:
