@@ -29,7 +29,7 @@ def file_system(path: Path) -> str:
     Read from the kernel's mount table; "unknown" where that cannot be read.
     """
     place = path
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     real = os.path.realpath(place)
     best, kind = "", "unknown"

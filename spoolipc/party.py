@@ -56,6 +56,14 @@ class Party:
         self._open(asked, create)
 
     def _open(self, asked: Limits, create: bool) -> None:
+        try:
+            self._enter(asked, create)
+        except SpoolError:
+            raise
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+    def _enter(self, asked: Limits, create: bool) -> None:
         self.layout = open_layout(self.path, asked, create=create)
         self.token = alive.new_token()
         self._held = self.layout.descriptors()

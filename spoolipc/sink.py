@@ -220,9 +220,16 @@ class DirectorySink(Stock):
             while self._commit_some(drafts, seqs):
                 # A file was lost with the index, or removed by hand: write it once more.
                 self._write_new(drafts[len(seqs)])
-            if self.durable:
-                os.fsync(party.layout.items)
+            if self.durable and seqs:
+                self._make_durable(seqs)
         return seqs
+
+    def _make_durable(self, seqs: list[int]) -> None:
+        try:
+            os.fsync(self.party.layout.items)
+        except OSError as error:
+            what = f"items {seqs[0]} to {seqs[-1]} are in the spool, but not known to be durable"
+            raise StorageError(error.errno, f"{what}: {error.strerror}", self.party.path) from error
 
     def _commit_some(self, drafts: Sequence[FileDraft], seqs: list[int]) -> bool:
         try:
