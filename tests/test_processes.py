@@ -168,9 +168,9 @@ def settle_flags(path: Path) -> memoryview[int]:
     return words
 
 
-def just_asleep(words: memoryview[int], flags: int) -> bool:
+def just_asleep(words: memoryview[int], flags: int) -> Callable[[], bool]:
     """Whether somebody went to sleep within the last tenth of a second, and so will not look by itself soon."""
-    return max(words[flags : flags + 8]) > time.monotonic_ns() - 100_000_000
+    return lambda: max(words[flags : flags + 8]) > time.monotonic_ns() - 100_000_000
 
 
 @pytest.mark.parametrize("immediate", [False, True])
@@ -183,13 +183,15 @@ def test_shutdown_wakes_who_waits_in_other_processes(path: Path, family: Family,
         getters = [family.start(get_until_shutdown, empty) for _ in range(2)]
         for pipe in putters + getters:
             assert received(pipe) == "begins"
-        until(lambda: just_asleep(space, W.SPACE_FLAGS) and just_asleep(items, W.ITEM_FLAGS))
-        assert wait(putters + getters, 0) == []
-        began = time.monotonic()
-        one.shutdown(immediate)
-        two.shutdown(immediate)
-        ended = [received(pipe) for pipe in putters + getters]
-        assert max(ended) - began < 0.8  # not the look once a second
+        for spool, words, flags, waiting in (
+            (one, space, W.SPACE_FLAGS, putters),
+            (two, items, W.ITEM_FLAGS, getters),
+        ):
+            until(just_asleep(words, flags))
+            assert wait(waiting, 0) == []
+            began = time.monotonic()
+            spool.shutdown(immediate)
+            assert max(map(received, waiting)) - began < 0.8  # not the look once a second
         for pipe in putters + getters:
             family.end(pipe)
 

@@ -267,7 +267,10 @@ class SpoolMachine(RuleBasedStateMachine):
         with pytest.raises((TypeError, ShutDown, Full)):
             writer.put_nowait(np.full(pages * 500, None))
         if self.refusal(pages) is None:
-            with pytest.raises(ZeroDivisionError), writer.loan(pages * 500, block=False) as lent:
+            with (
+                pytest.raises(ZeroDivisionError),
+                writer.loan(pages * PAGE - 1024, "u1", block=False) as lent,
+            ):
                 lent[0] = 1 / 0
 
     # Getting

@@ -47,7 +47,11 @@ class Sleepers:
         """Wait until somebody's flag is set and every process is off the processor, so that only a ring helps."""
         deadline = time.monotonic() + 20
         while not (any(self._words[flags : flags + 8]) and all(map(self._sleeps, self.members))):
-            assert time.monotonic() < deadline, "they never sleep"
+            assert all(process.is_alive() for process, _ in self.members)
+            assert time.monotonic() < deadline, (
+                f"they never sleep: flags {self._words[flags : flags + 8].tolist()}, "
+                f"asleep {list(map(self._sleeps, self.members))}, {self._reader.qsize()} waiting"
+            )
             time.sleep(0.0001)
 
     @staticmethod
