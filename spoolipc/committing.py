@@ -14,7 +14,7 @@ from .loans import settle_loans
 from .newfile import SMALL
 from .party import Party
 from .room import room, rounded
-from .stock import MOST_SPARES, FileDraft, Stock
+from .stock import CHEAP, MOST_SPARES, FileDraft, Stock
 from .tend import drop_file
 
 
@@ -90,7 +90,7 @@ def _commit(party: Party, stock: Stock, draft: FileDraft) -> int | None:
         hold.record, hold.number = record, seq
     if successor:
         stock.keep(spares.spare_of(index, successor))
-    elif spare is not None and draft.need < changes.LARGE:
+    elif spare is not None and draft.need < CHEAP:
         stock.short = min(stock.short + 1, MOST_SPARES if draft.need <= SMALL else 1)
     return seq
 

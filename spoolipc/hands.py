@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from .holds import Hold, Holds
 from .index import unlink_missing_ok
 from .layout import Limits, item_name
 from .loans import release
-from .maps import MOST_MAPPED, Maps, check_regular
+from .maps import MOST_MAPPED, Maps, check_regular, read_small
 from .newfile import SMALL
 from .party import Party
 from .tend import tend
@@ -70,13 +71,18 @@ class Hands:
         size = status.st_size
         if not size:
             raise BadItem("the file is empty")
-        buffer = self.maps.of(layout.items, name, status, words[record + W.BIRTH], record)
+        birth = words[record + W.BIRTH]
+        buffer: mmap.mmap | bytes
+        if size <= SMALL and not self.maps.wanted(birth):
+            buffer = read_small(layout.items, name, size)
+        else:
+            buffer = self.maps.of(layout.items, name, status, birth, record)
         blocks, tail = npy.parse(buffer, size)
         if self.verify:
             verify(buffer, tail)
         arrays = tuple(npy.view(buffer, block, writeable=False) for block in blocks)
         small = tail.data_end <= SMALL
-        if small:
+        if small and isinstance(buffer, mmap.mmap):
             arrays = tuple(_copied(array) for array in arrays)
         return Opened(_payload(arrays, tail), not small, status.st_nlink == 1)
 

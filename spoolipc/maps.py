@@ -18,6 +18,7 @@ from . import words as W
 from .errors import BadItem
 
 _MOST = 128
+_MOST_SEEN = 1024
 MOST_MAPPED = 1 << 33
 """Bytes of mappings that a party keeps at most."""
 OPEN_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -44,7 +45,20 @@ class Maps:
         self._kept: dict[int, Mapping] = {}
         self._bytes = 0
         self._swept = 0
+        self._seen: set[int] = set()
         self._mutex = threading.Lock()
+
+    def wanted(self, birth: int) -> bool:
+        """Whether a small file is better mapped than read or written: when it is mapped, or comes back while there
+        is room. One that is seen once, as in a long backlog, is not worth a map."""
+        if birth in self._kept:
+            return True
+        if birth in self._seen:
+            return len(self._kept) < _MOST
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        self._seen.add(birth)
+        return False
 
     def of(self, directory: int, name: str, status: os.stat_result, birth: int, record: int) -> mmap.mmap:
         """The mapping of the file that `status` was just read from.
@@ -100,6 +114,30 @@ class Maps:
 
     def __contains__(self, birth: object) -> bool:
         return birth in self._kept
+
+
+def read_small(directory: int, name: str, size: int) -> bytes:
+    """The `size` bytes of a small file. Raises BadItem when it has fewer now, OSError."""
+    fd = os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=directory)
+    try:
+        data = os.read(fd, size)
+    finally:
+        os.close(fd)
+    if len(data) != size:
+        raise BadItem(f"only {len(data)} of {size} bytes could be read")
+    return data
+
+
+def write_small(directory: int, name: str, data: bytes) -> int:
+    """Write a small file's first bytes in place; returns how many. Raises OSError."""
+    fd = os.open(name, os.O_WRONLY | OPEN_FILE, dir_fd=directory)
+    try:
+        done = os.pwrite(fd, data, 0)
+    finally:
+        os.close(fd)
+    if done != len(data):
+        raise OSError(errno.EIO, f"only {done} of {len(data)} bytes could be written", name)
+    return done
 
 
 def check_regular(status: os.stat_result) -> None:

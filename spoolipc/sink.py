@@ -28,7 +28,7 @@ from .index import unlink_missing_ok
 from .layout import Limits
 from .loans import abandon_loans
 from .maps import is_shortage
-from .newfile import map_new, sync_new, write_new
+from .newfile import SMALL, map_new, sync_new, write_new
 from .party import Party
 from .room import fits, make_room, refuse_impossible, room, rounded
 from .spares import Spare
@@ -125,6 +125,14 @@ class DirectorySink(Stock):
 
     def _fill_spare(self, spare: Spare, draft: FileDraft) -> bool:
         """Write into a consumed file; False when it is not fit for it any more and was dropped."""
+        if spare.size <= SMALL and not self.maps.wanted(spare.birth):
+            data = npy.to_bytes(draft.image, draft.payload.arrays)
+            if self.checksum:
+                draft.tail = self._tail_of(draft, data)
+            if not self.write_spare(spare, data + draft.tail):
+                return False
+            draft.spare, draft.size = spare, spare.size
+            return True
         buffer = self.map_spare(spare)
         if buffer is None:
             return False
@@ -139,7 +147,7 @@ class DirectorySink(Stock):
             draft.tail = self._tail_of(draft, buffer)
         buffer[draft.image.end : draft.need] = draft.tail
 
-    def _tail_of(self, draft: FileDraft, buffer: mmap.mmap) -> bytes:
+    def _tail_of(self, draft: FileDraft, buffer: mmap.mmap | bytes) -> bytes:
         """The footer with the checksum of the blocks in `buffer`; it is as long as without."""
         return _tail(draft.payload, draft.image, draft.put_time, checksum_of(buffer, draft.image.end))
 

@@ -6,8 +6,9 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from . import footer, npy, spares
 from . import words as W
@@ -16,7 +17,7 @@ from .engine import Payload
 from .errors import BadItem, StorageError
 from .holds import Hold, Holds
 from .layout import Limits, item_name
-from .maps import MOST_MAPPED, Maps, check_regular
+from .maps import MOST_MAPPED, Maps, check_regular, write_small
 from .newfile import SMALL
 from .party import Party
 from .preallocate import preallocate
@@ -24,7 +25,10 @@ from .room import PAGE, rounded
 from .spares import Spare
 from .tend import tend
 
+T = TypeVar("T")
 MOST_SPARES = 64
+CHEAP = 4 << 20
+"""Bytes up to which one new file costs less than going without a file reserved ahead."""
 
 
 @dataclass(slots=True)
@@ -93,13 +97,25 @@ class Stock:
 
     def map_spare(self, spare: Spare) -> mmap.mmap | None:
         """The bytes of a consumed file; None when it is not fit to be written any more and was dropped."""
+        free = self.party.layout.free
+        return self._use(
+            spare, lambda name, status: self.maps.of(free, name, status, spare.birth, spare.record)
+        )
+
+    def write_spare(self, spare: Spare, data: bytes) -> bool:
+        """Write a small consumed file without a map; False when it is not fit any more and was dropped."""
+        free = self.party.layout.free
+        return self._use(spare, lambda name, _: write_small(free, name, data)) is not None
+
+    def _use(self, spare: Spare, use: Callable[[str, os.stat_result], T]) -> T | None:
+        """What `use` makes of a consumed file that is still as it should be; else it is dropped."""
         layout, name = self.party.layout, item_name(spare.number)
         try:
             status = os.stat(name, dir_fd=layout.free, follow_symlinks=False)
             check_regular(status)
             if status.st_nlink != 1 or status.st_size != spare.size:
                 raise BadItem("the file is linked elsewhere or has changed its size")
-            return self.maps.of(layout.free, name, status, spare.birth, spare.record)
+            return use(name, status)
         except BadItem:
             self.drop(spare)
         except OSError as error:

@@ -123,6 +123,9 @@ LOCK = {"flock": 2.0}
 ITEM = {"newfstatat": 3.0, "renameat": 1.0}
 """Is the index whole, looked at twice; is the file the one that is mapped; and the move."""
 
+UNMAPPED = {"openat", "pwrite64", "read", "close"}
+"""More small files go round in batches than are kept mapped: the others are read and written, once each."""
+
 
 @pytest.mark.parametrize("size", [1000, 50_000])
 class TestEach:
@@ -160,18 +163,20 @@ class TestEach:
     def test_batch_of_64_is_one_lock(self, counts: dict[int, dict[str, Counter[str]]], size: int) -> None:
         """Two for a put_many of what is given out as views: consumed files are reserved in a step of their own."""
         put, got = each(counts[size]["put_many"]), each(counts[size]["get_many"])
-        assert put["flock"] == (2 if size < 16384 else 4)
+        assert int(put["flock"]) == (2 if size < 16384 else 4)
         assert put["renameat"] == 64
         assert 128 <= put["newfstatat"] <= 132
-        assert set(put) == {"flock", "newfstatat", "renameat"}
-        assert (got["flock"], got["renameat"]) == (2, 64)
+        assert set(put) <= {"flock", "newfstatat", "renameat"} | UNMAPPED
+        assert (int(got["flock"]), got["renameat"]) == (2, 64)
         assert 64 <= got["newfstatat"] <= 68
-        assert set(got) == {"flock", "newfstatat", "renameat"}
+        assert set(got) <= {"flock", "newfstatat", "renameat"} | UNMAPPED
+        assert all(calls[name] <= 64 for calls in (put, got) for name in UNMAPPED & set(calls))
 
     def test_nothing_is_rung_when_nobody_waits(
         self, counts: dict[int, dict[str, Counter[str]]], size: int
     ) -> None:
-        assert not any("write" in call for calls in counts[size].values() for call in each(calls))
+        singly = {name: calls for name, calls in counts[size].items() if "many" not in name}
+        assert not any("write" in call for calls in singly.values() for call in each(calls))
 
     def test_qsize_takes_no_lock(self, counts: dict[int, dict[str, Counter[str]]], size: int) -> None:
         assert each(counts[size]["qsize"]) == {"newfstatat": 1.0}
