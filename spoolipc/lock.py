@@ -60,8 +60,8 @@ class IndexLock:
         self.mutex = threading.Lock()
         self._holder = holder
 
-    def take(self, timeout: float = TIMEOUT) -> None:
-        """Take the lock within `timeout` seconds; the caller holds `mutex`.
+    def take(self, timeout: float | None = None) -> None:
+        """Take the lock within `timeout` seconds, or TIMEOUT; the caller holds `mutex`.
 
         Raises LockTimeout, naming the holder. Contended, it tries again at once for a few microseconds, as
         most holders are done by then, and then sleeps between tries.
@@ -72,6 +72,8 @@ class IndexLock:
             os.sched_yield()
             if lock_descriptor(self.fd, blocking=False):
                 return
+        if timeout is None:
+            timeout = TIMEOUT
         deadline = time.monotonic() + timeout
         pause = _FIRST_PAUSE
         while not lock_descriptor(self.fd, blocking=False):
