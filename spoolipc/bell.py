@@ -39,7 +39,8 @@ Kind = Literal["items", "space"]
 
 BELLS: Final = 8
 LOOK_EVERY: Final = 1.0  # seconds a sleeper waits before it looks again unasked
-SHORT_LOOK: Final = (5e-6, 100e-6)  # seconds of looking before sleeping: least and most
+SHORT_LOOK: Final = (5e-6, 200e-6)  # seconds of looking before sleeping: least and most
+SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have been a longer look
 FRESH: Final = 1_500_000_000  # nanoseconds: a sleeper's flag is never older, LOOK_EVERY and some delay
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where no bell can be heard: first and longest
 KINDS: Final[tuple[Kind, ...]] = ("items", "space")
@@ -81,8 +82,7 @@ def make(bell_dir: int | str, mode: int = 0o700) -> None:
 
 
 def _make_ring(directory: int, mode: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(watch.RING, flags, 0o600, dir_fd=directory)
+    fd = os.open(watch.RING, _RING_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
     try:
         _permit(fd, mode)
         os.pwrite(fd, b"\0", 0)  # allocated now, so that ringing never fails for want of space
@@ -215,6 +215,7 @@ class Bells:
         room = self._rooms[kind]
         if self._look_briefly(room, look, deadline):
             return True
+        began = time.monotonic()
         listener = self._listen(kind, room)
         with room.lock:
             room.waiting += 1
@@ -244,6 +245,8 @@ class Bells:
                         return True
                     seen = ticket
         finally:
+            if time.monotonic() - began < SOON:
+                room.spin = SHORT_LOOK[1]
             with room.lock:
                 room.waiting -= 1
                 unanswered = room.ticket != seen and not room.waiting
@@ -271,7 +274,11 @@ class Bells:
             _close_all(self._fds)
 
     def _look_briefly(self, room: _Room, look: Callable[[], bool], deadline: float | None) -> bool:
-        """Look for a moment, for less time the less it helped: a look costs 1 us, a wake-up over 100."""
+        """Look for a moment, for less time the less it helped: a look costs 1 us, a wake-up over 100.
+
+        A wait that was short all the same brings the full moment back: two parties that answer each other
+        would else sleep for ever because they slept once.
+        """
         least, most = SHORT_LOOK
         end = time.monotonic() + room.spin
         if deadline is not None and deadline < end:
@@ -279,7 +286,7 @@ class Bells:
         while time.monotonic() < end:
             os.sched_yield()  # whoever has something to put may need this core
             if look():
-                room.spin = min(2 * room.spin, most)
+                room.spin = most
                 return True
         room.spin = max(room.spin / 2, least)
         return False

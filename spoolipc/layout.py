@@ -115,6 +115,29 @@ class Layout:
         self.root = -1
         self.parts = dict.fromkeys(self.parts, -1)
 
+    def sync(self) -> None:
+        """Write the names of the spool's directories, and of those that lead to it, to the device.
+
+        Raises StorageError.
+        """
+        place = self.path
+        try:
+            os.fsync(self.root)
+            while place != place.parent:
+                place = place.parent
+                try:
+                    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except PermissionError:
+                    continue  # not of our making
+                try:
+                    if os.fstat(fd).st_dev != os.fstat(self.root).st_dev:
+                        return
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            raise storage_error(error, str(place)) from error
+
     def check_present(self) -> None:
         """Raise SpoolGone when the directory was deleted or replaced under its users."""
         try:
@@ -278,6 +301,7 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
             bell.make(fd, mode)
         finally:
             os.close(fd)
+        os.fsync(root)  # no spool.json without its directories, whatever a loss of power leaves
         _write_limits(root, limits)
     return limits
 

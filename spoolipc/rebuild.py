@@ -11,6 +11,7 @@ import logging
 import os
 from array import array
 
+from . import bell
 from . import words as W
 from .changes import turned
 from .history import attempts_of, failed_numbers
@@ -44,6 +45,7 @@ def rebuild(layout: Layout, why: str) -> Index:
     failed = [number for number in failed_numbers(layout) if number < LAST]
     last = _last_known(layout)
     freed = _clear_free(layout)
+    _restore_bells(layout)
     index = _create(layout, len(waiting) * 5 // 4)
     try:
         _fill(index, layout, waiting)
@@ -61,6 +63,16 @@ def rebuild(layout: Layout, why: str) -> Index:
     level = logging.WARNING if known else logging.INFO
     _log.log(level, "%s: %s; built it again with %d items waiting", layout.path, why, len(waiting))
     return index
+
+
+def _restore_bells(layout: Layout) -> None:
+    """Bells are never synced: after a loss of power some may be missing. Without them others wait by polling."""
+    try:
+        bell.make(layout.parts["bell"], layout.mode)
+    except OSError as error:
+        _log.warning(
+            "%s: the bells are not complete (%s); spoolipc fsck --repair tells more", layout.path, error
+        )
 
 
 def _create(layout: Layout, records: int) -> Index:
