@@ -26,7 +26,7 @@ from pathlib import Path
 from . import words as W
 from .errors import StorageError, UnknownVersion, UnsafeSpool
 from .layout import Layout, item_name
-from .ownfile import make_own
+from .ownfile import make_own, open_own
 
 NAME = "index"
 FIRST_RECORDS = 240
@@ -214,6 +214,18 @@ class Index:
     def close(self) -> None:
         """Close the descriptor; the mapping goes with the last that looks at it. Harmless when repeated."""
         self._finalizer()
+
+
+def holder(layout: Layout) -> int:
+    """The token of the last to take the lock, 0 where the index does not tell. Needs no mapping and no lock."""
+    try:
+        fd = open_own(layout.root, NAME, os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        return int.from_bytes(os.pread(fd, W.WORD, W.HOLDER * W.WORD), "little")
+    finally:
+        os.close(fd)
 
 
 def exists(directory: int, number: int) -> bool:

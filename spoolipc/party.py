@@ -19,7 +19,7 @@ from . import alive
 from . import words as W
 from .bell import Bells
 from .errors import SpoolClosed, SpoolError, SpoolGone, StorageError, storage_error
-from .index import Index, Torn
+from .index import Index, Torn, holder
 from .layout import Layout, Limits, agree, open_layout
 from .lock import IndexLock, open_lock
 from .nofork import no_fork
@@ -85,9 +85,9 @@ class Party:
             self._held.append(self._alive)
 
     def _holder(self) -> str:
-        if self._index is None:
+        token = holder(self.layout)
+        if not token:
             return "an unknown process"
-        token = self._index.words[W.HOLDER]
         return f"process {alive.process_of(self.layout.alive, token)} (alive/{alive.token_name(token)})"
 
     def run(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
