@@ -227,7 +227,12 @@ class DirectorySink(Stock):
         with party:
             while self._commit_some(drafts, seqs):
                 # A file was lost with the index, or removed by hand: write it once more.
-                self._write_new(drafts[len(seqs)])
+                try:
+                    self._write_new(drafts[len(seqs)])
+                except Full:
+                    if seqs:
+                        break  # what is committed must be known to be
+                    raise
             if self.durable and seqs:
                 self._make_durable(seqs)
         return seqs
