@@ -120,8 +120,8 @@ def each(calls: Counter[str]) -> dict[str, float]:
 
 LOCK = {"flock": 2.0}
 """Taken and let go."""
-ITEM = {"newfstatat": 3.0, "renameat": 1.0}
-"""Is the index whole, looked at twice; is the file the one that is mapped; and the move."""
+ITEM = {"newfstatat": 4.0, "renameat": 1.0}
+"""Is the index whole, before the step, in it and before the bells; is the file the one that is mapped; and the move."""
 
 UNMAPPED = {"openat", "pwrite64", "read", "close"}
 """More small files go round in batches than are kept mapped: the others are read and written, once each."""
@@ -144,8 +144,8 @@ class TestEach:
     def test_receive_and_ack_are_one_lock_each_and_one_rename(
         self, counts: dict[int, dict[str, Counter[str]]], size: int
     ) -> None:
-        assert each(counts[size]["receive"]) == LOCK | {"newfstatat": 2.0}
-        assert each(counts[size]["ack"]) == LOCK | {"newfstatat": 1.0, "renameat": 1.0}
+        assert each(counts[size]["receive"]) == LOCK | {"newfstatat": 3.0}
+        assert each(counts[size]["ack"]) == LOCK | {"newfstatat": 2.0, "renameat": 1.0}
 
     def test_metadata_is_two_reads_and_no_map(
         self, counts: dict[int, dict[str, Counter[str]]], size: int
@@ -153,7 +153,7 @@ class TestEach:
         found = each(counts[size]["receive, look at meta, ack"])
         assert found == {
             "flock": 4.0,
-            "newfstatat": 4.0,
+            "newfstatat": 6.0,
             "openat": 1.0,
             "pread64": 2.0,
             "close": 1.0,
@@ -165,10 +165,10 @@ class TestEach:
         put, got = each(counts[size]["put_many"]), each(counts[size]["get_many"])
         assert int(put["flock"]) == (2 if size < 16384 else 4)
         assert put["renameat"] == 64
-        assert 128 <= put["newfstatat"] <= 132
+        assert 128 <= put["newfstatat"] <= 134
         assert set(put) <= {"flock", "newfstatat", "renameat"} | UNMAPPED
         assert (int(got["flock"]), got["renameat"]) == (2, 64)
-        assert 64 <= got["newfstatat"] <= 68
+        assert 64 <= got["newfstatat"] <= 70
         assert set(got) <= {"flock", "newfstatat", "renameat"} | UNMAPPED
         assert all(calls[name] <= 64 for calls in (put, got) for name in UNMAPPED & set(calls))
 
@@ -176,8 +176,7 @@ class TestEach:
         self, counts: dict[int, dict[str, Counter[str]]], size: int
     ) -> None:
         singly = {name: calls for name, calls in counts[size].items() if "many" not in name}
-        names = ("get", "receive", "ack", "get_many", "put", "loan")
-        assert not [name for name in names if any("write" in call for call in each(counts[size][name]))]
+        assert not any("write" in call for calls in singly.values() for call in each(calls))
 
     def test_qsize_takes_no_lock(self, counts: dict[int, dict[str, Counter[str]]], size: int) -> None:
         assert each(counts[size]["qsize"]) == {"newfstatat": 1.0}
