@@ -120,12 +120,17 @@ class Index:
 
         kind: how a successor tells whether it happened (`words`). subject: number of the file moved.
         stores: values by word position. move: the one system call that goes with it.
-        Raises what `move` raises, having made no store.
+        Raises what `move` raises, having made no store, and Torn, having moved nothing.
         """
         words = self.words
         count = len(stores)
-        words[W.JOURNAL : W.JOURNAL + count] = array("Q", stores)
-        words[W.JOURNAL_VALUES : W.JOURNAL_VALUES + count] = array("Q", stores.values())
+        try:
+            words[W.JOURNAL : W.JOURNAL + count] = array("Q", stores)
+            words[W.JOURNAL_VALUES : W.JOURNAL_VALUES + count] = array("Q", stores.values())
+        except OverflowError:  # only sums of damaged words
+            raise Torn("a number of the index is beyond 64 bits") from None
+        if max(stores) >= len(words):
+            raise Torn("the index links to no record")
         words[W.STORES] = count
         words[W.SUBJECT] = subject
         words[W.MARK] = kind

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from . import changes
 from . import words as W
-from .index import unlink_missing_ok
+from .index import Torn, unlink_missing_ok
 from .layout import item_name
 from .party import Party
-from .rebuild import write_shutdown
+from .rebuild import read_shutdown, write_shutdown
 
 _AT_ONCE = 64
 
@@ -40,8 +40,13 @@ def set_state(party: Party, state: int) -> None:
 
 
 def discard(party: Party) -> bool:
-    """Remove some of the items that wait, in the locked step; False when none is left, or the spool was reopened."""
+    """Remove some of the items that wait, in the locked step; False when none is left, or the spool was reopened.
+
+    Raises Torn, having removed none, when the index alone says that the spool was discarded.
+    """
     index = party.index
+    if index.words[W.SHUTDOWN] == W.DISCARDED and read_shutdown(party.layout) != W.DISCARDED:
+        raise Torn("the index says that the spool was discarded, and no marker does")
     for _ in range(_AT_ONCE):
         record, queue = changes.first(index)
         if not record or index.words[W.SHUTDOWN] != W.DISCARDED:
