@@ -18,7 +18,7 @@ from .holds import Hold, Holds
 from .index import unlink_missing_ok
 from .layout import Limits, item_name
 from .loans import release
-from .maps import MOST_MAPPED, Maps, check_regular, read_small
+from .maps import MOST_MAPPED, Maps, check_regular, is_shortage, read_small
 from .newfile import SMALL
 from .party import Party
 from .tend import tend
@@ -128,7 +128,14 @@ def take_off(party: Party, hands: Hands, record: int, queue: int, single: bool, 
     if hold is None:
         stores[record + W.LOAN] = 0
     changes.delivered(index, stores)
-    index.change(W.LEAVE, seq, stores, _leaving(party, item_name(seq), keep))
+    try:
+        index.change(W.LEAVE, seq, stores, _leaving(party, item_name(seq), keep))
+    except OSError as error:
+        if not keep or not is_shortage(error):
+            raise
+        # A full file system has no block for another name in `free/`; taking items must make room all the same.
+        take_off(party, hands, record, queue, False, hold)
+        return
     party.news("space")
     if words[W.SHUTDOWN]:
         party.news("items", 8)

@@ -100,6 +100,10 @@ class Maps:
             if gone is not None:
                 self._bytes -= gone.size
 
+    def are_due(self, words: memoryview[int]) -> bool:
+        """Whether `sweep` has something to look at."""
+        return bool(self._kept) and words[W.TENDED] != self._swept
+
     def sweep(self, words: memoryview[int]) -> None:
         """Let go of the mappings of files that are no more, once after each tending; the caller holds the index lock.
 

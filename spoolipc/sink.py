@@ -58,11 +58,22 @@ class DirectorySink(Stock):
         checksum: bool = False,
     ) -> None:
         super().__init__(path, asked, durable=durability == "fsync")
+        if self.durable:
+            self._sync_spool()
         self.checksum = checksum
         self._numbers = itertools.count()
         self._no_space: tuple[int, int] | None = None
         if reopen:
             self.party.run(shutdown.set_state, W.OPEN)
+
+    def _sync_spool(self) -> None:
+        """Whoever made the spool may not have synced the directories that lead to it."""
+        try:
+            with self.party:
+                self.party.layout.sync()
+        except BaseException:
+            self.close()
+            raise
 
     def admit(self, payload: Payload) -> bool:
         """Whether there is room for a payload now. Raises ShutDown, TooLarge, UnsupportedArray."""
@@ -97,9 +108,9 @@ class DirectorySink(Stock):
             return room(words, need) and (fits(party, need) or bool(words[W.POOL_COUNT]))
 
         if before is None:
-            return wait(party, "space", look, deadline)
+            return wait(party, "space", look, deadline, self.maps)
         soon = time.monotonic() + RETRY_AFTER
-        return wait(party, "space", look, soon if deadline is None else min(soon, deadline)) or (
+        return wait(party, "space", look, soon if deadline is None else min(soon, deadline), self.maps) or (
             deadline is None or time.monotonic() < deadline
         )
 

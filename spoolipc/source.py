@@ -137,7 +137,7 @@ class DirectorySource(Hands):
                 return True
             return ended(words, own)
 
-        return wait(self.party, "items", look, deadline)
+        return wait(self.party, "items", look, deadline, self.maps)
 
     def qsize(self) -> int:
         """How many items wait."""

@@ -7,17 +7,19 @@ from collections.abc import Callable
 
 from . import words as W
 from .errors import SpoolClosed
+from .maps import Maps
 from .party import Kind, Party
 from .tend import TEND_EVERY, tend
 
 Look = Callable[["memoryview[int]"], bool]
 
 
-def wait(party: Party, kind: Kind, look: Look, deadline: float | None) -> bool:
+def wait(party: Party, kind: Kind, look: Look, deadline: float | None, maps: Maps) -> bool:
     """Wait until `look(words)` is true (True) or the deadline (monotonic seconds) is past (False).
 
     look: sees the index's words without the lock, so what it says is a hint. Meanwhile the dead are looked
-    for once a second, and a lease or delay is attended to when it ends.
+    for once a second, and a lease or delay is attended to when it ends. maps: the party's; those of files that
+    are no more are let go, as their memory may be the very space that somebody waits for.
     """
 
     def ready() -> bool:
@@ -32,6 +34,8 @@ def wait(party: Party, kind: Kind, look: Look, deadline: float | None) -> bool:
 
     while True:
         tend_if_due(party)
+        if maps.are_due(party.index.words):
+            party.run(lambda party: maps.sweep(party.index.words))
         until = _next_event(party)
         if deadline is not None:
             until = min(until, deadline)

@@ -1,0 +1,253 @@
+"""A full file system is back-pressure or a clear error: nothing torn, nothing lost, no SIGBUS, and it goes on."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spoolipc import Empty, Full, SpoolReader, SpoolWriter, StorageError, TooLarge, failed_list, fsck
+from spoolipc import words as W
+
+SPAWN = multiprocessing.get_context("spawn")
+MIB = 1 << 20
+MKFS = shutil.which("mkfs.ext4", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+LARGEST = 1_300_000
+WRITERS = 3
+ROUNDS = 40
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A small file system of its own."""
+    if os.geteuid():
+        pytest.skip("only root can mount")
+    place = tmp_path / "disk"
+    place.mkdir()
+    if request.param == "tmpfs":
+        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    else:
+        if MKFS is None:
+            pytest.skip("mkfs.ext4 is missing")
+        image = tmp_path / "image"
+        with open(image, "wb") as file:
+            file.truncate(16 * MIB)
+        subprocess.run([MKFS, "-q", "-m", "0", "-O", "^has_journal", image], check=True)
+        mount = ["mount", "-o", "loop", str(image), str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mount here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def array_of(writer: int, count: int) -> np.ndarray[Any, Any]:
+    """The array that a writer puts as its `count`th: its size, and every element of it, follow from these."""
+    sizes = (100, 9_000, 70_000, 150_000)
+    array = np.full(sizes[(writer + count) % len(sizes)], writer * 1000 + count, np.int64)
+    array[0] = writer
+    return array
+
+
+def write(path: str, writer: int) -> None:
+    with SpoolWriter(path) as sink:
+        for count in range(ROUNDS):
+            array = array_of(writer, count)
+            if count % 4 == 3:
+                with sink.loan(array.shape, array.dtype) as lent:
+                    lent[:] = array
+            else:
+                sink.put(array)
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Fill a file system with a foreign file, but for `leave` bytes."""
+    file = disk / "foreign"
+    with open(file, "wb", buffering=0) as out:
+        size = 64 * 1024
+        while size:
+            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            if free <= leave:
+                break
+            try:
+                out.write(bytes(min(size, free - leave)))
+            except OSError:
+                size //= 2
+    return file
+
+
+def put_all(writer: SpoolWriter) -> int:
+    """Put until it is full; returns how many were put."""
+    for put in itertools.count():
+        try:
+            writer.put_nowait(array_of(put % 4, put))
+        except Full:
+            break
+    assert put
+    return put
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait until a condition that another thread or process brings about holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not reached"
+        time.sleep(0.0005)
+
+
+def waits_for_space(writer: SpoolWriter) -> bool:
+    return any(writer._directory.party.look()[W.SPACE_FLAGS : W.SPACE_FLAGS + 8])
+
+
+def clear_flags(writer: SpoolWriter) -> None:
+    """A new index has every flag set, as nobody knows yet who waits."""
+    for k in range(8):
+        writer._directory.party.look()[W.SPACE_FLAGS + k] = 0
+
+
+def sound(path: Path) -> None:
+    """Nothing damaged, nothing given up, nothing half written."""
+    assert fsck(path).problems == ()
+    assert failed_list(path) == []
+    assert os.listdir(path / "tmp") == []
+
+
+def test_writers_on_a_full_disk_wait_for_a_slow_reader_and_nothing_is_torn_or_lost(disk: Path) -> None:
+    path = disk / "spool"
+    with SpoolReader(path) as reader:
+        writers = [
+            SPAWN.Process(target=write, args=(str(path), writer), daemon=True) for writer in range(WRITERS)
+        ]
+        for process in writers:
+            process.start()
+        seen: dict[int, int] = dict.fromkeys(range(WRITERS), 0)
+        fulls = 0
+        while sum(seen.values()) < WRITERS * ROUNDS:
+            if sum(seen.values()) % 10 == 0:
+                # Slow: let the writers run against the wall.
+                until(
+                    lambda: (
+                        os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize < LARGEST
+                        or not any(process.is_alive() for process in writers)
+                    )
+                )
+                fulls += any(process.is_alive() for process in writers)
+            array = reader.get(timeout=20)
+            writer = int(array[0])
+            assert np.array_equal(array, array_of(writer, seen[writer]))
+            seen[writer] += 1
+        for process in writers:
+            process.join(20)
+            assert process.exitcode == 0
+        assert fulls, "the disk was never full"
+        with pytest.raises(Empty):
+            reader.get_nowait()
+        del array
+    sound(path)
+
+
+def test_put_nowait_on_a_full_disk_raises_full_and_leaves_nothing(disk: Path) -> None:
+    path = disk / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        put = put_all(writer)
+        for block in (100, 9_000, 70_000):
+            fill(disk)
+            with pytest.raises(Full):
+                writer.put_nowait(np.ones(block))
+            with pytest.raises(Full):
+                writer.put(np.ones(block), timeout=0)
+            with pytest.raises(Full), writer.loan(block, block=False):
+                raise AssertionError("there is no room")
+        assert os.listdir(path / "tmp") == []
+        for count in range(put):
+            assert np.array_equal(reader.get_nowait(), array_of(count % 4, count))
+    (disk / "foreign").unlink()
+    sound(path)
+
+
+def test_what_never_fits_names_what_it_needs_the_size_and_what_is_free(disk: Path) -> None:
+    with SpoolWriter(disk / "spool") as writer:
+        status = os.statvfs(disk)
+        with pytest.raises(TooLarge) as caught:
+            writer.put(np.zeros(32 * MIB, np.uint8))
+        text = str(caught.value)
+        assert f"file system has {status.f_blocks * status.f_frsize} bytes" in text
+        assert f"({status.f_bavail * status.f_frsize} free)" in text
+        assert f"item of {32 * MIB + 4096} bytes" in text
+        writer.put(np.zeros(100))
+
+
+def test_put_that_waits_goes_on_when_a_foreign_file_is_removed(disk: Path) -> None:
+    path = disk / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader, ThreadPoolExecutor(1) as aside:
+        for array in (array_of(1, 1), array_of(0, 0)):
+            file = fill(disk)
+            clear_flags(writer)
+            waiting = aside.submit(writer.put, array)
+            until(lambda: waits_for_space(writer) or waiting.done())  # noqa: B023
+            assert not waiting.done()
+            file.unlink()
+            waiting.result(20)
+            assert np.array_equal(reader.get_nowait(), array)
+            del array
+    sound(path)
+
+
+def test_index_that_cannot_grow_is_full_and_the_items_stay(disk: Path) -> None:
+    path = disk / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        capacity = writer._directory.party.look()[W.CAPACITY]
+        records = (capacity - W.HEADER) // W.RECORD
+        writer.put_many([np.array([count]) for count in range(records)])
+        file = fill(disk, 12_000)  # room for the item, not for the index
+        with pytest.raises(Full):
+            writer.put_nowait(np.array([records]))
+        assert writer.qsize() == records
+        assert writer._directory.party.look()[W.CAPACITY] == capacity
+        file.unlink()
+        writer.put(np.array([records]), timeout=20)
+        assert [int(reader.get_nowait()[0]) for _ in range(records + 1)] == list(range(records + 1))
+    sound(path)
+
+
+def test_spool_that_cannot_be_made_on_a_full_disk_is_a_clear_error_and_is_made_later(disk: Path) -> None:
+    file = fill(disk)
+    with pytest.raises((StorageError, Full)) as caught:
+        SpoolWriter(disk / "spool")
+    assert str(disk / "spool") in str(caught.value)
+    file.unlink()
+    with SpoolWriter(disk / "spool") as writer:
+        writer.put(np.zeros(3))
+    sound(disk / "spool")
+
+
+def test_readers_receive_and_give_back_on_a_full_disk(disk: Path) -> None:
+    path = disk / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        writer.put_many([array_of(0, count) for count in range(4)])
+        fill(disk)
+        reader.receive().nack(reason="the disk is full")
+        with SpoolReader(path) as other:
+            item = other.receive()
+            assert item.attempt == 2
+            assert np.array_equal(item.array, array_of(0, 0))
+            item.ack()
+            del item
+        for count in range(1, 4):
+            assert np.array_equal(reader.get_nowait(), array_of(0, count))
+        (disk / "foreign").unlink()
+    assert fsck(path).clean
