@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install format lint test demo bench docs clean all
+.PHONY: help install format lint test soak demo bench docs clean all
 
 help:  ## say what the targets are
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -34,6 +34,9 @@ lint: $(STAMP)  ## ruff check, ruff format --check, mypy --strict
 
 test: $(STAMP)  ## run all tests; ARGS="-k name" narrows them
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP)  ## kill writers and readers at random for SPOOLIPC_SOAK seconds (300), and account for every item
+	$(BIN)/python tests/soak.py $(ARGS)
 
 demo: $(STAMP)  ## the article's experiment, on real processes; ARGS="--rounds 100" is its full size
 	$(BIN)/python examples/article.py $(ARGS)

@@ -271,6 +271,7 @@ def work(recorder: Recorder, path: Path) -> None:
         recorder.put(8, lambda: writer.put(whole(8), meta={"last": True}))
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("mode", ["least", "zeros", "most", "some"])
 def test_what_a_synced_put_returned_is_whole_after_power_loss_at_any_moment(
     tmp_path: Path, mode: Mode
