@@ -30,9 +30,9 @@ def commit_all(party: Party, stock: Stock, drafts: Sequence[FileDraft], seqs: li
     while len(seqs) < len(drafts):
         try:
             seq = _commit(party, stock, drafts[len(seqs)])
-        except (Full, ShutDown):
+        except (Full, ShutDown, OSError):
             if seqs:
-                return False
+                return False  # those are put; what stands in the way of the next is told when it is tried again
             raise
         if seq is None:
             return True

@@ -39,8 +39,10 @@ class Onlooker:
         self._patience = patience
         try:
             self._lock = _existing_lock(self.layout.root)
-        except BaseException:
+        except BaseException as error:
             self.layout.close()
+            if isinstance(error, OSError) and not isinstance(error, SpoolError):
+                raise storage_error(error, self.path) from error
             raise
 
     def run(self, work: Callable[Concatenate[Onlooker, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

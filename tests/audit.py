@@ -14,9 +14,12 @@ IN_FREE = (W.HELD, W.RESERVED, W.POOLED)
 LEFTOVERS = (W.NOTHING,)
 
 
-def audit(party: Party) -> None:
-    """Assert that index and directories say the same; the first locked step of it repairs what it finds."""
-    party.run(_audit)
+def audit(party: Party, *, orphans: bool = False) -> None:
+    """Assert that index and directories say the same; the first locked step of it repairs what it finds.
+
+    orphans: whether free/ may hold files that nobody knows, which `gc` removes.
+    """
+    party.run(_audit, orphans)
 
 
 def _linked(words: memoryview[int], head: int, most: int) -> Iterator[int]:
@@ -31,7 +34,7 @@ def _linked(words: memoryview[int], head: int, most: int) -> Iterator[int]:
     raise AssertionError("a list of the index does not end")
 
 
-def _audit(party: Party) -> None:
+def _audit(party: Party, orphans: bool) -> None:
     words = party.index.words
     assert words[W.MARK] == W.CLEAN
     most = (words[W.CAPACITY] - W.HEADER) // W.RECORD
@@ -74,7 +77,9 @@ def _audit(party: Party) -> None:
 
     in_items, in_free = files(IN_ITEMS), files(IN_FREE)
     assert [item_name(n) for n in in_items] == sorted(os.listdir(party.layout.items))
-    assert [item_name(n) for n in in_free] == sorted(os.listdir(party.layout.free))
+    there = os.listdir(party.layout.free)
+    assert set(map(item_name, in_free)) <= set(there)
+    assert orphans or len(in_free) == len(there)
     states = [words[r + W.STATE] for r in everything]
     assert words[W.IN_FLIGHT] == states.count(W.CLAIMED)
     assert words[W.DELAYED_COUNT] == states.count(W.DELAYED)
