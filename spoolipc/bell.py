@@ -34,6 +34,7 @@ from typing import Final, Literal, Protocol
 
 from . import watch
 from .errors import SpoolError
+from .ownfile import open_own
 
 Kind = Literal["items", "space"]
 
@@ -44,7 +45,6 @@ SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have bee
 FRESH: Final = 1_500_000_000  # nanoseconds: a sleeper's flag is never older, LOOK_EVERY and some delay
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where no bell can be heard: first and longest
 KINDS: Final[tuple[Kind, ...]] = ("items", "space")
-_RING_FLAGS: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Flags(Protocol):
@@ -82,9 +82,8 @@ def make(bell_dir: int | str, mode: int = 0o700) -> None:
 
 
 def _make_ring(directory: int, mode: int) -> None:
-    fd = os.open(watch.RING, _RING_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
+    fd = open_own(directory, watch.RING, os.O_WRONLY | os.O_CREAT, mode)
     try:
-        _permit(fd, mode)
         os.pwrite(fd, b"\0", 0)  # allocated now, so that ringing never fails for want of space
     finally:
         os.close(fd)
@@ -348,8 +347,7 @@ class Bells:
                 return
             fd = self._fds.get((kind, k))
             if fd is None:
-                path = os.path.join(self._path(kind, k), watch.RING)
-                fd = self._fds[kind, k] = os.open(path, _RING_FLAGS)
+                fd = self._fds[kind, k] = watch.open_ring(self._path(kind, k))
             os.pwrite(fd, b"\0", 0)
 
     def _path(self, kind: Kind, k: int) -> str:

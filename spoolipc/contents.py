@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 
 from . import footer, npy
 from .engine import Contents
+from .errors import BadItem
 from .maps import OPEN_FILE, check_regular
 
 
@@ -26,7 +28,12 @@ def read_contents(directory: int, name: str, end: int) -> Contents:
     end: where its footer begins, in bytes; 0 when not known, and then the headers before it are read as well.
     Raises BadItem, FileNotFoundError, OSError.
     """
-    fd = os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=directory)
+    try:
+        fd = os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=directory)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise BadItem("not a regular file") from None
+        raise
     try:
         status = os.fstat(fd)
         check_regular(status)

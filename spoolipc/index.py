@@ -243,8 +243,8 @@ def exists(directory: int, number: int) -> bool:
 
 
 def unlink_missing_ok(directory: int, name: str) -> None:
-    """Remove a name that a predecessor may have removed already."""
-    with contextlib.suppress(FileNotFoundError):
+    """Remove a name that a predecessor may have removed already. A directory is none of ours and stays."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         os.unlink(name, dir_fd=directory)
 
 

@@ -81,7 +81,7 @@ def check_premises(root: int) -> list[tuple[Problem, Repair | None]]:
             found.append((Problem("directory", name, "is missing"), _maker(root, name, mode)))
             continue
         found += _wrong_directory(status, mode, name, _permitter(root, name, mode))
-        if name == "bell" and (lost := sum(not _is_there(root, ring) for ring in _RINGS)):
+        if name == "bell" and (lost := sum(not _is_ring(root, ring) for ring in _RINGS)):
             found.append((Problem("directory", name, f"lacks {lost} of its bells"), _maker(root, name, mode)))
     for name in FILES:
         with suppress(FileNotFoundError):
@@ -103,12 +103,12 @@ def _mode(root: int) -> int:
     return mode if isinstance(mode, int) and mode & 0o700 == 0o700 and not mode & ~0o770 else 0o700
 
 
-def _is_there(root: int, name: str) -> bool:
+def _is_ring(root: int, name: str) -> bool:
     try:
-        os.stat(name, dir_fd=root, follow_symlinks=False)
-    except FileNotFoundError:
+        status = os.stat(name, dir_fd=root, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    return True
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _wrong_directory(

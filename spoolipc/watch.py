@@ -27,6 +27,7 @@ from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 from .nofork import no_fork
+from .ownfile import open_own
 
 log = logging.getLogger("spoolipc")
 
@@ -242,10 +243,20 @@ def _start() -> _Source:
             return _Observed()
 
 
+def open_ring(directory: str) -> int:
+    """A descriptor that rings the bell at `directory` when it is written to. Raises OSError, and UnsafeSpool for
+    anything but a file of the spool's own: no ring is ever written through a link."""
+    place = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return open_own(place, RING, os.O_WRONLY)
+    finally:
+        os.close(place)
+
+
 def _try_out(directory: str) -> None:
     """Ring ourselves. Others at the same bell look once for nothing."""
     with suppress(OSError):
-        fd = os.open(os.path.join(directory, RING), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_ring(directory)
         try:
             os.pwrite(fd, b"\0", 0)
         finally:
