@@ -287,7 +287,12 @@ def test_what_a_synced_put_returned_is_whole_after_power_loss_at_any_moment(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "boot_words", lambda: (1, 2))
         patch.setattr(os, "fsync", lambda _: None)  # these trees need not last
+        before: tuple[object, ...] = ()
         for state in recorder.states:
+            now = (state.synced, state.kept, state.returned, state.taken)
+            if mode in ("least", "zeros") and now == before:
+                continue  # the same tree, and the same promised of it
+            before = now
             for _ in range(2 if mode == "some" else 1):
                 build(state, recorder.root, tree, mode, rng)
                 spool = tree / "new" / "spool"
