@@ -24,6 +24,8 @@ SIZES = (10, 100_000)
 """Floats in an item: copied out when small, mapped when large."""
 GOOD = 7.0
 MEBIBYTE = 2**20
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where many spools are made, for speed."""
 
 
 def block(text: str, data: bytes = b"", *, version: int = 1) -> bytes:
@@ -300,7 +302,7 @@ def test_a_file_truncated_in_a_readers_hands_costs_that_item_only(path: Path) ->
 
 def survives(change: Callable[[bytes], bytes], count: int, *, checksum: bool) -> None:
     """With the first item's file changed, it is delivered or quarantined, and the second one comes."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         path = Path(folder) / "spool"
         with (
             SpoolWriter(path, checksum=checksum) as writer,
