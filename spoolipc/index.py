@@ -47,6 +47,8 @@ def boot_words() -> tuple[int, int]:
 class Index:
     """One mapping of the index file. All but reading single words needs the index lock."""
 
+    _known = False  # seen to belong to this spool
+
     def __init__(self, layout: Layout) -> None:
         """Map the index of `layout`. Raises Torn, UnknownVersion, UnsafeSpool."""
         self._layout = layout
@@ -112,6 +114,10 @@ class Index:
             self._map()
         if words[W.MARK]:
             self.recover()
+        if not self._known:
+            if exists(self._layout.items, self.words[W.NEXT_SEQ]):
+                raise Torn("the next item is there already: the index is another spool's")
+            self._known = True
 
     def change(
         self, kind: int, subject: int, stores: dict[int, int], move: Callable[[], None] | None = None

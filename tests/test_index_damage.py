@@ -318,6 +318,19 @@ def test_a_shutdown_that_only_the_index_knows_costs_no_item(path: Path, state: i
     check(path)
 
 
+def test_another_spools_index_lets_no_put_overwrite_an_item(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with SpoolWriter(other) as writer:
+        for number in range(WAITING[1]):
+            writer.put(array(number))
+    with SpoolReader(path) as reader:
+        shutil.copy(other / "index", tmp_path / "foreign")
+        os.replace(tmp_path / "foreign", path / "index")
+        with SpoolWriter(path) as writer:
+            assert writer.put(array(LAST + 1)) == LAST + 1
+        assert drained(reader) == [*WAITING, LAST + 1]
+
+
 POSITIONS = st.sampled_from(range(W.MARK, 64)) | st.integers(W.MARK, W.HEADER + 12 * W.RECORD - 1)
 VALUES = (
     st.integers(0, 2**64 - 1)
