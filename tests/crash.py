@@ -930,13 +930,13 @@ def put_recycled_and_reserve(stage: Stage) -> Iterator[None]:
 @scenario
 def put_a_batch(stage: Stage) -> Iterator[None]:
     writer = stage.writer()
+    stage.last = 3
     yield
     for value in (1, 2, 3):
         stage.log.say("put?", value)
     seqs = writer.put_many([arrays(value, "small")[""] for value in (1, 2, 3)], block=False)
     for value, seq in zip((1, 2, 3), seqs, strict=True):
         stage.log.say("put!", value, seq)
-    stage.last = 3
 
 
 @scenario
