@@ -1,7 +1,6 @@
 """The end of a spool: no more puts, and no more gets when it was immediate. It outlives the processes and the index.
 
-The marker file comes first, the index after it: a crash between leaves a marker that the next shutdown or
-rebuild follows.
+The marker file comes first, the index after it: a crash between leaves a marker that the next tending follows.
 """
 
 from __future__ import annotations
@@ -37,6 +36,15 @@ def set_state(party: Party, state: int) -> None:
         pass  # who shut down died before all was removed
     write_shutdown(party.layout, state)
     party.index.change(W.MEMORY, 0, {W.SHUTDOWN: state})
+
+
+def follow_marker(party: Party) -> None:
+    """Let the index say what the marker file says, where a shutdown or reopening died between the two."""
+    state = read_shutdown(party.layout)
+    if state != party.index.words[W.SHUTDOWN]:
+        party.index.change(W.MEMORY, 0, {W.SHUTDOWN: state})
+        party.news("items", 8)
+        party.news("space", 8)
 
 
 def discard(party: Party) -> bool:
