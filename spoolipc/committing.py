@@ -32,7 +32,9 @@ def commit_all(party: Party, stock: Stock, drafts: Sequence[FileDraft], seqs: li
             seq = _commit(party, stock, drafts[len(seqs)])
         except (Full, ShutDown, OSError):
             if seqs:
-                return False  # those are put; what stands in the way of the next is told when it is tried again
+                return (
+                    False  # those are put; what stands in the way of the next is told when it is tried again
+                )
             raise
         if seq is None:
             return True

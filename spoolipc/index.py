@@ -26,6 +26,7 @@ from pathlib import Path
 from . import words as W
 from .errors import StorageError, UnknownVersion, UnsafeSpool
 from .layout import Layout, item_name
+from .marker import read_shutdown
 from .ownfile import make_own, open_own
 
 NAME = "index"
@@ -154,12 +155,14 @@ class Index:
         """Finish or undo the change whose maker died in it, from what the directory says."""
         words = self.words
         kind, subject, count = words[W.MARK], words[W.SUBJECT], words[W.STORES]
-        if count > W.JOURNAL_ROOM or kind > W.DONATE:
+        if count > W.JOURNAL_ROOM or kind > W.FOLLOW:
             raise Torn("the journal is damaged")
         positions = words[W.JOURNAL : W.JOURNAL + count].tolist()
         if any(position >= words[W.CAPACITY] for position in positions):
             raise Torn("the journal is damaged")
-        if self._happened(kind, subject):
+        if kind == W.FOLLOW:
+            words[W.SHUTDOWN] = read_shutdown(self._layout)
+        elif self._happened(kind, subject):
             values = words[W.JOURNAL_VALUES : W.JOURNAL_VALUES + count].tolist()
             for position, value in zip(positions, values, strict=True):
                 words[position] = value

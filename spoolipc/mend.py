@@ -17,8 +17,9 @@ from .giveup import give_up
 from .index import Index, Torn, exists
 from .layout import Layout, Limits, agree, item_name
 from .ledger import IN_FREE, IN_ITEMS, position, table
+from .marker import read_shutdown
 from .party import Party
-from .rebuild import read_shutdown, set_limits
+from .rebuild import set_limits
 from .spares import evict
 from .sweep import gc
 from .tend import drop_file

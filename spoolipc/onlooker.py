@@ -18,6 +18,7 @@ from .index import Index, Torn, exists
 from .layout import Limits, open_layout
 from .lock import NAME as LOCK
 from .lock import TIMEOUT, IndexLock
+from .marker import read_shutdown
 from .ownfile import open_own
 
 P = ParamSpec("P")
@@ -96,7 +97,9 @@ class Onlooker:
         words = self.index.words
         end = min(max(words[W.EDGE], W.HEADER), len(words))
         copy = memoryview(bytearray(words[:end])).cast("Q")
-        if copy[W.MARK] and self._happened(copy[W.MARK], copy[W.SUBJECT]):
+        if copy[W.MARK] == W.FOLLOW:
+            copy[W.SHUTDOWN] = read_shutdown(self.layout)
+        elif copy[W.MARK] and self._happened(copy[W.MARK], copy[W.SUBJECT]):
             for place in range(min(copy[W.STORES], W.JOURNAL_ROOM)):
                 if copy[W.JOURNAL + place] < end:
                     copy[copy[W.JOURNAL + place]] = copy[W.JOURNAL_VALUES + place]

@@ -18,6 +18,7 @@ from .history import attempts_of, failed_numbers
 from .index import NAME, Index, create, install, unlink_missing_ok
 from .layout import Layout, Limits, agree, item_name, item_number
 from .maps import is_shortage
+from .marker import read_shutdown
 from .ownfile import open_own
 
 _log = logging.getLogger("spoolipc")
@@ -146,30 +147,3 @@ def _last_known(layout: Layout) -> int:
         return 0
     seq = words[W.NEXT_SEQ]
     return seq - 1 if 0 < seq < LAST and words[W.NEXT_SEQ_CHECK] == turned(seq) else 0
-
-
-_SHUTDOWN = "shutdown"
-_STATES = {W.DRAINING: b"draining", W.DISCARDED: b"discarded"}
-
-
-def read_shutdown(layout: Layout) -> int:
-    """The state of the spool as its marker file says it."""
-    try:
-        fd = open_own(layout.root, _SHUTDOWN, os.O_RDONLY)
-    except FileNotFoundError:
-        return W.OPEN
-    with open(fd, "rb") as file:
-        return W.DISCARDED if file.read(16) == _STATES[W.DISCARDED] else W.DRAINING
-
-
-def write_shutdown(layout: Layout, state: int) -> None:
-    """Make the marker file say `state`; the index is told afterwards, and by a rebuild after a crash between."""
-    if state == W.OPEN:
-        unlink_missing_ok(layout.root, _SHUTDOWN)
-        return
-    fd = open_own(layout.root, _SHUTDOWN, os.O_WRONLY | os.O_CREAT, layout.file_mode)
-    try:
-        os.ftruncate(fd, 0)
-        os.write(fd, _STATES[state])
-    finally:
-        os.close(fd)

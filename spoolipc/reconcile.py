@@ -9,8 +9,8 @@ from . import words as W
 from .index import exists
 from .layout import Limits, agree
 from .ledger import IN_ITEMS, Table, files_of, table
+from .marker import read_shutdown
 from .onlooker import Onlooker
-from .rebuild import read_shutdown
 
 
 def is_orphaned(spool: Onlooker, number: int) -> bool:

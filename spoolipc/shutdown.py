@@ -1,6 +1,7 @@
 """The end of a spool: no more puts, and no more gets when it was immediate. It outlives the processes and the index.
 
-The marker file comes first, the index after it: a crash between leaves a marker that the next tending follows.
+The marker file comes first, the index after it; after a crash between, the next holder of the lock lets the index
+follow the marker.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from . import changes
 from . import words as W
 from .index import Torn, unlink_missing_ok
 from .layout import item_name
+from .marker import read_shutdown, write_shutdown
 from .party import Party
-from .rebuild import read_shutdown, write_shutdown
 
 _AT_ONCE = 64
 
@@ -34,17 +35,7 @@ def set_state(party: Party, state: int) -> None:
         return
     while now == W.DISCARDED and discard(party):
         pass  # who shut down died before all was removed
-    write_shutdown(party.layout, state)
-    party.index.change(W.MEMORY, 0, {W.SHUTDOWN: state})
-
-
-def follow_marker(party: Party) -> None:
-    """Let the index say what the marker file says, where a shutdown or reopening died between the two."""
-    state = read_shutdown(party.layout)
-    if state != party.index.words[W.SHUTDOWN]:
-        party.index.change(W.MEMORY, 0, {W.SHUTDOWN: state})
-        party.news("items", 8)
-        party.news("space", 8)
+    party.index.change(W.FOLLOW, 0, {W.SHUTDOWN: state}, lambda: write_shutdown(party.layout, state))
 
 
 def discard(party: Party) -> bool:

@@ -16,8 +16,8 @@ from .census import batches, dead_among, token_of
 from .errors import LockTimeout
 from .index import Torn
 from .layout import Limits, agree, item_number
+from .marker import read_shutdown
 from .onlooker import Onlooker
-from .rebuild import read_shutdown
 
 State = Literal["open", "draining", "discarded"]
 _STATES: Final[dict[int, State]] = {W.OPEN: "open", W.DRAINING: "draining", W.DISCARDED: "discarded"}

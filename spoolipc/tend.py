@@ -20,7 +20,7 @@ from .giveup import give_up
 from .index import Torn, unlink_missing_ok
 from .layout import item_name
 from .party import Party
-from .shutdown import discard, follow_marker
+from .shutdown import discard
 
 TEND_EVERY: Final = 1.0
 """Seconds between two looks for the dead."""
@@ -67,7 +67,6 @@ def tend(party: Party, *, force: bool = False) -> None:
     for token, gone in dead.items():
         if gone:
             unlink_missing_ok(party.layout.alive, alive.token_name(token))
-    follow_marker(party)
     if words[W.SHUTDOWN] == W.DISCARDED:
         discard(party)  # what its maker did not live to remove, or a reader gave back since
 

@@ -101,6 +101,7 @@ ARRIVE: Final = 2  # it happened if items/SUBJECT exists
 LEAVE: Final = 3  # it happened if items/SUBJECT does not exist
 UNLINK: Final = 4  # free/SUBJECT is removed, now or before
 DONATE: Final = 5  # it happened if free/SUBJECT exists
+FOLLOW: Final = 6  # no stores: SHUTDOWN becomes what the marker file says
 
 
 def bucket(size: int) -> int:
