@@ -310,7 +310,7 @@ class Account:
         """This very item was delivered: those before it cannot wait any more."""
         self.items = self._before
         for earlier in self._possible():
-            if earlier == value:
+            if earlier == value or self.items[value].held:
                 break
             assert self.items[earlier].fates != {"waiting"}, f"{value} was delivered before {earlier}"
             self.items[earlier].fates -= {"waiting"}
