@@ -161,7 +161,8 @@ class Index:
         if any(position >= words[W.CAPACITY] for position in positions):
             raise Torn("the journal is damaged")
         if kind == W.FOLLOW:
-            words[W.SHUTDOWN] = read_shutdown(self._layout)
+            with contextlib.suppress(UnsafeSpool):  # something planted in its place says nothing
+                words[W.SHUTDOWN] = read_shutdown(self._layout)
         elif self._happened(kind, subject):
             values = words[W.JOURNAL_VALUES : W.JOURNAL_VALUES + count].tolist()
             for position, value in zip(positions, values, strict=True):
