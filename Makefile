@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install format lint test soak demo bench docs clean all
+.PHONY: help install format lint test faults soak demo bench docs clean all
 
 help:  ## say what the targets are
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -32,8 +32,11 @@ lint: $(STAMP)  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 
-test: $(STAMP)  ## run all tests; ARGS="-k name" narrows them
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests; ARGS="-k name" narrows them
+	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+
+faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
+	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 soak: $(STAMP)  ## kill writers and readers at random for SPOOLIPC_SOAK seconds (300), and account for every item
 	$(BIN)/python tests/soak.py $(ARGS)

@@ -41,6 +41,7 @@ class Claim:
 
 
 def claim(party: Party, hands: Hands, limit: int, lease: float | None, taken: list[Delivery]) -> None:
+    """Take up to `limit` items in hand, adding them to `taken`. Raises Empty, ShutDown."""
     tend(party)
     if hands.holds.pending:
         release_pending(party, hands)
@@ -72,6 +73,7 @@ def put_down(party: Party, taken: list[Delivery]) -> None:
 
 
 def peek(party: Party, hands: Hands) -> Delivery:
+    """The next item, left where it is. Raises Empty, ShutDown."""
     tend(party)
     record, _ = first_item(party, hands)
     delivery = _delivery(party.index, record)
@@ -93,6 +95,7 @@ def _due(seconds: float) -> int:
 
 
 def expired(party: Party, seq: int) -> LeaseExpired:
+    """The error for an item that is not in this reader's hands any more."""
     return LeaseExpired(
         f"item {seq} of {party.path} is not in this reader's hands any more: its lease ended, or it was settled"
         " already; it may have been delivered again"
@@ -118,6 +121,7 @@ def _in_hand(party: Party, delivery: Delivery) -> int:
 
 
 def ack(party: Party, hands: Hands, deliveries: list[Delivery]) -> None:
+    """Take items in hand off the spool, emptying the list. Raises LeaseExpired."""
     release_pending(party, hands)
     while deliveries:
         delivery = deliveries[0]
@@ -134,11 +138,13 @@ def ack(party: Party, hands: Hands, deliveries: list[Delivery]) -> None:
 
 
 def nack(party: Party, hands: Hands, delivery: Delivery, delay: float, why: str) -> None:
+    """Give an item back, at once or after `delay` seconds. Raises LeaseExpired."""
     record = _in_hand(party, delivery)
     return_item(party, record, why, _due(delay) if delay > 0 else 0)
 
 
 def reject(party: Party, hands: Hands, delivery: Delivery, why: str) -> None:
+    """Give an item up. Raises LeaseExpired."""
     record = _in_hand(party, delivery)
     hands.maps.forget(party.index.words[record + W.BIRTH])
     give_up(party, record, 0, f"process {os.getpid()}", why)
@@ -154,6 +160,7 @@ def give_up_peeked(party: Party, hands: Hands, delivery: Delivery, why: str) -> 
 
 
 def extend(party: Party, hands: Hands, delivery: Delivery, lease: float) -> None:
+    """Let an item's lease end `lease` seconds from now. Raises LeaseExpired."""
     record = _in_hand(party, delivery)
     words = party.index.words
     due = _due(lease)

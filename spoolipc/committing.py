@@ -19,6 +19,7 @@ from .tend import drop_file
 
 
 def shut_down(party: Party) -> ShutDown:
+    """The error for a put into a spool that was shut down."""
     return ShutDown(f"the spool {party.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
 
 

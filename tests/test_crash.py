@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from crash import SCENARIOS, Crew, Report
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.fault, pytest.mark.timeout(300)]
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing")
 INTERRUPTED = [
     *(

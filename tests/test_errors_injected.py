@@ -15,6 +15,7 @@ from crash import SCENARIOS, Crew
 from test_crash import check
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.fault,
     pytest.mark.timeout(300),
     pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing"),
