@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
+
+# Whoever starts the tests in the background may have SIGINT ignored; children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NO_SKIPS = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
