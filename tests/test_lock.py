@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from spoolipc import SpoolReader, SpoolWriter
 from spoolipc import words as W
@@ -46,7 +45,6 @@ def test_a_damaged_next_number_is_never_given_out(tmp_path: Path) -> None:
         assert [int(reader.get(timeout=5)) for _ in range(3)] == [1, 2, 3]
 
 
-@pytest.mark.timeout(60)
 def test_many_files_of_a_dead_reader_are_put_back_in_several_steps(tmp_path: Path) -> None:
     count = 600
     with SpoolWriter(tmp_path / "s") as writer, SpoolReader(tmp_path / "s") as reader:

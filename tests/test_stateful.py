@@ -23,7 +23,11 @@ from spoolipc.engine import Delivery
 from spoolipc.npy import Array
 from spoolipc.party import Party
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of threads, from Python 3.12
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # of threads, from Python 3.12
+    pytest.mark.timeout(600),
+]
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 PAGE = 4096
 PAGES = (1, 1, 2, 5, 6, 7, 12)
 """Of an item's file: up to four are copied by a reader, the others given out as views."""
@@ -77,7 +81,7 @@ class SpoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.place = Path(tempfile.mkdtemp(prefix="spoolipc-stateful-"))
+        self.place = Path(tempfile.mkdtemp(prefix="spoolipc-stateful-", dir=MEMORY))
         self.path = self.place / "spool"
         self.writers: list[SpoolWriter] = []
         self.readers: list[Reader] = []
@@ -127,6 +131,13 @@ class SpoolMachine(RuleBasedStateMachine):
 
     def take(self) -> Item:
         return (self.returned or self.fresh).pop(0)
+
+    def give_back(self, item: Item) -> None:
+        item.noted = item.attempt
+        if item.attempt >= MOST_ATTEMPTS:
+            self.dead.append(item.seq)
+        else:
+            self.returned.append(item)
 
     def room(self, pages: int) -> bool:
         used = sum(item.pages for item in self.waiting + self.in_hand)
@@ -190,7 +201,8 @@ class SpoolMachine(RuleBasedStateMachine):
     def close_reader(self, data: st.DataObject) -> None:
         reader = self.readers.pop(data.draw(st.integers(0, len(self.readers) - 1)))
         reader.face.close()
-        self.returned += [item for item, _ in reader.hand]
+        for item, _ in reader.hand:
+            self.give_back(item)
         self.lost = [each for each in self.lost if each[0] is not reader]
 
     @precondition(lambda self: self.writers)
@@ -341,11 +353,7 @@ class SpoolMachine(RuleBasedStateMachine):
             self.dead.append(item.seq)
         else:
             source.nack(delivery, 0, "on purpose")
-            item.noted = item.attempt
-            if item.attempt >= MOST_ATTEMPTS:
-                self.dead.append(item.seq)
-            else:
-                self.returned.append(item)
+            self.give_back(item)
         with pytest.raises(LeaseExpired):
             source.ack([delivery])
 
