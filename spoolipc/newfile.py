@@ -11,7 +11,7 @@ from . import footer, npy
 from .engine import Array
 from .errors import Full, StorageError
 from .index import unlink_missing_ok
-from .maps import is_shortage
+from .maps import is_shortage, map_to_write
 from .party import Party
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def map_new(party: Party, name: str, size: int) -> tuple[mmap.mmap, os.stat_resu
 
     def fill(fd: int) -> tuple[mmap.mmap, os.stat_result]:
         os.posix_fallocate(fd, 0, size)
-        return mmap.mmap(fd, size), os.fstat(fd)
+        return map_to_write(fd, size), os.fstat(fd)
 
     return _make(party, name, size, fill)
 
