@@ -119,7 +119,7 @@ def take_off(party: Party, hands: Hands, record: int, queue: int, single: bool, 
         single
         and attempt == (0 if queue else 1)
         and not words[record + W.FLAGS] & W.DURABLE
-        and words[W.POOL_BYTES] + size <= words[W.RECYCLE_BYTES]
+        and changes.may_pool(words, size)
     )
     if not keep:
         hands.maps.forget(words[record + W.BIRTH])

@@ -54,9 +54,9 @@ class Limits:
     """The limits of a spool. None where nobody has asked for one yet; the first who does decides it.
 
     maxsize: items waiting, 0 for no limit. max_bytes: bytes of items waiting or in flight, 0 for no limit.
-    recycle_bytes: bytes of consumed files kept to be written again. max_attempts: deliveries before an item
-    is a dead letter, 0 for no limit. mode: permission bits of the directories; files have the same without
-    execution.
+    recycle_bytes: bytes of consumed files kept to be written again, 0 to keep none; more are kept for some
+    seconds where more were waiting. max_attempts: deliveries before an item is a dead letter, 0 for no limit.
+    mode: permission bits of the directories; files have the same without execution.
     """
 
     maxsize: int | None = None

@@ -36,7 +36,7 @@ def release(party: Party, record: int, alone: bool) -> bool:
     index = party.index
     words = index.words
     never_again = not alone or words[record + W.FLAGS] & W.DURABLE
-    if never_again or words[W.POOL_BYTES] + words[record + W.BYTES] > words[W.RECYCLE_BYTES]:
+    if never_again or not changes.may_pool(words, words[record + W.BYTES]):
         drop_file(party, record)
         return False
     if words[record + W.LOAN]:

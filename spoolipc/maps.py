@@ -76,7 +76,9 @@ class Maps:
             if (now.st_ino, now.st_dev, now.st_size) != (status.st_ino, status.st_dev, status.st_size):
                 raise BadItem("the file was replaced while it was opened")
             size = status.st_size
-            buffer = map_to_write(fd, size) if self._writable else mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+            buffer = (
+                map_to_write(fd, size) if self._writable else mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+            )
         finally:
             os.close(fd)
         self.keep(buffer, status, birth, record)

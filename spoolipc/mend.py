@@ -20,9 +20,8 @@ from .ledger import IN_FREE, IN_ITEMS, position, table
 from .marker import read_shutdown
 from .party import Party
 from .rebuild import set_limits
-from .spares import evict
 from .sweep import gc
-from .tend import drop_file
+from .tend import drop_file, evict
 
 _WHO = "spoolipc fsck"
 

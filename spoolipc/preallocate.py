@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import secrets
 
@@ -39,7 +38,6 @@ def preallocate(party: Party, maps: Maps, count: int, nbytes: int, prefix: str) 
         name = f"{prefix}{made}.npy"
         buffer, status = map_new(party, name, size)
         try:
-            _touch(buffer)
             birth, record = party.run(_donate, name, size)
         except BaseException:
             unlink_missing_ok(party.layout.tmp, name)
@@ -48,12 +46,6 @@ def preallocate(party: Party, maps: Maps, count: int, nbytes: int, prefix: str) 
         made += 1
         words = party.look()
     return made
-
-
-def _touch(buffer: mmap.mmap) -> None:
-    """Map every page now rather than at the first put."""
-    for start in range(0, len(buffer), mmap.PAGESIZE):
-        buffer[start] = 0
 
 
 def _donate(party: Party, name: str, size: int) -> tuple[int, int]:

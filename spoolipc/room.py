@@ -8,7 +8,7 @@ from . import changes
 from . import words as W
 from .errors import TooLarge
 from .party import Party
-from .spares import evict
+from .tend import evict
 
 PAGE = 4096
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from . import changes
 from . import words as W
-from .index import Index, unlink_missing_ok
-from .layout import item_name
+from .index import Index
 from .party import Party
 from .tend import drop_file
 
@@ -26,18 +25,6 @@ class Spare:
     number: int
     size: int
     birth: int
-
-
-def evict(party: Party, record: int, link: int) -> None:
-    """Unlink a pooled file."""
-    index = party.index
-    number = index.words[record + W.FILE]
-    index.change(
-        W.UNLINK,
-        number,
-        changes.evict(index, record, link),
-        lambda: unlink_missing_ok(party.layout.free, item_name(number)),
-    )
 
 
 def swap(party: Party, useless: list[Spare], need: int, most: int, mapped: Container[int]) -> Spare | None:

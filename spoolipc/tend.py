@@ -28,6 +28,9 @@ _TEMPORARY = re.compile(r"([0-9a-f]{16})-\d+\.npy")
 _NAMES = 64
 _AT_ONCE = 256
 """Files put back in one locked step at most."""
+_TRIM_FILES: Final = 500
+_TRIM_BYTES: Final = 1 << 28
+"""Pooled files unlinked in one locked step at most: about 10 ms."""
 
 
 def tend(party: Party, *, force: bool = False) -> None:
@@ -67,6 +70,8 @@ def tend(party: Party, *, force: bool = False) -> None:
     for token, gone in dead.items():
         if gone:
             unlink_missing_ok(party.layout.alive, alive.token_name(token))
+    words[W.PEAK_BYTES] = changes.lower_peak(words)
+    trim(party)
     if words[W.SHUTDOWN] == W.DISCARDED:
         discard(party)  # what its maker did not live to remove, or a reader gave back since
 
@@ -105,6 +110,30 @@ def drop_file(party: Party, record: int) -> None:
     index.change(
         W.UNLINK, index.words[record + W.FILE], changes.drop(index, record), lambda: _unlink(party, record)
     )
+
+
+def evict(party: Party, record: int, link: int) -> None:
+    """Unlink a pooled file."""
+    index = party.index
+    number = index.words[record + W.FILE]
+    index.change(
+        W.UNLINK,
+        number,
+        changes.evict(index, record, link),
+        lambda: unlink_missing_ok(party.layout.free, item_name(number)),
+    )
+
+
+def trim(party: Party) -> None:
+    """Unlink pooled files that a backlog, now gone, had left: some at each tending."""
+    words = party.index.words
+    count = size = 0
+    while changes.must_trim(words) and count < _TRIM_FILES and size < _TRIM_BYTES:
+        record, link = changes.any_pooled(party.index)
+        if not record:
+            break
+        count, size = count + 1, size + words[record + W.BYTES]
+        evict(party, record, link)
 
 
 def _unlink(party: Party, record: int) -> None:

@@ -48,6 +48,7 @@ TENDED: Final = 35  # monotonic ns at which the dead were last looked for
 PUTS: Final = 36  # how many items were ever put, delivered ...
 GOTS: Final = 37
 NEXT_SEQ_CHECK: Final = 38  # NEXT_SEQ with all bits turned: a number given twice would cost an item
+PEAK_BYTES: Final = 39  # the most that ITEM_BYTES was of late: so much the files of free/ may fill up again
 MAXSIZE: Final = 40  # the limits, as spool.json has them
 MAX_BYTES: Final = 41
 RECYCLE_BYTES: Final = 42

@@ -50,6 +50,7 @@ from filelock import lock_descriptor
 
 import spoolipc
 from spoolipc import BadItem, Empty, ShutDown, SpoolClosed, SpoolReader, SpoolWriter, index
+from spoolipc import words as W
 from spoolipc.engine import Delivery, Payload
 from spoolipc.layout import Limits, item_name, item_number
 from spoolipc.sink import DirectorySink, Durability
@@ -1345,19 +1346,30 @@ def rebuild_a_zeroed_index(stage: Stage) -> Iterator[None]:
 
 
 @scenario
+def tend_a_pool_too_large(stage: Stage) -> Iterator[None]:
+    """What a backlog left in the pool is unlinked by the tending."""
+    writer = consumed(stage, 3)
+    party = writer._directory.party
+    party.index.words[W.RECYCLE_BYTES], party.index.words[W.PEAK_BYTES] = 1, 0
+    yield
+    party.run(tend, force=True)
+
+
+@scenario
 def unlink_for_space(stage: Stage) -> Iterator[None]:
     writer = consumed(stage, 3)
     yield
-    from spoolipc import changes, spares
+    from spoolipc import changes
+    from spoolipc.tend import evict
 
-    def evict(party: Any) -> None:
+    def evict_all(party: Any) -> None:
         while True:
             record, link = changes.any_pooled(party.index)
             if not record:
                 return
-            spares.evict(party, record, link)
+            evict(party, record, link)
 
-    writer._directory.party.run(evict)
+    writer._directory.party.run(evict_all)
 
 
 def main(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from spoolipc import (
     room,
 )
 from spoolipc import words as W
+from spoolipc.tend import tend
 
 PAGE = 4096
 SPAWN = multiprocessing.get_context("spawn")
@@ -317,17 +318,35 @@ class TestFileSystem:
             assert len(list((path / "free").iterdir())) <= 1
 
 
-def test_recycled_bytes_are_limited(path: Path) -> None:
+def bytes_in_pool(face: SpoolWriter | SpoolReader) -> int:
+    return face._directory.party.look()[W.POOL_BYTES]
+
+
+def test_recycled_bytes_are_what_a_backlog_left_and_soon_within_the_limit(path: Path) -> None:
     with SpoolWriter(path, recycle_bytes=8 * PAGE) as writer, SpoolReader(path) as reader:
         for _ in range(20):
             writer.put(pages(2))
-        for _ in range(20):
+        for left in range(19, -1, -1):
             reader.get_nowait()
-        with pytest.raises(Empty):
-            reader.get_nowait()
-        kept = sum(file.stat().st_size for file in (path / "free").iterdir())
-        assert kept <= 10 * PAGE
-        assert reader._directory.party.look()[W.POOL_BYTES] <= 8 * PAGE
+            assert bytes_in_pool(reader) <= (20 - left) * 2 * PAGE
+        assert bytes_in_pool(reader) >= 36 * PAGE
+        for _ in range(60):
+            before = bytes_in_pool(reader)
+            writer._directory.party.run(tend, force=True)
+            assert 8 * PAGE <= bytes_in_pool(reader) <= before
+        assert bytes_in_pool(reader) == 8 * PAGE
+        assert sum(file.stat().st_size for file in (path / "free").iterdir()) <= 10 * PAGE
+
+
+def test_the_pool_is_trimmed_in_short_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spoolipc.tend._TRIM_FILES", 3)
+    with SpoolWriter(path, recycle_bytes=PAGE) as writer, SpoolReader(path) as reader:
+        writer.put_many([pages(2)] * 20)
+        reader.get_many(20)
+        left = bytes_in_pool(reader)
+        writer._directory.party.look()[W.PEAK_BYTES] = 0
+        writer._directory.party.run(tend, force=True)
+        assert bytes_in_pool(reader) == left - 3 * 2 * PAGE
 
 
 def test_nothing_is_recycled_when_the_limit_is_zero(path: Path) -> None:
