@@ -1350,8 +1350,8 @@ def tend_a_pool_too_large(stage: Stage) -> Iterator[None]:
     """What a backlog left in the pool is unlinked by the tending."""
     writer = consumed(stage, 3)
     party = writer._directory.party
-    party.index.words[W.RECYCLE_BYTES], party.index.words[W.PEAK_BYTES] = 1, 0
     yield
+    party.index.words[W.RECYCLE_BYTES], party.index.words[W.PEAK_BYTES] = 1, 0
     party.run(tend, force=True)
 
 
