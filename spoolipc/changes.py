@@ -12,7 +12,6 @@ operations of one change touch the same word, the later wins, and they are order
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Container
 
 from . import words as W
@@ -21,6 +20,7 @@ from .index import Index, Torn
 Stores = dict[int, int]
 LARGE = 1 << 18
 """Bytes from which mapping a file's pages costs more than looking for one already mapped."""
+_ALL = 0xFFFF_FFFF_FFFF_FFFF
 _LOOKS = 4
 _LOOKS_LARGE = 64
 
@@ -69,6 +69,16 @@ def _take_back(words: memoryview[int], stores: Stores, record: int) -> None:
     stores[record + W.DUE] = 0
 
 
+def _replace(words: memoryview[int], stores: Stores, record: int, other: int) -> None:
+    """Put another record in the place of one on the list of those in somebody's hands."""
+    following, previous = words[record + W.NEXT], words[record + W.PREV]
+    stores[other + W.NEXT] = following
+    stores[other + W.PREV] = previous
+    stores[previous + W.NEXT if previous else W.AWAY] = other
+    if following:
+        stores[following + W.PREV] = other
+
+
 def _forget(words: memoryview[int], stores: Stores, record: int) -> None:
     """Make a record stand for nothing. Its other words are left as they are."""
     stores[record + W.STATE] = W.NOTHING
@@ -78,7 +88,7 @@ def _forget(words: memoryview[int], stores: Stores, record: int) -> None:
 
 
 def _pool(words: memoryview[int], stores: Stores, record: int, size: int) -> None:
-    """Put a file of free/ into the pool; its bytes must be counted in KEPT_BYTES by the caller."""
+    """Put a file of free/ into the pool."""
     head = W.bucket(size)
     stores[record + W.STATE] = W.POOLED
     stores[record + W.NEXT] = words[head]
@@ -111,7 +121,7 @@ def lower_peak(words: memoryview[int]) -> int:
 
 def turned(number: int) -> int:
     """A word with all bits turned."""
-    return number ^ 0xFFFF_FFFF_FFFF_FFFF
+    return number ^ _ALL
 
 
 def next_seq(words: memoryview[int]) -> int:
@@ -122,36 +132,39 @@ def next_seq(words: memoryview[int]) -> int:
     return seq
 
 
-def describe(
-    words: memoryview[int], record: int, seq: int, put_time: int, flags: int, loan: int, end: int = 0
-) -> None:
+def describe(index: Index, record: int, seq: int, put_time: int, flags: int, loan: int, end: int = 0) -> None:
     """Write what a record says of its item, before the change that makes it one."""
-    words[record + W.SEQ : record + W.OWNER] = array("Q", (seq, put_time, 0, 0, flags, loan, end, 0, 0))
+    W.ITEM.pack_into(index.map, (record + W.SEQ) * W.WORD, seq, put_time, 0, 0, flags, loan, end, 0, 0)
 
 
-def put(index: Index, record: int, seq: int, successor: int, link: int) -> Stores:
+def put(index: Index, record: int, successor: int, link: int) -> Stores:
     """RESERVED becomes WAITING, last in order; the caller has described it.
 
     successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its stead, or zeros.
     """
     words = index.words
+    seq, _, _, tail, count, items, pool, pooled, _, _ = W.FLOW.unpack_from(index.map, W.FLOW_AT)
     size = words[record + W.BYTES]
-    stores: Stores = {}
+    stores = {
+        record + W.STATE: W.WAITING,
+        record + W.FILE: seq,
+        tail + W.NEXT if tail else W.READY: record,
+        W.READY_TAIL: record,
+        W.READY_COUNT: count + 1,
+        W.NEXT_SEQ: seq + 1,
+        W.NEXT_SEQ_CHECK: seq + 1 ^ _ALL,
+        W.ITEM_BYTES: items + size,
+    }
     if successor:
-        following, previous = words[record + W.NEXT], words[record + W.PREV]
-        _unpool(words, stores, successor, link)
-        stores[successor + W.NEXT] = following
-        stores[successor + W.PREV] = previous
-        stores[previous + W.NEXT if previous else W.AWAY] = successor
-        if following:
-            stores[following + W.PREV] = successor
+        _replace(words, stores, record, successor)
         stores[successor + W.STATE] = W.RESERVED
         stores[successor + W.OWNER] = words[record + W.OWNER]
-        stores[record + W.OWNER] = 0
+        stores[link] = words[successor + W.NEXT]
+        stores[W.POOL_BYTES] = pool - words[successor + W.BYTES]
+        stores[W.POOL_COUNT] = pooled - 1
     else:
         _take_back(words, stores, record)
-    stores[W.KEPT_BYTES] = _less(words, W.KEPT_BYTES, size)
-    _arrive(words, stores, record, seq, size)
+    stores[record + W.NEXT] = 0
     return stores
 
 
@@ -172,7 +185,6 @@ def _arrive(words: memoryview[int], stores: Stores, record: int, seq: int, size:
     _append(words, stores, W.READY, record)
     stores[W.NEXT_SEQ] = seq + 1
     stores[W.NEXT_SEQ_CHECK] = turned(seq + 1)
-    stores[W.PUTS] = words[W.PUTS] + 1
     stores[W.ITEM_BYTES] = words[W.ITEM_BYTES] + size
 
 
@@ -207,6 +219,42 @@ def _sooner(words: memoryview[int], stores: Stores, due: int) -> None:
         stores[W.NEXT_DUE] = due
 
 
+def get(index: Index, record: int, queue: int, holder: int, done: int = 0) -> Stores:
+    """WAITING at the head of `queue` leaves items/ for free/, delivered: HELD by `holder`, or POOLED where that is 0.
+
+    done: a HELD file that becomes POOLED in the same change, 0 for none.
+    """
+    words = index.words
+    _, _, _, _, _, items, pool, pooled, gots, peak = W.FLOW.unpack_from(index.map, W.FLOW_AT)
+    size, following = words[record + W.BYTES], words[record + W.NEXT]
+    stores = {
+        queue: following,
+        queue + 2: words[queue + 2] - 1,
+        W.ITEM_BYTES: items - size,
+        W.GOTS: gots + 1,
+        record + W.OWNER: holder,
+        record + W.STATE: W.HELD if holder else W.POOLED,
+    }
+    if not following:
+        stores[queue + 1] = 0
+    if items > peak:
+        stores[W.PEAK_BYTES] = items
+    if done:
+        _replace(words, stores, done, record)
+    elif holder:
+        _hand_out(words, stores, record)
+    pooling = done if holder else record
+    if pooling:
+        size = words[pooling + W.BYTES]
+        head = W.bucket(size)
+        stores[pooling + W.STATE] = W.POOLED
+        stores[pooling + W.NEXT] = words[head]
+        stores[head] = pooling
+        stores[W.POOL_BYTES] = pool + size
+        stores[W.POOL_COUNT] = pooled + 1
+    return stores
+
+
 def leave(index: Index, record: int, queue: int, holder: int, keep: bool) -> Stores:
     """An item leaves items/: WAITING at the head of `queue`, CLAIMED or DELAYED (`queue` 0).
 
@@ -233,7 +281,6 @@ def leave(index: Index, record: int, queue: int, holder: int, keep: bool) -> Sto
     if not keep:
         _forget(words, stores, record)
         return stores
-    stores[W.KEPT_BYTES] = words[W.KEPT_BYTES] + size
     if holder:
         stores[record + W.STATE] = W.HELD
         stores[record + W.OWNER] = holder
@@ -301,7 +348,6 @@ def donate(index: Index, record: int, number: int, size: int) -> Stores:
     stores[record + W.FILE] = stores[record + W.BIRTH] = number
     stores[record + W.BYTES] = size
     stores[record + W.OWNER] = stores[record + W.LOAN] = 0
-    stores[W.KEPT_BYTES] = words[W.KEPT_BYTES] + size
     _pool(words, stores, record, size)
     return stores
 
@@ -312,21 +358,22 @@ def drop(index: Index, record: int) -> Stores:
     stores: Stores = {}
     _take_back(words, stores, record)
     _forget(words, stores, record)
-    stores[W.KEPT_BYTES] = _less(words, W.KEPT_BYTES, words[record + W.BYTES])
     return stores
 
 
 def find_pooled(
-    index: Index, size: int, most: int, mapped: Container[int], *, only_mapped: bool = False
+    index: Index, head: int, size: int, most: int, mapped: Container[int], *, only_mapped: bool = False
 ) -> tuple[int, int]:
     """A pooled file of `size` to `most` bytes, as (record, the position that links to it).
 
-    Zeros when none is found in a constant number of looks.
+    Zeros when none is found in a constant number of looks. head: `words.bucket(size)`.
 
     mapped: birth numbers of files whose pages the asker has mapped; of large files, such a one is preferred.
     """
     words = index.words
-    head = W.bucket(size)
+    record = words[head]
+    if record and size < LARGE and size <= words[index.record(record, W.POOLED) + W.BYTES] <= most:
+        return record, head
     link = head
     found = (0, 0)
     for _ in range(_LOOKS_LARGE if size >= LARGE else _LOOKS):
@@ -384,7 +431,6 @@ def evict(index: Index, record: int, link: int) -> Stores:
     stores: Stores = {}
     _unpool(words, stores, record, link)
     _forget(words, stores, record)
-    stores[W.KEPT_BYTES] = _less(words, W.KEPT_BYTES, words[record + W.BYTES])
     return stores
 
 

@@ -40,14 +40,16 @@ class Claim:
     single: bool | None = None
 
 
-def claim(party: Party, hands: Hands, limit: int, lease: float | None, taken: list[Delivery]) -> None:
-    """Take up to `limit` items in hand, adding them to `taken`. Raises Empty, ShutDown."""
+def claim(party: Party, hands: Hands, limit: int, due: int, taken: list[Delivery]) -> None:
+    """Take up to `limit` items in hand until `due` (monotonic ns, 0 for no lease), adding them to `taken`.
+
+    Raises Empty, ShutDown.
+    """
     tend(party)
     if hands.holds.pending:
         release_pending(party, hands)
     index = party.index
     taken.clear()  # what was taken before the index proved torn is not in hand any more
-    due = _due(lease) if lease is not None else 0
     while len(taken) < limit:
         try:
             record, queue = first_item(party, hands)
@@ -89,7 +91,7 @@ def _delivery(index: Index, record: int) -> Delivery:
     return Delivery(seq, words[record + W.ATTEMPT], put_time, words[record + W.BYTES], claim)
 
 
-def _due(seconds: float) -> int:
+def due_in(seconds: float) -> int:
     """So many seconds from now, in monotonic ns."""
     return time.monotonic_ns() + int(min(seconds, _LONGEST) * 1e9)
 
@@ -140,7 +142,7 @@ def ack(party: Party, hands: Hands, deliveries: list[Delivery]) -> None:
 def nack(party: Party, hands: Hands, delivery: Delivery, delay: float, why: str) -> None:
     """Give an item back, at once or after `delay` seconds. Raises LeaseExpired."""
     record = _in_hand(party, delivery)
-    return_item(party, record, why, _due(delay) if delay > 0 else 0)
+    return_item(party, record, why, due_in(delay) if delay > 0 else 0)
 
 
 def reject(party: Party, hands: Hands, delivery: Delivery, why: str) -> None:
@@ -163,7 +165,7 @@ def extend(party: Party, hands: Hands, delivery: Delivery, lease: float) -> None
     """Let an item's lease end `lease` seconds from now. Raises LeaseExpired."""
     record = _in_hand(party, delivery)
     words = party.index.words
-    due = _due(lease)
+    due = due_in(lease)
     stores = {record + W.DUE: due}
     if not words[W.NEXT_DUE] or due < words[W.NEXT_DUE]:
         stores[W.NEXT_DUE] = due

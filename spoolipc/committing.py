@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from . import changes, spares
 from . import words as W
@@ -11,10 +12,10 @@ from .errors import Full, ShutDown
 from .holds import Hold
 from .layout import item_name
 from .loans import settle_loans
-from .newfile import SMALL
 from .party import Party
 from .room import room, rounded
-from .stock import CHEAP, MOST_SPARES, FileDraft, Stock
+from .spares import Spare
+from .stock import MOST_SPARES, FileDraft, Stock
 from .tend import drop_file
 
 
@@ -51,52 +52,83 @@ def _commit(party: Party, stock: Stock, draft: FileDraft) -> int | None:
         raise shut_down(party)
     if not room(words, rounded(draft.need)):
         raise Full(f"the spool {party.path} is full")
-    layout = party.layout
-    seq = changes.next_seq(words)
-    flags = W.DURABLE if stock.durable else 0
-    spare = draft.spare
     loan = party.token if draft.lent else 0
-    successor = link = 0
+    spare = draft.spare
     if spare is not None:
         if not spares.is_ours(party, spare):
             return None
-        if len(stock.spares) < MOST_SPARES:
-            need, most = draft.need, draft.size
-            successor, link = changes.find_pooled(
-                index, need, most, stock.maps, only_mapped=need >= changes.LARGE
-            )
-        record = spare.record
-        changes.describe(words, record, seq, draft.put_time, flags, loan, draft.image.end)
-        stores = changes.put(index, record, seq, successor, link)
-        source, directory = item_name(spare.number), layout.free
+        pool = W.bucket(draft.need)
+        seq = commit_spare(party, stock, spare, pool, draft.need, draft.image.end, draft.put_time, loan)
     else:
-        record = index.new_record()
-        changes.describe(index.words, record, seq, draft.put_time, flags, loan, draft.image.end)
-        stores = changes.put_new(index, record, seq, draft.size)
-        source, directory = draft.name, layout.tmp
-    try:
-        index.change(W.ARRIVE, seq, stores, _rename(source, directory, item_name(seq), layout.items))
-    except FileNotFoundError:
-        layout.check_present()
-        if spare is not None:
-            drop_file(party, spare.record)
-        return None
-    party.news("items")
-    if loan:
-        if draft.status is not None and draft.buffer is not None:
-            stock.maps.keep(draft.buffer, draft.status, seq, record)
-        hold = draft.hold
-        assert hold is not None
-        if hold.index is not index:
-            hold = Hold(index, record, seq, alone=hold.alone)
-            stock.holds.add(hold, draft.payload.arrays)
-        hold.record, hold.number = record, seq
-    if successor:
-        stock.keep(spares.spare_of(index, successor))
-    elif spare is not None and draft.need < CHEAP:
-        stock.short = min(stock.short + 1, MOST_SPARES if draft.need <= SMALL else 1)
+        seq = _commit_new(party, stock, draft, loan)
+    if seq is not None and loan:
+        _lend_on(party, stock, draft, seq)
     return seq
 
 
-def _rename(source: str, directory: int, target: str, items: int) -> Callable[[], None]:
-    return lambda: os.rename(source, target, src_dir_fd=directory, dst_dir_fd=items)
+def commit_spare(
+    party: Party, stock: Stock, spare: Spare, pool: int, need: int, end: int, put_time: int, loan: int
+) -> int | None:
+    """Make an item of a consumed file that is ours and written, in the locked step, and reserve the next one.
+
+    pool: where the index links to files of its kind. need: bytes written. end: where the footer begins.
+    put_time: wall clock, ns. loan: this party's token when its array was lent.
+
+    Returns the sequence number, None when the file is not there any more. A crash before the rename leaves a
+    reserved file, after it an item.
+    """
+    index = party.index
+    seq = changes.next_seq(index.words)
+    record = spare.record
+    successor = link = 0
+    if len(stock.spares) < MOST_SPARES:
+        large = need >= changes.LARGE
+        successor, link = changes.find_pooled(index, pool, need, spare.size, stock.maps, only_mapped=large)
+    changes.describe(index, record, seq, put_time, 0, loan, end)
+    stores = changes.put(index, record, successor, link)
+    layout = party.layout
+    move = partial(os.rename, spare.name, item_name(seq), src_dir_fd=layout.free, dst_dir_fd=layout.items)
+    try:
+        index.change(W.ARRIVE, seq, stores, move)
+    except FileNotFoundError:
+        layout.check_present()
+        drop_file(party, record)
+        return None
+    party.news("items")
+    if successor:
+        stock.spares.append(spares.spare_of(index, successor))
+    else:
+        stock.lack(need)
+    return seq
+
+
+def _commit_new(party: Party, stock: Stock, draft: FileDraft, loan: int) -> int | None:
+    """As `commit_spare`, for a draft in `tmp/`. A crash before the rename leaves a dead party's temporary file."""
+    index = party.index
+    seq = changes.next_seq(index.words)
+    record = index.new_record()
+    flags = W.DURABLE if stock.durable else 0
+    changes.describe(index, record, seq, draft.put_time, flags, loan, draft.image.end)
+    stores = changes.put_new(index, record, seq, draft.size)
+    layout = party.layout
+    move = partial(os.rename, draft.name, item_name(seq), src_dir_fd=layout.tmp, dst_dir_fd=layout.items)
+    try:
+        index.change(W.ARRIVE, seq, stores, move)
+    except FileNotFoundError:
+        layout.check_present()
+        return None
+    party.news("items")
+    if loan and draft.status is not None and draft.buffer is not None:
+        stock.maps.keep(draft.buffer, draft.status, seq, record)
+    return seq
+
+
+def _lend_on(party: Party, stock: Stock, draft: FileDraft, seq: int) -> None:
+    """Remember that whoever filled a lent array may still look at the item's file."""
+    index, hold = party.index, draft.hold
+    assert hold is not None
+    record = draft.spare.record if draft.spare is not None else index.words[W.READY_TAIL]
+    if hold.index is not index:
+        hold = Hold(index, record, seq, alone=hold.alone)
+        stock.holds.add(hold, draft.payload.arrays)
+    hold.record, hold.number = record, seq

@@ -54,12 +54,15 @@ class Contents(NamedTuple):
 class Source(Protocol):
     """An engine as a reader uses it."""
 
-    def get(self, limit: int) -> list[Payload]:
-        """Take up to `limit` items off the spool for good. Raises Empty, ShutDown."""
+    def get(self, limit: int, *, sure: bool = True) -> list[Payload]:
+        """Take up to `limit` items off the spool for good. Raises Empty, ShutDown.
 
-    def claim(self, limit: int, lease: float | None) -> list[Delivery]:
+        sure: make sure that there is nothing before Empty is raised; not worth it for a caller that waits next.
+        """
+
+    def claim(self, limit: int, lease: float | None, *, sure: bool = True) -> list[Delivery]:
         """Take up to `limit` items in hand, for `lease` seconds (None: as long as this party lives). Raises Empty,
-        ShutDown."""
+        ShutDown. sure: as for `get`."""
 
     def load(self, delivery: Delivery) -> Payload:
         """The contents of an item in hand. Raises BadItem, having given it up; LeaseExpired."""
@@ -96,6 +99,12 @@ class Source(Protocol):
 
 class Sink(Protocol[D]):
     """An engine as a writer uses it. D: a payload written where the engine keeps it, not yet visible to anybody."""
+
+    def put_again(self, arrays: Sequence[Array]) -> list[int]:
+        """Put single arrays, from the first on, as far as the engine's shortest way goes; their sequence numbers.
+
+        The other way goes on from there: admit, prepare, commit.
+        """
 
     def admit(self, payload: Payload) -> bool:
         """Whether there is room for a payload now. Raises ShutDown, TooLarge, UnsupportedArray."""

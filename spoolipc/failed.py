@@ -239,7 +239,7 @@ def _put_again(party: Party, number: int, size: int, tail: Footer) -> int | None
     words = index.words
     seq = changes.next_seq(words)
     # Whether its file survives power loss is not known any more: it is never written again, as one that does.
-    changes.describe(words, record, seq, max(0, tail.put_time), W.DURABLE, 0, tail.data_end)
+    changes.describe(index, record, seq, max(0, tail.put_time), W.DURABLE, 0, tail.data_end)
     stores = changes.put_new(index, record, seq, size)
     stores[W.FAILED_COUNT] = max(0, words[W.FAILED_COUNT] - 1)
     index.change(W.ARRIVE, seq, stores, _move(layout.failed, item_name(number), layout.items, item_name(seq)))

@@ -40,6 +40,8 @@ _BODY = struct.Struct("<8sHHIqQQ")
 _TAIL = struct.Struct("<I4x")
 _RECORD = struct.Struct("<8sHHIqQQI4x")
 _CHECKED = _BODY.size
+_PLAIN = _BODY.pack(MAGIC, VERSION, 0, 0, 0, 0, 0)[:16]
+_PLAIN_BODY = struct.Struct("<16sqQ8x")
 
 SIZE = _RECORD.size
 """Bytes of the fixed record, the JSON not counted."""
@@ -90,6 +92,22 @@ def pack(
             f"put_time {put_time!r}, data_end {data_end!r} or checksum {checksum!r} is no 64-bit integer"
         ) from None
     return body + _TAIL.pack(zlib.crc32(text, zlib.crc32(body))) + text
+
+
+def pack_plain(data_end: int, put_time: int) -> bytes:
+    """What `pack` makes without names, metadata and checksum."""
+    body = _PLAIN_BODY.pack(_PLAIN, put_time, data_end)
+    return body + _TAIL.pack(zlib.crc32(body))
+
+
+def is_plain(buffer: Buffer, offset: int) -> bool:
+    """Whether an undamaged footer without names, metadata and checksum is at `offset`, all of it in the buffer."""
+    record = buffer[offset : offset + SIZE]
+    return (
+        record[:16] == _PLAIN
+        and record[24:32] == offset.to_bytes(8, "little")
+        and record[_CHECKED:] == _TAIL.pack(zlib.crc32(record[:_CHECKED]))
+    )
 
 
 def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:

@@ -6,6 +6,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from . import changes, history, npy
@@ -86,6 +87,23 @@ class Hands:
             arrays = tuple(_copied(array) for array in arrays)
         return Opened(_payload(arrays, tail), not small, status.st_nlink == 1)
 
+    def first_to_pool(self) -> int:
+        """The record of the first file that no array looks at any more, if nothing keeps it from the pool, else 0."""
+        hold, words = self.holds.pending[0], self.party.index.words
+        record = hold.record
+        if (
+            hold.alone
+            and hold.index is self.party.index
+            and words[record + W.STATE] == W.HELD
+            and words[record + W.OWNER] == self.party.token
+            and words[record + W.FILE] == hold.number
+            and not words[record + W.LOAN]
+            and not words[record + W.FLAGS]
+            and changes.may_pool(words, words[record + W.BYTES])
+        ):
+            return record
+        return 0
+
     def is_single(self, seq: int) -> bool:
         """Whether an item's file is a regular one that has no other name."""
         try:
@@ -123,13 +141,15 @@ def take_off(party: Party, hands: Hands, record: int, queue: int, single: bool, 
     )
     if not keep:
         hands.maps.forget(words[record + W.BIRTH])
-    lender = words[record + W.LOAN]
-    stores = changes.leave(index, record, queue, lender if hold is None else party.token, keep)
+    holder = words[record + W.LOAN] if hold is None else party.token
+    if keep and queue:
+        stores = changes.get(index, record, queue, holder)
+    else:
+        stores = changes.delivered(index, changes.leave(index, record, queue, holder, keep))
     if hold is None:
         stores[record + W.LOAN] = 0
-    changes.delivered(index, stores)
     try:
-        index.change(W.LEAVE, seq, stores, _leaving(party, item_name(seq), keep))
+        index.change(W.LEAVE, seq, stores, leaving(party, item_name(seq), keep))
     except OSError as error:
         if not keep or not is_shortage(error):
             raise
@@ -143,11 +163,12 @@ def take_off(party: Party, hands: Hands, record: int, queue: int, single: bool, 
         history.forget(party.layout, seq)
 
 
-def _leaving(party: Party, name: str, keep: bool) -> Callable[[], None]:
+def leaving(party: Party, name: str, keep: bool) -> Callable[[], None]:
+    """The system call that goes with an item's leaving: its file is moved to `free/`, or unlinked."""
     layout = party.layout
     if keep:
-        return lambda: os.rename(name, name, src_dir_fd=layout.items, dst_dir_fd=layout.free)
-    return lambda: unlink_missing_ok(layout.items, name)
+        return partial(os.rename, name, name, src_dir_fd=layout.items, dst_dir_fd=layout.free)
+    return partial(unlink_missing_ok, layout.items, name)
 
 
 def release_pending(party: Party, hands: Hands) -> None:

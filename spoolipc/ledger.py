@@ -127,7 +127,6 @@ class _Check:
         self._expect("items delayed", words[W.DELAYED_COUNT], int((states == W.DELAYED).sum()))
         self._expect("files in the pool", words[W.POOL_COUNT], int((states == W.POOLED).sum()))
         self._expect("bytes of items", words[W.ITEM_BYTES], size(*IN_ITEMS))
-        self._expect("bytes in free/", words[W.KEPT_BYTES], size(*IN_FREE))
         self._expect("bytes in the pool", words[W.POOL_BYTES], size(W.POOLED))
         self._expect("records of unknown state", 0, int((states > W.POOLED).sum()))
         self._numbers(states)

@@ -26,11 +26,10 @@ OPEN_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One mapped file: `buffer` is its bytes."""
+    """One mapped file: `buffer` is its bytes. identity: its inode and device."""
 
     buffer: mmap.mmap
-    device: int
-    inode: int
+    identity: tuple[int, int]
     size: int
     record: int
 
@@ -44,7 +43,7 @@ class Maps:
         self._most_bytes = most_bytes
         self._kept: dict[int, Mapping] = {}
         self._bytes = 0
-        self._swept = 0
+        self.swept = 0
         self._seen: set[int] = set()
         self._mutex = threading.Lock()
 
@@ -67,7 +66,7 @@ class Maps:
         """
         kept = self._kept.get(birth)
         if kept is not None:
-            if (kept.inode, kept.size, kept.device) == (status.st_ino, status.st_size, status.st_dev):
+            if kept.identity == status[1:3] and kept.size == status.st_size:
                 return kept.buffer
             self.forget(birth)
         fd = os.open(name, self._flags, dir_fd=directory)
@@ -88,13 +87,17 @@ class Maps:
         """Keep the mapping of a file for the next time it is seen."""
         if status.st_size > self._most_bytes:
             return
-        mapping = Mapping(buffer, status.st_dev, status.st_ino, status.st_size, record)
+        mapping = Mapping(buffer, (status.st_ino, status.st_dev), status.st_size, record)
         with self._mutex:
             self._kept[birth] = mapping
             self._bytes += mapping.size
             while len(self._kept) > _MOST or self._bytes > self._most_bytes:
                 oldest = next(iter(self._kept))
                 self._bytes -= self._kept.pop(oldest).size
+
+    def kept(self, birth: int) -> Mapping | None:
+        """The mapping of a file, if it is kept."""
+        return self._kept.get(birth)
 
     def forget(self, birth: int) -> None:
         """Let go of a mapping; views of it keep their pages."""
@@ -105,16 +108,16 @@ class Maps:
 
     def are_due(self, words: memoryview[int]) -> bool:
         """Whether `sweep` has something to look at."""
-        return bool(self._kept) and words[W.TENDED] != self._swept
+        return bool(self._kept) and words[W.TENDED] != self.swept
 
     def sweep(self, words: memoryview[int]) -> None:
         """Let go of the mappings of files that are no more, once after each tending; the caller holds the index lock.
 
         A file that was unlinked would otherwise keep its memory for as long as it is mapped here.
         """
-        if words[W.TENDED] == self._swept:
+        if words[W.TENDED] == self.swept:
             return
-        self._swept = words[W.TENDED]
+        self.swept = words[W.TENDED]
         for birth, mapping in list(self._kept.items()):
             if words[mapping.record + W.BIRTH] != birth:
                 self.forget(birth)

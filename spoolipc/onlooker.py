@@ -14,7 +14,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 from . import alive
 from . import words as W
 from .errors import LockTimeout, SpoolError, storage_error
-from .index import Index, Torn, exists
+from .index import Index, Torn, exists, journal
 from .layout import Limits, open_layout
 from .lock import NAME as LOCK
 from .lock import TIMEOUT, IndexLock
@@ -99,10 +99,10 @@ class Onlooker:
         copy = memoryview(bytearray(words[:end])).cast("Q")
         if copy[W.MARK] == W.FOLLOW:
             copy[W.SHUTDOWN] = read_shutdown(self.layout)
-        elif copy[W.MARK] and self._happened(copy[W.MARK], copy[W.SUBJECT]):
-            for place in range(min(copy[W.STORES], W.JOURNAL_ROOM)):
-                if copy[W.JOURNAL + place] < end:
-                    copy[copy[W.JOURNAL + place]] = copy[W.JOURNAL_VALUES + place]
+        elif copy[W.MARK] and self._happened(copy[W.MARK] & ~W.FLOWING, copy[W.SUBJECT]):
+            for position, value in journal(copy).items():
+                if position < end:
+                    copy[position] = value
         return copy
 
     def _happened(self, kind: int, subject: int) -> bool:

@@ -126,10 +126,39 @@ class Party:
                 lock.drop()  # a signal may have come before the other
                 raise
 
+    def try_run(
+        self, index: Index, work: Callable[Concatenate[Party, P], None], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """`run` for the most frequent work: where `index` cannot be used as it is, nothing is done. It rings no bell.
+
+        Work that finds the index torn must have changed nothing since its last change. Raises LockTimeout,
+        StorageError, and what `work` raises.
+        """
+        lock = self.lock
+        with lock.mutex:
+            try:
+                if not self.closed and self._index is index:
+                    try:
+                        lock.take()
+                        if index.is_sound(self.token):
+                            work(self, *args, **kwargs)
+                    finally:
+                        lock.drop()
+            except Torn:
+                return  # the next `run` repairs it
+            except SpoolError:
+                raise
+            except OSError as error:
+                raise self._explained(error) from error
+            except BaseException:
+                lock.drop()  # a signal may have come before the other
+                raise
+
     def _ring(self) -> None:
         news, self._news = self._news, {}
-        for kind, count in news.items():
-            self.bells.ring(kind, count)
+        if self._index is None or self._index.is_awaited():
+            for kind, count in news.items():
+                self.bells.ring(kind, count)
 
     def _steadily(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do the work with an index that was lost or damaged just now."""

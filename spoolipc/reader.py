@@ -72,8 +72,7 @@ class SpoolReader:
         Raises Empty when no item comes in time, ShutDown when the spool was shut down and is empty.
         A damaged item is moved to `failed/` and the next one returned.
         """
-        (payload,) = self._await(lambda: self._source.get(1), deadline_of(block, timeout))
-        return _arrays(payload, copy)
+        return self._await(lambda last: self._take(1, copy, last), deadline_of(block, timeout))[0]
 
     def get_many(
         self, limit: int, block: bool = True, timeout: float | None = None, *, copy: bool = False
@@ -84,17 +83,22 @@ class SpoolReader:
         """
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit!r}")
-        payloads = self._await(lambda: self._source.get(limit), deadline_of(block, timeout))
-        return [_arrays(payload, copy) for payload in payloads]
+        return self._await(lambda last: self._take(limit, copy, last), deadline_of(block, timeout))
 
-    def _await(self, step: Callable[[], list[T]], deadline: float | None) -> list[T]:
-        """The result of `step`, tried again whenever there may be an item."""
+    def _take(self, limit: int, copy: bool, last: bool) -> list[Arrays]:
+        """What waits, up to `limit` items. Raises Empty, ShutDown when there is nothing."""
+        return [_arrays(payload, copy) for payload in self._source.get(limit, sure=last)]
+
+    def _await(self, step: Callable[[bool], list[T]], deadline: float | None) -> list[T]:
+        """The result of `step`, tried again whenever there may be an item; told when it is tried for the last time."""
         while True:
             try:
-                return step()
+                return step(deadline == 0.0)
             except Empty:
-                if deadline == 0.0 or not self._source.wait_items(deadline):
+                if deadline == 0.0:
                     raise
+            if not self._source.wait_items(deadline):
+                deadline = 0.0
 
     def get_nowait(self, *, copy: bool = False) -> Arrays:
         """Get without waiting: `get(block=False)`."""
@@ -123,7 +127,9 @@ class SpoolReader:
         Raises Empty when no item comes in time, ShutDown when the spool was shut down, nothing waits and
         nobody else has an item in hand.
         """
-        (delivery,) = self._await(lambda: self._source.claim(1, self._lease), deadline_of(block, timeout))
+        (delivery,) = self._await(
+            lambda last: self._source.claim(1, self._lease, sure=last), deadline_of(block, timeout)
+        )
         return Item(self._source, delivery)
 
     def items(self) -> Iterator[Item]:
@@ -147,7 +153,7 @@ class SpoolReader:
         moved to `failed/` and the next one looked at.
         """
 
-        def look() -> list[Peeked]:
+        def look(_: bool) -> list[Peeked]:
             while True:
                 delivery = self._source.peek()
                 try:

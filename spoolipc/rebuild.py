@@ -54,7 +54,7 @@ def rebuild(layout: Layout, why: str) -> Index:
         words[W.FAILED_COUNT] = len(failed)
         words[W.SHUTDOWN] = read_shutdown(layout)
         known = max([0, *waiting[-1:], *failed, *freed, last])
-        words[W.NEXT_SEQ] = known + 1
+        words[W.NEXT_SEQ] = words[W.FIRST_SEQ] = known + 1
         words[W.NEXT_SEQ_CHECK] = turned(known + 1)
         set_limits(index, agree(layout, Limits()))
         install(layout, index)

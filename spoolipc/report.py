@@ -95,6 +95,7 @@ def stat_text(found: SpoolStat) -> str:
     age = f", the first put {duration(found.oldest_age)} ago" if found.oldest_age is not None else ""
     medium = "in RAM" if found.in_memory else "on disk"
     held = "?" if found.held_files is None else f"{found.held_files:,}"
+    held_bytes = "?" if found.held_bytes is None else size(found.held_bytes)
     live = "?" if found.live_parties is None else f"{found.live_parties:,}"
     lines = [
         f"{found.path}: {found.state}, on {found.file_system} ({medium}), waiting by {found.waiting_mode}",
@@ -104,7 +105,7 @@ def stat_text(found: SpoolStat) -> str:
         f"  bytes       {size(found.bytes)}{room} in items waiting and in flight",
         f"  failed      {found.failed:,}",
         f"  free        {found.free_files:,} files to be written again, {size(found.free_bytes)}",
-        f"  held        {held} files still looked at or being written, {size(found.held_bytes)}",
+        f"  held        {held} files still looked at or being written, {held_bytes}",
         f"  open in     {live} readers and writers",
         f"  ever        {found.puts:,} put, {found.gets:,} delivered",
     ]

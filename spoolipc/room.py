@@ -11,6 +11,8 @@ from .party import Party
 from .tend import evict
 
 PAGE = 4096
+MANY = 1 << 62
+"""More items than there will ever be."""
 
 
 def rounded(size: int) -> int:
@@ -24,6 +26,15 @@ def room(words: memoryview[int], need: int) -> bool:
     if maxsize and words[W.READY_COUNT] + words[W.RETURNED_COUNT] + words[W.DELAYED_COUNT] >= maxsize:
         return False
     return not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes)
+
+
+def places(words: memoryview[int], size: int) -> int:
+    """How many more items in files of `size` bytes the spool's own limits allow; likewise a hint."""
+    maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]
+    left = MANY
+    if maxsize:
+        left = maxsize - words[W.READY_COUNT] - words[W.RETURNED_COUNT] - words[W.DELAYED_COUNT]
+    return min(left, (max_bytes - words[W.ITEM_BYTES]) // size) if max_bytes else left
 
 
 def fits(party: Party, need: int) -> bool:

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from . import changes
 from . import words as W
 from .index import Index
+from .layout import item_name
 from .party import Party
 from .tend import drop_file
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Spare:
-    """A consumed file that this writer may write: record, number in its name, size in bytes, birth number."""
+    """A consumed file that this writer may write: record, name and the number in it, size in bytes, birth number."""
 
     index: Index
     record: int
+    name: str
     number: int
     size: int
     birth: int
@@ -64,7 +66,7 @@ def give_back(party: Party, spares: list[Spare]) -> None:
 def reserve(party: Party, need: int, most: int, mapped: Container[int]) -> Spare | None:
     """Take a pooled file of `need` to `most` bytes, if there is one."""
     index = party.index
-    record, link = changes.find_pooled(index, need, most, mapped)
+    record, link = changes.find_pooled(index, W.bucket(need), need, most, mapped)
     if not record:
         return None
     index.change(W.MEMORY, 0, changes.reserve(index, record, link, party.token))
@@ -74,7 +76,8 @@ def reserve(party: Party, need: int, most: int, mapped: Container[int]) -> Spare
 def spare_of(index: Index, record: int) -> Spare:
     """A reserved file as its writer knows it."""
     words = index.words
-    return Spare(index, record, words[record + W.FILE], words[record + W.BYTES], words[record + W.BIRTH])
+    number = words[record + W.FILE]
+    return Spare(index, record, item_name(number), number, words[record + W.BYTES], words[record + W.BIRTH])
 
 
 def is_ours(party: Party, spare: Spare) -> bool:

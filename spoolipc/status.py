@@ -54,7 +54,7 @@ class SpoolStat:
     free_files: int
     free_bytes: int
     held_files: int | None
-    held_bytes: int
+    held_bytes: int | None
     live_parties: int | None
     limits: Limits
     file_system: str
@@ -75,14 +75,15 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
         counts = _listed(spool) if spool.index is None else _counted(spool.index.words)
         kind = mounts.file_system(Path(spool.path))
         try:
-            held = None if stuck_on else spool.run(_held)
+            held, held_bytes = (None, None) if stuck_on else spool.run(_held)
             live = None if stuck_on else _live_parties(spool)
         except LockTimeout:
-            stuck_on, held, live = spool.holder(), None, None
+            stuck_on, held, held_bytes, live = spool.holder(), None, None, None
         return SpoolStat(
             path=spool.path,
             **counts,
             held_files=held,
+            held_bytes=held_bytes,
             live_parties=live,
             limits=agree(spool.layout, Limits()),
             file_system=kind,
@@ -103,11 +104,10 @@ def _counted(words: memoryview[int]) -> dict[str, Any]:
         "bytes": words[W.ITEM_BYTES],
         "oldest_age": oldest_age(words, time.time_ns()),
         "failed": words[W.FAILED_COUNT],
-        "puts": words[W.PUTS],
+        "puts": words[W.NEXT_SEQ] - words[W.FIRST_SEQ],
         "gets": words[W.GOTS],
         "free_files": words[W.POOL_COUNT],
         "free_bytes": words[W.POOL_BYTES],
-        "held_bytes": max(0, words[W.KEPT_BYTES] - words[W.POOL_BYTES]),
     }
 
 
@@ -125,7 +125,7 @@ def _listed(spool: Onlooker) -> dict[str, Any]:
                 counts["bytes"] += size
     for names in batches(layout.failed):
         counts["failed"] += sum(item_number(name) is not None for name in names)
-    return {**counts, "state": _STATES[read_shutdown(layout)], "oldest_age": None, "held_bytes": 0}
+    return {**counts, "state": _STATES[read_shutdown(layout)], "oldest_age": None}
 
 
 def oldest_age(words: memoryview[int], now: int) -> float | None:
@@ -138,16 +138,17 @@ def oldest_age(words: memoryview[int], now: int) -> float | None:
     return max(0.0, (now - min(times)) / 1e9) if times else None
 
 
-def _held(spool: Onlooker) -> int:
-    """How many files of `free/` are in somebody's hands: a locked step."""
+def _held(spool: Onlooker) -> tuple[int, int]:
+    """How many files of `free/` are in somebody's hands, and their bytes: a locked step."""
     index = spool.index
     if index is None:
-        return 0
+        return 0, 0
+    words = index.words
     try:
-        states = [index.words[record + W.STATE] for record in changes.away(index)]
+        held = [r for r in changes.away(index) if words[r + W.STATE] in (W.HELD, W.RESERVED)]
     except Torn:
-        return 0
-    return sum(state in (W.HELD, W.RESERVED) for state in states)
+        return 0, 0
+    return len(held), sum(words[record + W.BYTES] for record in held)
 
 
 def _live_parties(spool: Onlooker) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from . import footer, npy, spares
 from . import words as W
@@ -16,7 +18,7 @@ from .alive import token_name
 from .engine import Payload
 from .errors import BadItem, StorageError
 from .holds import Hold, Holds
-from .layout import Limits, item_name
+from .layout import Limits
 from .maps import MOST_MAPPED, Maps, check_regular, write_small
 from .newfile import SMALL
 from .party import Party
@@ -53,11 +55,30 @@ class FileDraft:
     hold: Hold | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How an array of one kind is stored, for the next of that kind.
+
+    header: its bytes, which end at `start`. start, end: where the array's bytes lie. need: bytes with the footer.
+    most: size up to which a consumed file is not too large. pool: where the index links to such files.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    header: bytes
+    start: int
+    end: int
+    need: int
+    most: int
+    pool: int
+
+
 class Stock:
     """A writer's party, and the files it may write. asked: limits, None for what is there.
 
     durable: every item must survive the loss of power, so no consumed file is written again. short: how many
-    files more in circulation would let a commit find its successors in the pool.
+    files more in circulation would let a commit find its successors in the pool. places: how many more items there was
+    room for when the last was put.
     """
 
     def __init__(self, path: str | os.PathLike[str], asked: Limits, *, durable: bool) -> None:
@@ -68,21 +89,26 @@ class Stock:
         self.party.run(tend, force=True)
 
     def _forget(self) -> None:
-        """Start afresh: the index is another, or this is a forked child, where a thread may have held the mutex."""
-        self._mutex = threading.Lock()
+        """Start afresh: the index is another, or this is a forked child."""
         self.spares: list[Spare] = []
         self.holds = Holds()
         self.maps = Maps(writable=True, most_bytes=MOST_MAPPED)
         self.short = 0
+        self.plan: Plan | None = None
+        self.places = 0
+
+    def lack(self, need: int) -> None:
+        """A commit found no file of the kind for the next put: let there be more of them, where that is cheap."""
+        if need < CHEAP:
+            self.short = min(self.short + 1, MOST_SPARES if need <= SMALL else 1)
 
     def take_spare(self, need: int) -> Spare | None:
         """A consumed file of the right size that is ours to write."""
-        with self._mutex:
-            most = self.most(need)
-            for position, spare in enumerate(self.spares):
-                if need <= spare.size <= most:
-                    return self.spares.pop(position)
-            useless, self.spares = self.spares, []
+        most = self.most(need)
+        spare = self._fitting(need, most)
+        if spare is not None:
+            return spare
+        useless = self._clear()
         if self.short and not useless:
             # One file more in circulation, so that the next commit finds one to reserve in the same step.
             self.short -= 1
@@ -90,6 +116,22 @@ class Stock:
         if not useless and not self.party.look()[W.POOL_COUNT]:
             return None
         return self.party.run(spares.swap, useless, need, most, self.maps)
+
+    def _fitting(self, need: int, most: int) -> Spare | None:
+        for spare in list(self.spares):
+            if need <= spare.size <= most:
+                with contextlib.suppress(ValueError):  # another thread has it
+                    self.spares.remove(spare)
+                    return spare
+        return None
+
+    def _clear(self) -> list[Spare]:
+        """Take all spares. The list itself stays, as other threads add to it and take from it."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self.spares.pop())
+        return taken
 
     def most(self, need: int) -> int:
         """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
@@ -109,7 +151,7 @@ class Stock:
 
     def _use(self, spare: Spare, use: Callable[[str, os.stat_result], T]) -> T | None:
         """What `use` makes of a consumed file that is still as it should be; else it is dropped."""
-        layout, name = self.party.layout, item_name(spare.number)
+        layout, name = self.party.layout, spare.name
         try:
             status = os.stat(name, dir_fd=layout.free, follow_symlinks=False)
             check_regular(status)
@@ -136,29 +178,21 @@ class Stock:
         needs = [need_of(payload) for payload in payloads[:MOST_SPARES]]
         fresh = self.short if max(needs, default=0) <= SMALL else 0
         wanted = [(need, self.most(need)) for need in needs[fresh:]]
-        with self._mutex:
-            if spares.suffice(self.spares, wanted):
-                return
-            useless, self.spares = self.spares, []
+        if spares.suffice(list(self.spares), wanted):
+            return
+        useless = self._clear()
         with self.party:
-            found = self.party.run(spares.restock, useless, wanted, self.maps)
-        with self._mutex:
-            self.spares += found
+            self.spares += self.party.run(spares.restock, useless, wanted, self.maps)
 
     def preallocate(self, count: int, nbytes: int) -> None:
         """Fill the pool ahead with files for `count` arrays of `nbytes` bytes. Raises Full, ValueError."""
         with self.party:
             preallocate(self.party, self.maps, count, nbytes, f"{token_name(self.party.token)}-0")
 
-    def keep(self, spare: Spare) -> None:
-        """Keep a consumed file for the next put."""
-        with self._mutex:
-            self.spares.append(spare)
-
     def put_aside(self, spare: Spare) -> None:
         """Keep a spare after all, unless an interrupted commit has made it an item."""
         if self.party.run(spares.is_ours, spare):
-            self.keep(spare)
+            self.spares.append(spare)
 
 
 def need_of(payload: Payload) -> int:

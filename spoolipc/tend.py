@@ -24,6 +24,7 @@ from .shutdown import discard
 
 TEND_EVERY: Final = 1.0
 """Seconds between two looks for the dead."""
+_TEND_EVERY_NS: Final = int(TEND_EVERY * 1e9)
 _TEMPORARY = re.compile(r"([0-9a-f]{16})-\d+\.npy")
 _NAMES = 64
 _AT_ONCE = 256
@@ -33,15 +34,22 @@ _TRIM_BYTES: Final = 1 << 28
 """Pooled files unlinked in one locked step at most: about 10 ms."""
 
 
+def is_due(tended: int, due: int) -> bool:
+    """Whether nobody has tended the spool within the second, or a lease or delay has ended.
+
+    tended, due: the words TENDED and NEXT_DUE.
+    """
+    now = time.monotonic_ns()
+    return not now - _TEND_EVERY_NS <= tended <= now or 0 < due <= now
+
+
 def tend(party: Party, *, force: bool = False) -> None:
     """One round of tending, in the locked step; does nothing when somebody did it within the second."""
     index = party.index
     words = index.words
-    now = time.monotonic_ns()
-    late = now - words[W.TENDED] > TEND_EVERY * 1e9 or words[W.TENDED] > now
-    due = 0 < words[W.NEXT_DUE] <= now
-    if not (late or due or force):
+    if not force and not is_due(words[W.TENDED], words[W.NEXT_DUE]):
         return
+    now = time.monotonic_ns()
     if party.lock.renewed(party.layout.root, party.layout.file_mode):
         raise Torn("index.lock was removed while in use")
     dead: dict[int, bool] = {}

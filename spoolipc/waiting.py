@@ -9,7 +9,7 @@ from . import words as W
 from .errors import SpoolClosed
 from .maps import Maps
 from .party import Kind, Party
-from .tend import TEND_EVERY, tend
+from .tend import TEND_EVERY, is_due, tend
 
 Look = Callable[["memoryview[int]"], bool]
 
@@ -21,16 +21,21 @@ def wait(party: Party, kind: Kind, look: Look, deadline: float | None, maps: Map
     for once a second, and a lease or delay is attended to when it ends. maps: the party's; those of files that
     are no more are let go, as their memory may be the very space that somebody waits for.
     """
-
-    def ready() -> bool:
-        if party.closed:
-            raise SpoolClosed("this was closed while it waited")
-        index = party.index
-        # An index that is not whole any more is repaired by the step that follows a True.
-        return not index.whole() or look(index.words)
+    until_ns = 0
 
     def glance() -> bool:
-        return ready() or 0 < party.index.words[W.NEXT_DUE] < until * 1e9
+        if party.closed:
+            raise SpoolClosed("this was closed while it waited")
+        # An index that is not whole any more is repaired by the step that follows a True.
+        index = party.index
+        if not index.whole():
+            return True
+        words = index.words
+        return look(words) or 0 < words[W.NEXT_DUE] < until_ns
+
+    def found() -> bool:
+        index = party.index
+        return not index.whole() or look(index.words)
 
     while True:
         tend_if_due(party)
@@ -39,7 +44,8 @@ def wait(party: Party, kind: Kind, look: Look, deadline: float | None, maps: Map
         until = _next_event(party)
         if deadline is not None:
             until = min(until, deadline)
-        if party.bells.wait(kind, glance, max(0.0, until - time.monotonic())) and ready():
+        until_ns = int(until * 1e9)
+        if party.bells.wait(kind, glance, max(0.0, until - time.monotonic())) and found():
             return True
         if deadline is not None and time.monotonic() >= deadline:
             return False
@@ -53,8 +59,7 @@ def tend_if_due(party: Party) -> None:
         party.run(tend)
         return
     words = index.words
-    now = time.monotonic_ns()
-    if now - words[W.TENDED] > TEND_EVERY * 1e9 or 0 < words[W.NEXT_DUE] <= now:
+    if is_due(words[W.TENDED], words[W.NEXT_DUE]):
         party.run(tend)
 
 

@@ -96,7 +96,12 @@ class SpoolWriter:
         array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array,
         StorageError.
         """
-        return self._put([_payload(array, meta)], deadline_of(block, timeout))[0]
+        deadline = deadline_of(block, timeout)
+        if meta is None and type(array) is np.ndarray:
+            seqs = self._sink.put_again((array,))
+            if seqs:
+                return seqs[0]
+        return self._put([_payload(array, meta)], deadline)[0]
 
     def put_many(
         self,
@@ -119,11 +124,15 @@ class SpoolWriter:
             raise ValueError(f"{len(several)} arrays but {len(given)} metas; give one for each")
         payloads = [_payload(array, meta) for array, meta in zip(several, given, strict=True)]
         seqs: list[int] = []
+        plain = metas is None and all(type(array) is np.ndarray for array in several)
         try:
-            for start in range(0, len(payloads), AT_ONCE):
-                batch = payloads[start : start + AT_ONCE]
+            batch = payloads[:AT_ONCE]
+            while batch:
                 self._sink.stock(batch)
-                self._put(batch, deadline, seqs)
+                again = self._sink.put_again([payload.arrays[0] for payload in batch]) if plain else []
+                seqs += again
+                self._put(batch[len(again) : len(again) + 1] if again else batch, deadline, seqs)
+                batch = payloads[len(seqs) : len(seqs) + AT_ONCE]
         except (Full, ShutDown) as error:
             error.seqs = tuple(seqs)
             raise

@@ -86,7 +86,6 @@ def _audit(party: Party, orphans: bool) -> None:
     assert words[W.POOL_COUNT] == len(pooled)
     assert words[W.POOL_BYTES] == size((W.POOLED,))
     assert words[W.ITEM_BYTES] == size(IN_ITEMS)
-    assert words[W.KEPT_BYTES] == size(IN_FREE)
     assert words[W.NEXT_SEQ] > max(
         [0, *(words[r + W.SEQ] for r in everything if words[r + W.STATE] in IN_ITEMS)]
     )

@@ -404,7 +404,6 @@ def damages(words: list[int]) -> dict[str, dict[int, int]]:
         "claimed by nobody": {second + W.STATE: W.CLAIMED},
         "bytes": {W.ITEM_BYTES: 1},
         "bytes in the pool": {W.POOL_BYTES: 1},
-        "bytes in free": {W.KEPT_BYTES: 1},
         "count of the pool": {W.POOL_COUNT: 0},
         "in flight": {W.IN_FLIGHT: 4},
         "delayed": {W.DELAYED_COUNT: 1},
@@ -458,11 +457,11 @@ def test_a_change_left_unfinished_is_no_damage(path: Path) -> None:
     words = words_of(path)
     poke(
         path,
-        {W.MARK: W.MEMORY, W.STORES: 1, W.JOURNAL: W.READY_COUNT, W.JOURNAL_VALUES: words[W.READY_COUNT]},
+        {W.MARK: W.MEMORY, W.STORES: 1, W.JOURNAL: W.READY_COUNT, W.JOURNAL + 1: words[W.READY_COUNT]},
     )
     poke(path, {W.READY_COUNT: 77})
     assert fsck(path).clean
-    poke(path, {W.MARK: W.ARRIVE, W.SUBJECT: 99, W.STORES: 1, W.JOURNAL: W.READY, W.JOURNAL_VALUES: 0})
+    poke(path, {W.MARK: W.ARRIVE, W.SUBJECT: 99, W.STORES: 1, W.JOURNAL: W.READY, W.JOURNAL + 1: 0})
     poke(path, {W.READY_COUNT: words[W.READY_COUNT]})
     assert fsck(path).clean
     repaired(path)

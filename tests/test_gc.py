@@ -187,7 +187,7 @@ def test_a_change_left_unfinished_is_finished_or_undone(path: Path) -> None:
         for _ in range(2):
             writer.put(BIG)
         reader.get()
-    poke(path, {W.MARK: W.LEAVE, W.SUBJECT: 2, W.STORES: 1, W.JOURNAL: W.READY, W.JOURNAL_VALUES: 0})
+    poke(path, {W.MARK: W.LEAVE, W.SUBJECT: 2, W.STORES: 1, W.JOURNAL: W.READY, W.JOURNAL + 1: 0})
     gc(path, dry_run=True)
     gc(path)
     check(path)

@@ -1,0 +1,289 @@
+"""Getting in the steady state: an item like the last one, in a file that came round before.
+
+The counterpart of `steadyput.py`: `get`, and `receive`, the look at the array and `ack`, written out once more in as
+few instructions as can be. Where anything is out of the ordinary nothing is done, and the caller goes the general way
+(`taking.py`, `claiming.py`). The changes are `changes.get`, `changes.claim` and `changes.leave`, written as rows of
+words; a crash leaves the same behind.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from typing import NamedTuple
+
+import numpy as np
+
+from . import footer, npy
+from . import words as W
+from .changes import may_pool
+from .claiming import Claim
+from .engine import Array, Delivery
+from .errors import BadItem
+from .hands import Hands
+from .holds import Hold
+from .layout import item_name
+from .maps import read_small
+from .newfile import SMALL
+from .party import Party
+from .tend import is_due
+
+_PLAIN = (0, 0, 0)
+"""ATTEMPT, FLAGS and LOAN of an item that is nothing special and was never delivered."""
+Row = tuple[int, ...]
+
+
+class Seen(NamedTuple):
+    """An item as it was seen without the lock: where it is recorded, its row, its array, and who looks at its file."""
+
+    record: int
+    row: Row
+    array: Array
+    hold: Hold | None
+
+
+def get_again(hands: Hands, limit: int) -> list[Array]:
+    """Get the next items, as long as each is a single array like the last one and was never delivered before.
+
+    Returns up to `limit` arrays, perhaps none.
+    """
+    party = hands.party
+    words = party.look()
+    index, record = party.index, words[W.READY]
+    if words[W.RETURNED]:
+        return []
+    seen: list[Seen] = []
+    taken: list[Array] = []
+    while len(seen) < limit and W.HEADER <= record <= len(words) - W.RECORD:
+        row = W.ROW.unpack_from(index.map, record * W.WORD)
+        array = open_again(hands, row) if row[W.ATTEMPT : W.END] == _PLAIN else None
+        if array is None:
+            break
+        hold = None if row[W.END] <= SMALL else Hold(index, record, row[W.SEQ])
+        seen.append(Seen(record, row, array, hold))
+        record = row[W.NEXT]
+    if seen:
+        party.try_run(index, _take, hands, seen, taken)
+        if taken and index.is_awaited():
+            party.bells.ring("space", len(taken))
+            if words[W.READY]:
+                party.bells.ring("items")  # two puts may have rung one bell
+    return taken
+
+
+def open_again(hands: Hands, row: Row) -> Array | None:
+    """The single array in an item's file, read-only: a view of the mapped file, or a copy when it is small.
+
+    row: the item's record. None where the file is not as it should be, or its array not like the last one.
+    """
+    name, items, end = item_name(row[W.SEQ]), hands.party.layout.items, row[W.END]
+    try:
+        status = os.stat(name, dir_fd=items, follow_symlinks=False)
+    except OSError:
+        return None
+    if status[6] != row[W.BYTES] or status[3] != 1 or not stat.S_ISREG(status[0]):
+        return None
+    mapping, small = hands.maps.kept(row[W.BIRTH]), end <= SMALL
+    buffer: bytes | mmap.mmap
+    if mapping is not None:
+        if mapping.identity != status[1:3] or mapping.size != status[6]:
+            return None
+        buffer = mapping.buffer[: end + footer.SIZE] if small else mapping.buffer
+    elif small and not hands.maps.wanted(row[W.BIRTH]):
+        try:
+            buffer = read_small(items, name, end + footer.SIZE)
+        except (OSError, BadItem):
+            return None
+    else:
+        return None
+    block = npy.parse_again(buffer, end)
+    if block is None or not footer.is_plain(buffer, end):
+        return None
+    return np.ndarray(block.shape, block.dtype, buffer, block.offset)  # as read-only as the buffer
+
+
+def _take(party: Party, hands: Hands, seen: list[Seen], taken: list[Array]) -> None:
+    """The locked step of a get: take the items that are still the next off the spool, adding them to `taken`."""
+    for one in seen:
+        if not _take_one(party, hands, *one):
+            break
+        taken.append(one.array)
+
+
+def _take_one(party: Party, hands: Hands, record: int, row: Row, array: Array, hold: Hold | None) -> bool:
+    """`changes.get`. A crash before the rename leaves the item waiting; after it the file is in hands or pooled, and
+    the item gone."""
+    index, number, size = party.index, row[W.SEQ], row[W.BYTES]
+    words = index.words
+    # fmt: off
+    seq, check, ready, tail, count, items, pool, pooled, gots, peak, \
+        returned, away, shutdown, due, tended, recycle = W.FLOW_TO_GET.unpack_from(index.map, W.FLOW_AT)
+    # fmt: on
+    if (
+        ready != record
+        or words[record + W.SEQ] != number
+        or words[record + W.STATE] != W.WAITING
+        or returned
+        or shutdown
+        or is_due(tended, due)
+        or (pool + size > recycle and not may_pool(words, size))
+    ):
+        return False
+    if tended != hands.maps.swept:
+        hands.maps.sweep(words)
+    following, done = words[record + W.NEXT], 0
+    if hands.holds.pending:
+        done = hands.first_to_pool()
+        if not done or hold is None:
+            return False
+    if hold is None:
+        positions, values = _pooling(words, record, size)
+        pool, pooled = pool + size, pooled + 1
+    else:
+        positions, values = _entering(words, record, away, done)
+        positions += record + W.STATE, record + W.OWNER
+        values += W.HELD, party.token
+        if done:
+            pool, pooled = pool + words[done + W.BYTES], pooled + 1
+    tail = tail if following else 0
+    flow = seq, check, following, tail, count - 1, items - size, pool, pooled, gots + 1, max(peak, items)
+    name, layout = item_name(number), party.layout
+    try:
+        index.flow(W.LEAVE, number, flow, positions, values, (name, layout.items, name, layout.free))
+    except OSError:
+        return False
+    if done:
+        hands.holds.pending.popleft()
+    if hold is not None:
+        hands.holds.add(hold, (array,))
+    return True
+
+
+def _pooling(words: memoryview[int], record: int, size: int) -> tuple[Row, Row]:
+    """The stores, beside those of FLOW, by which a file becomes POOLED: positions and values."""
+    head = W.bucket(size)
+    return (head, record + W.STATE, record + W.NEXT), (record, W.POOLED, words[head])
+
+
+def _entering(words: memoryview[int], record: int, away: int, done: int) -> tuple[Row, Row]:
+    """The stores that put a record on the list of those in somebody's hands, in the place of `done` if that is a
+    file nobody looks at any more, which becomes POOLED; else first, before `away`."""
+    after, before = (words[done + W.NEXT], words[done + W.PREV]) if done else (away, 0)
+    positions: Row = before + W.NEXT if before else W.AWAY, record + W.NEXT, record + W.PREV
+    values: Row = record, after, before
+    if after:
+        positions += (after + W.PREV,)
+        values += (record,)
+    if done:
+        more, these = _pooling(words, done, words[done + W.BYTES])
+        positions, values = positions + more, values + these
+    return positions, values
+
+
+def claim_again(hands: Hands, due: int, taken: list[Delivery]) -> None:
+    """Take the next item in hand until `due` (monotonic ns, 0 for no lease) if it was never delivered before."""
+    party = hands.party
+    words = party.look()
+    index = party.index
+    if words[W.READY] and not words[W.RETURNED]:
+        party.try_run(index, _claim, hands, due, taken)
+        if taken and index.is_awaited():
+            party.bells.ring("space")
+            if words[W.READY]:
+                party.bells.ring("items")
+
+
+def _claim(party: Party, hands: Hands, due: int, taken: list[Delivery]) -> None:
+    """`changes.claim`, and the pooling of a file that no array looks at any more."""
+    index = party.index
+    words = index.words
+    # fmt: off
+    seq, check, record, tail, count, items, pool, pooled, gots, peak, \
+        returned, away, shutdown, next_due, tended, _ = W.FLOW_TO_GET.unpack_from(index.map, W.FLOW_AT)
+    # fmt: on
+    if not record or returned or shutdown or is_due(tended, next_due):
+        return
+    row = W.ROW.unpack_from(index.map, index.record(record, W.WAITING) * W.WORD)
+    done = hands.first_to_pool() if hands.holds.pending else 0
+    if row[W.ATTEMPT : W.END] != _PLAIN or (hands.holds.pending and not done):
+        return
+    following, number = row[W.NEXT], row[W.SEQ]
+    positions, values = _entering(words, record, away, done)
+    positions += (
+        record + W.STATE,
+        record + W.OWNER,
+        record + W.DUE,
+        record + W.ATTEMPT,
+        W.IN_FLIGHT,
+        W.NEXT_DUE,
+    )
+    values += W.CLAIMED, party.token, due, 1, words[W.IN_FLIGHT] + 1, min(due or next_due, next_due or due)
+    if done:
+        pool, pooled = pool + words[done + W.BYTES], pooled + 1
+    tail = tail if following else 0
+    flow = seq, check, following, tail, count - 1, items, pool, pooled, gots, peak
+    claim = Claim(index, record, number, row[W.END])
+    # First, so that it is put down whenever a signal comes.
+    taken.append(Delivery(number, 1, row[W.PUT_TIME] if row[W.END] else 0, row[W.BYTES], claim))
+    index.flow(W.MEMORY, 0, flow, positions, values, None)
+    if done:
+        hands.holds.pending.popleft()
+
+
+def ack_again(hands: Hands, delivery: Delivery) -> bool:
+    """Acknowledge an item at its first delivery whose array was loaded; False, with nothing done, where anything stands
+    in the way."""
+    done: list[bool] = []
+    claim: Claim = delivery.handle
+    party = hands.party
+    if claim.single and not party.closed:
+        party.try_run(claim.index, _ack, hands, delivery, done)
+    return bool(done)
+
+
+def _ack(party: Party, hands: Hands, delivery: Delivery, done: list[bool]) -> None:
+    """`changes.leave`. A crash before the rename leaves the item claimed by the dead, after it it is gone."""
+    claim: Claim = delivery.handle
+    index, record, hold = claim.index, claim.record, claim.hold
+    words = index.words
+    # fmt: off
+    seq, check, ready, tail, count, items, pool, pooled, gots, peak, \
+        _, _, shutdown, _, _, recycle = W.FLOW_TO_GET.unpack_from(index.map, W.FLOW_AT)
+    # fmt: on
+    row = W.ROW.unpack_from(index.map, record * W.WORD)
+    size, number = row[W.BYTES], row[W.SEQ]
+    if (
+        shutdown
+        or row[W.STATE] != W.CLAIMED
+        or row[W.OWNER] != party.token
+        or number != claim.seq
+        or row[W.ATTEMPT : W.END] != (1, 0, 0)
+        or delivery.attempt != 1
+        or row[W.DUE]
+        or hands.holds.pending
+        or (pool + size > recycle and not may_pool(words, size))
+    ):
+        return
+    positions: Row = (W.IN_FLIGHT,)
+    values: Row = (words[W.IN_FLIGHT] - 1,)
+    if hold is not None and (hold.left > 0 or not hold.alone):
+        positions += (record + W.STATE,)
+        values += (W.HELD,)
+    else:
+        after, before = row[W.NEXT], row[W.PREV]
+        positions += (before + W.NEXT if before else W.AWAY,)
+        values += (after,)
+        if after:
+            positions += (after + W.PREV,)
+            values += (before,)
+        more, these = _pooling(words, record, size)
+        positions, values = positions + more, values + these
+        pool, pooled = pool + size, pooled + 1
+    flow = seq, check, ready, tail, count, items - size, pool, pooled, gots + 1, max(peak, items)
+    name, layout = item_name(number), party.layout
+    try:
+        index.flow(W.LEAVE, number, flow, positions, values, (name, layout.items, name, layout.free))
+    except OSError:
+        return
+    done.append(True)
