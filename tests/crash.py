@@ -930,6 +930,95 @@ def put_recycled_and_reserve(stage: Stage) -> Iterator[None]:
     stage.put(writer, "several")
 
 
+def steady(stage: Stage, kind: str) -> tuple[SpoolWriter, SpoolReader]:
+    """A writer and a reader for whom every file has come round: both go the short way from now on."""
+    writer, reader = stage.writer(), stage.reader()
+    for _ in range(12):
+        stage.put(writer, kind)
+        stage.put(writer, kind)
+        stage.get(reader)
+        stage.get(reader)
+    stock = writer._directory
+    assert stock.plan is not None
+    assert any(stock.maps.kept(spare.birth) for spare in stock.spares)
+    return writer, reader
+
+
+@scenario
+def put_again_small(stage: Stage) -> Iterator[None]:
+    writer, reader = steady(stage, "small")
+    reader.close()
+    stage.readers.remove(reader)
+    yield
+    stage.put(writer)
+    stage.put(writer)
+
+
+@scenario
+def put_again_large(stage: Stage) -> Iterator[None]:
+    writer, reader = steady(stage, "large")
+    reader.close()
+    stage.readers.remove(reader)
+    yield
+    stage.put(writer, "large")
+    stage.put(writer, "large")
+
+
+@scenario
+def get_again_small(stage: Stage) -> Iterator[None]:
+    writer, reader = steady(stage, "small")
+    for _ in range(3):
+        stage.put(writer)
+    yield
+    stage.get(reader)
+    stage.get(reader)
+
+
+@scenario
+def get_again_large(stage: Stage) -> Iterator[None]:
+    writer, reader = steady(stage, "large")
+    stage.put(writer, "large")
+    stage.put(writer, "large")
+    yield
+    view = stage.get(reader)
+    del view  # pooled by the next get
+    stage.get(reader)
+
+
+@scenario
+def receive_again(stage: Stage) -> Iterator[None]:
+    writer, _ = steady(stage, "small")
+    source = stage.source()
+    for round_ in range(4):
+        stage.put(writer)
+        stage.put(writer)
+        if round_ == 3:
+            yield
+        for _ in range(2):
+            delivery = stage.claim(source)
+            assert delivery is not None
+            value_of(source.load(delivery))
+            stage.ack(source, delivery)
+
+
+@scenario
+def receive_again_large(stage: Stage) -> Iterator[None]:
+    writer, _ = steady(stage, "large")
+    source = stage.source()
+    for round_ in range(4):
+        stage.put(writer, "large")
+        stage.put(writer, "large")
+        if round_ == 3:
+            yield
+        for _ in range(2):
+            delivery = stage.claim(source)
+            assert delivery is not None
+            payload = source.load(delivery)
+            value_of(payload)
+            stage.ack(source, delivery)
+            del payload, delivery
+
+
 @scenario
 def put_a_batch(stage: Stage) -> Iterator[None]:
     writer = stage.writer()

@@ -28,6 +28,7 @@ INTERRUPTED = [
         "nack",
         "reject",
     ),
+    *("put_again_small", "get_again_large", "receive_again_large"),
     *("close_reader", "shutdown_immediately", "tend_the_dead", "rebuild_a_deleted_index"),
 ]
 

@@ -55,6 +55,7 @@ def test_every_state_of_an_item_is_counted(path: Path) -> None:
         assert (found.depth, found.delayed, found.in_flight, found.failed) == (1, 1, 1, 1)
         assert found.bytes == 3 * size
         assert found.free_files + (found.held_files or 0) == 2
+        assert found.held_bytes is not None
         assert found.free_bytes + found.held_bytes == 2 * size
         assert (found.puts, found.gets, found.live_parties) == (6, 2, 2)
         assert found.oldest_age is not None
