@@ -82,8 +82,10 @@ def commit_spare(
     record = spare.record
     successor = link = 0
     if len(stock.spares) < MOST_SPARES:
-        large = need >= changes.LARGE
-        successor, link = changes.find_pooled(index, pool, need, spare.size, stock.maps, only_mapped=large)
+        only_mapped = stock.keeps_to_mapped(need)
+        successor, link = changes.find_pooled(
+            index, pool, need, spare.size, stock.maps, only_mapped=only_mapped
+        )
     changes.describe(index, record, seq, put_time, 0, loan, end)
     stores = changes.put(index, record, successor, link)
     layout = party.layout
@@ -97,7 +99,7 @@ def commit_spare(
     party.news("items")
     if successor:
         stock.spares.append(spares.spare_of(index, successor))
-    else:
+    elif not index.words[pool]:
         stock.lack(need)
     return seq
 

@@ -122,6 +122,9 @@ class Maps:
             if words[mapping.record + W.BIRTH] != birth:
                 self.forget(birth)
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def __contains__(self, birth: object) -> bool:
         return birth in self._kept
 

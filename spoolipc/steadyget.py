@@ -185,47 +185,56 @@ def claim_again(hands: Hands, due: int, taken: list[Delivery]) -> None:
     """Take the next item in hand until `due` (monotonic ns, 0 for no lease) if it was never delivered before."""
     party = hands.party
     words = party.look()
-    index = party.index
-    if words[W.READY] and not words[W.RETURNED]:
-        party.try_run(index, _claim, hands, due, taken)
-        if taken and index.is_awaited():
-            party.bells.ring("space")
-            if words[W.READY]:
-                party.bells.ring("items")
+    index, record = party.index, words[W.READY]
+    if words[W.RETURNED] or not W.HEADER <= record <= len(words) - W.RECORD:
+        return
+    row = W.ROW.unpack_from(index.map, record * W.WORD)
+    if row[W.ATTEMPT : W.END] != _PLAIN:
+        return
+    end = row[W.END]
+    claim = Claim(index, record, row[W.SEQ], end)
+    delivery = Delivery(claim.seq, 1, row[W.PUT_TIME] if end else 0, row[W.BYTES], claim)
+    party.try_run(index, _claim, hands, due, delivery, taken)
+    if taken and index.is_awaited():
+        party.bells.ring("space")
+        if words[W.READY]:
+            party.bells.ring("items")
 
 
-def _claim(party: Party, hands: Hands, due: int, taken: list[Delivery]) -> None:
-    """`changes.claim`, and the pooling of a file that no array looks at any more."""
-    index = party.index
+def _claim(party: Party, hands: Hands, due: int, delivery: Delivery, taken: list[Delivery]) -> None:
+    """`changes.claim` if the item is still the next, and the pooling of a file that no array looks at any more."""
+    claim: Claim = delivery.handle
+    index, record = claim.index, claim.record
     words = index.words
     # fmt: off
-    seq, check, record, tail, count, items, pool, pooled, gots, peak, \
+    seq, check, ready, tail, count, items, pool, pooled, gots, peak, \
         returned, away, shutdown, next_due, tended, _ = W.FLOW_TO_GET.unpack_from(index.map, W.FLOW_AT)
     # fmt: on
-    if not record or returned or shutdown or is_due(tended, next_due):
+    if (
+        ready != record
+        or words[record + W.SEQ] != delivery.seq
+        or words[record + W.STATE] != W.WAITING
+        or returned
+        or shutdown
+        or is_due(tended, next_due)
+    ):
         return
-    row = W.ROW.unpack_from(index.map, index.record(record, W.WAITING) * W.WORD)
-    done = hands.first_to_pool() if hands.holds.pending else 0
-    if row[W.ATTEMPT : W.END] != _PLAIN or (hands.holds.pending and not done):
-        return
-    following, number = row[W.NEXT], row[W.SEQ]
-    positions, values = _entering(words, record, away, done)
-    positions += (
-        record + W.STATE,
-        record + W.OWNER,
-        record + W.DUE,
-        record + W.ATTEMPT,
-        W.IN_FLIGHT,
-        W.NEXT_DUE,
-    )
-    values += W.CLAIMED, party.token, due, 1, words[W.IN_FLIGHT] + 1, min(due or next_due, next_due or due)
-    if done:
+    done = 0
+    if hands.holds.pending:
+        done = hands.first_to_pool()
+        if not done:
+            return
         pool, pooled = pool + words[done + W.BYTES], pooled + 1
+    following = words[record + W.NEXT]
+    positions, values = _entering(words, record, away, done)
+    positions += record + W.STATE, record + W.OWNER, record + W.DUE, record + W.ATTEMPT, W.IN_FLIGHT
+    values += W.CLAIMED, party.token, due, 1, words[W.IN_FLIGHT] + 1
+    if due and not 0 < next_due <= due:
+        positions += (W.NEXT_DUE,)
+        values += (due,)
     tail = tail if following else 0
     flow = seq, check, following, tail, count - 1, items, pool, pooled, gots, peak
-    claim = Claim(index, record, number, row[W.END])
-    # First, so that it is put down whenever a signal comes.
-    taken.append(Delivery(number, 1, row[W.PUT_TIME] if row[W.END] else 0, row[W.BYTES], claim))
+    taken.append(delivery)  # first, so that it is put down whenever a signal comes
     index.flow(W.MEMORY, 0, flow, positions, values, None)
     if done:
         hands.holds.pending.popleft()
@@ -261,29 +270,33 @@ def _ack(party: Party, hands: Hands, delivery: Delivery, done: list[bool]) -> No
         or row[W.ATTEMPT : W.END] != (1, 0, 0)
         or delivery.attempt != 1
         or row[W.DUE]
-        or hands.holds.pending
         or (pool + size > recycle and not may_pool(words, size))
     ):
         return
-    positions: Row = (W.IN_FLIGHT,)
-    values: Row = (words[W.IN_FLIGHT] - 1,)
-    if hold is not None and (hold.left > 0 or not hold.alone):
-        positions += (record + W.STATE,)
-        values += (W.HELD,)
-    else:
-        after, before = row[W.NEXT], row[W.PREV]
+    looked_at = hold is not None and (hold.left > 0 or not hold.alone)
+    free = 0 if looked_at else record
+    if hands.holds.pending:
+        free = hands.first_to_pool() if looked_at else 0
+        if not free:
+            return
+    positions: Row = W.IN_FLIGHT, record + W.STATE
+    values: Row = words[W.IN_FLIGHT] - 1, W.HELD
+    if free:
+        after, before = words[free + W.NEXT], words[free + W.PREV]
         positions += (before + W.NEXT if before else W.AWAY,)
         values += (after,)
         if after:
             positions += (after + W.PREV,)
             values += (before,)
-        more, these = _pooling(words, record, size)
+        more, these = _pooling(words, free, words[free + W.BYTES])
         positions, values = positions + more, values + these
-        pool, pooled = pool + size, pooled + 1
+        pool, pooled = pool + words[free + W.BYTES], pooled + 1
     flow = seq, check, ready, tail, count, items - size, pool, pooled, gots + 1, max(peak, items)
     name, layout = item_name(number), party.layout
     try:
         index.flow(W.LEAVE, number, flow, positions, values, (name, layout.items, name, layout.free))
     except OSError:
         return
+    if looked_at and free:
+        hands.holds.pending.popleft()
     done.append(True)

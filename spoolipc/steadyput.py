@@ -63,7 +63,7 @@ def put_again(stock: Stock, arrays: Sequence[Array]) -> list[int]:
     for _, successor in done:
         if successor:
             stock.spares.append(spare_of(index, successor))
-        else:
+        elif not index.words[plan.pool]:
             stock.lack(plan.need)
     return [seq for seq, _ in done]
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import footer, npy, spares
+from . import changes, footer, npy, spares
 from . import words as W
 from .alive import token_name
 from .engine import Payload
@@ -28,6 +28,8 @@ from .spares import Spare
 from .tend import tend
 
 T = TypeVar("T")
+_ENOUGH = 4
+"""Mapped files with which one is most likely free when the next is reserved."""
 MOST_SPARES = 64
 CHEAP = 4 << 20
 """Bytes up to which one new file costs less than going without a file reserved ahead."""
@@ -96,6 +98,10 @@ class Stock:
         self.short = 0
         self.plan: Plan | None = None
         self.places = 0
+
+    def keeps_to_mapped(self, need: int) -> bool:
+        """Whether only a file that is mapped is worth being reserved ahead: each is large, and some go round."""
+        return need >= changes.LARGE and len(self.maps) >= _ENOUGH
 
     def lack(self, need: int) -> None:
         """A commit found no file of the kind for the next put: let there be more of them, where that is cheap."""

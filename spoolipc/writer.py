@@ -97,11 +97,16 @@ class SpoolWriter:
         StorageError.
         """
         deadline = deadline_of(block, timeout)
-        if meta is None and type(array) is np.ndarray:
+        if meta is not None or type(array) is not np.ndarray:
+            return self._put([_payload(array, meta)], deadline)[0]
+        while True:
             seqs = self._sink.put_again((array,))
             if seqs:
                 return seqs[0]
-        return self._put([_payload(array, meta)], deadline)[0]
+            payload = _payload(array, None)
+            if self._sink.admit(payload):
+                return self._put([payload], deadline)[0]
+            self._wait(payload, deadline)
 
     def put_many(
         self,

@@ -32,7 +32,7 @@ def test_rows_of_the_header(row: object, names: list[int]) -> None:
 
 
 def test_an_image_of_the_flow_fits_before_the_journal() -> None:
-    assert W.JOURNAL - W.FLOW_IMAGE == len(FLOW)
+    assert len(FLOW) == W.JOURNAL - W.FLOW_IMAGE
     assert W.JOURNAL + 2 * W.JOURNAL_ROOM <= W.HEADER
     assert W.FLOW_IMAGE > W.BUCKETS + 191
 
