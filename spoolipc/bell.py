@@ -39,8 +39,10 @@ from .ownfile import open_own
 Kind = Literal["items", "space"]
 
 BELLS: Final = 8
-LOOK_EVERY: Final = 1.0  # seconds a sleeper waits before it looks again unasked
+LOOK_EVERY: Final = 1.0  # seconds a sleeper waits before it looks again unasked ...
+LOOK_FOR_SPACE: Final = 0.05  # ... who waits for space, as not every single place is rung for
 SHORT_LOOK: Final = (5e-6, 200e-6)  # seconds of looking before sleeping: least and most
+CROWDED: Final = 50e-6  # seconds: a look that takes longer gave the core to somebody with work to do
 SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have been a longer look
 FRESH: Final = 1_500_000_000  # nanoseconds: a sleeper's flag is never older, LOOK_EVERY and some delay
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where no bell can be heard: first and longest
@@ -229,7 +231,7 @@ class Bells:
                     return True
                 seen = ticket
                 if listener is not None and listener.hears():
-                    nap = LOOK_EVERY
+                    nap = LOOK_EVERY if kind == "items" else LOOK_FOR_SPACE
                 else:
                     nap, pause = pause, min(2 * pause, POLL[1])
                 if deadline is not None:
@@ -279,14 +281,18 @@ class Bells:
         would else sleep for ever because they slept once.
         """
         least, most = SHORT_LOOK
-        end = time.monotonic() + room.spin
+        now = time.monotonic()
+        end = now + room.spin
         if deadline is not None and deadline < end:
             end = deadline
-        while time.monotonic() < end:
+        while now < end:
             os.sched_yield()  # whoever has something to put may need this core
             if look():
                 room.spin = most
                 return True
+            before, now = now, time.monotonic()
+            if now - before > CROWDED:
+                break
         room.spin = max(room.spin / 2, least)
         return False
 

@@ -18,6 +18,7 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 from . import alive
 from . import words as W
 from .bell import Bells
+from .changes import worth_waking
 from .errors import SpoolClosed, SpoolError, SpoolGone, StorageError, storage_error
 from .index import Index, Torn, holder
 from .layout import Layout, Limits, agree, open_layout
@@ -158,7 +159,12 @@ class Party:
         news, self._news = self._news, {}
         if self._index is None or self._index.is_awaited():
             for kind, count in news.items():
-                self.bells.ring(kind, count)
+                self.ring(kind, count)
+
+    def ring(self, kind: Kind, count: int) -> None:
+        """Wake somebody for each of `count` items or places, after the locked step that made them."""
+        if kind == "items" or self._index is None or worth_waking(self._index.words):
+            self.bells.ring(kind, count)
 
     def _steadily(self, work: Callable[Concatenate[Party, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do the work with an index that was lost or damaged just now."""

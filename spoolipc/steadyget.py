@@ -32,6 +32,8 @@ from .tend import is_due
 _PLAIN = (0, 0, 0)
 """ATTEMPT, FLAGS and LOAN of an item that is nothing special and was never delivered."""
 Row = tuple[int, ...]
+_TRIES = 3
+"""How often to try for an item when other readers are sooner."""
 
 
 class Seen(NamedTuple):
@@ -49,27 +51,31 @@ def get_again(hands: Hands, limit: int) -> list[Array]:
     Returns up to `limit` arrays, perhaps none.
     """
     party = hands.party
-    words = party.look()
-    index, record = party.index, words[W.READY]
-    if words[W.RETURNED]:
-        return []
-    seen: list[Seen] = []
-    taken: list[Array] = []
-    while len(seen) < limit and W.HEADER <= record <= len(words) - W.RECORD:
-        row = W.ROW.unpack_from(index.map, record * W.WORD)
-        array = open_again(hands, row) if row[W.ATTEMPT : W.END] == _PLAIN else None
-        if array is None:
-            break
-        hold = None if row[W.END] <= SMALL else Hold(index, record, row[W.SEQ])
-        seen.append(Seen(record, row, array, hold))
-        record = row[W.NEXT]
-    if seen:
+    for _ in range(_TRIES):
+        words = party.look()
+        index, record = party.index, words[W.READY]
+        if words[W.RETURNED]:
+            return []
+        seen: list[Seen] = []
+        taken: list[Array] = []
+        while len(seen) < limit and W.HEADER <= record <= len(words) - W.RECORD:
+            row = W.ROW.unpack_from(index.map, record * W.WORD)
+            array = open_again(hands, row) if row[W.ATTEMPT : W.END] == _PLAIN else None
+            if array is None:
+                break
+            hold = None if row[W.END] <= SMALL else Hold(index, record, row[W.SEQ])
+            seen.append(Seen(record, row, array, hold))
+            record = row[W.NEXT]
+        if not seen:
+            return []
         party.try_run(index, _take, hands, seen, taken)
-        if taken and index.is_awaited():
-            party.bells.ring("space", len(taken))
-            if words[W.READY]:
-                party.bells.ring("items")  # two puts may have rung one bell
-    return taken
+        if taken:
+            if index.is_awaited():
+                party.ring("space", len(taken))
+                if words[W.READY]:
+                    party.ring("items", 1)  # two puts may have rung one bell
+            return taken
+    return []
 
 
 def open_again(hands: Hands, row: Row) -> Array | None:
@@ -196,9 +202,9 @@ def claim_again(hands: Hands, due: int, taken: list[Delivery]) -> None:
     delivery = Delivery(claim.seq, 1, row[W.PUT_TIME] if end else 0, row[W.BYTES], claim)
     party.try_run(index, _claim, hands, due, delivery, taken)
     if taken and index.is_awaited():
-        party.bells.ring("space")
+        party.ring("space", 1)
         if words[W.READY]:
-            party.bells.ring("items")
+            party.ring("items", 1)
 
 
 def _claim(party: Party, hands: Hands, due: int, delivery: Delivery, taken: list[Delivery]) -> None:

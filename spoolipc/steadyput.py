@@ -59,7 +59,7 @@ def put_again(stock: Stock, arrays: Sequence[Array]) -> list[int]:
             for spare, _ in written[len(done) :]:
                 stock.put_aside(spare)
     if done and index.is_awaited():
-        party.bells.ring("items", len(done))
+        party.ring("items", len(done))
     for _, successor in done:
         if successor:
             stock.spares.append(spare_of(index, successor))

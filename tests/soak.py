@@ -4,7 +4,8 @@
 
 Each process tells what it did in a file of its own, one line a step, written by one `write` before the next step:
 what a process had told outlives its SIGKILL. A writer tells `put N` when the put of its `N`th array has returned. A
-reader tells `got WRITER N` or `received WRITER N ATTEMPT` before it acknowledges, and `acked WRITER N` after.
+reader tells `got WRITER N` or `received WRITER N ATTEMPT` before it acknowledges, and `acked WRITER N` after; of some
+it tells `rejects WRITER N` and gives them up.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spoolipc import Empty, Full, SpoolReader, SpoolWriter, failed_list, fsck, gc
+from spoolipc import Empty, Full, SpoolReader, SpoolStat, SpoolWriter, failed_list, fsck, gc, stat
 
 SPAWN = multiprocessing.get_context("spawn")
 Role = Literal["write", "get", "receive"]
 SIZES = (40, 3_000, 20_000, 150_000)
 MAXSIZE = 24
+LEFT = 3
+"""Items left in the end, one of them in somebody's hands."""
 MOST_AHEAD = 0.4
 """Seconds between two kills, at most."""
 
@@ -76,6 +79,11 @@ def seen(array: Any) -> str:
     return f"{writer} {count}" if np.array_equal(array, array_of(writer, count)) else "torn"
 
 
+def unwanted(writer: int, count: int) -> bool:
+    """Whether a receiver rejects this array."""
+    return (writer + count) % 9 == 4
+
+
 def read(spool: str, file: str, role: Role, stop: str) -> None:
     """Get, or receive and acknowledge, until `stop` exists and nothing is left."""
     log = Log(file)
@@ -89,8 +97,12 @@ def read(spool: str, file: str, role: Role, stop: str) -> None:
                 else:
                     item = source.receive(timeout=0.2)
                     log.tell("received", seen(item.array), item.attempt)
-                    item.ack()
-                    log.tell("acked", seen(item.array))
+                    if unwanted(int(item.array[0]), int(item.array[1])):
+                        log.tell("rejects", seen(item.array))
+                        item.reject("not wanted")
+                    else:
+                        item.ack()
+                        log.tell("acked", seen(item.array))
             except Empty:
                 log.tell("empty")
                 if ending:
@@ -117,6 +129,7 @@ class Account:
     """What came of a soak.
 
     put: puts that returned. delivered: different items seen by a reader. redelivered: deliveries after the first.
+    quarantined: dead letters. waiting, in_flight: items left on purpose at the end, in nobody's hands and in somebody's.
     taken_along: items that went with a killed reader of `get`. unreported: delivered, though the writer died before
     it could tell. errors: what must not be; empty as it should be.
     """
@@ -125,6 +138,9 @@ class Account:
     put: int = 0
     delivered: int = 0
     redelivered: int = 0
+    quarantined: int = 0
+    waiting: int = 0
+    in_flight: int = 0
     taken_along: int = 0
     unreported: int = 0
     errors: list[str] = field(default_factory=list)
@@ -139,6 +155,7 @@ class Soak:
         self.stop = place / "stop"
         self.rng = random.Random(seed)
         self.lives: list[Life] = []
+        self.end: SpoolStat
         SpoolWriter(self.spool, maxsize=MAXSIZE, max_attempts=0).close()
         self.now = [self._start(role) for role in roles]
 
@@ -193,11 +210,15 @@ class Soak:
             account.errors.append(f"the last reader ended with {last.process.exitcode}")
         gc(self.spool)
         account.errors += [f"fsck: {problem}" for problem in fsck(self.spool).problems]
-        account.errors += [f"dead letter {letter.seq}: {letter.reason}" for letter in failed_list(self.spool)]
         for part in ("tmp", "alive", "items"):
             left = os.listdir(self.spool / part)
             if left:
                 account.errors.append(f"left in {part}/: {sorted(left)[:5]}")
+        with SpoolWriter(self.spool) as sink, SpoolReader(self.spool) as source:
+            for count in range(LEFT):
+                sink.put(array_of(len(self.lives), count))
+            with source.receive():
+                self.end = stat(self.spool)
 
     def _count(self, account: Account) -> None:
         put: set[str] = set()
@@ -239,6 +260,7 @@ class Soak:
                 unsure += 1
         delivered = set(received) | set(got)
         lost = put - delivered
+        self._balance(account, put | delivered, delivered, len(lost), unsure)
         account.put = len(put)
         account.delivered = len(delivered)
         late |= set(got) & set(received)
@@ -261,6 +283,36 @@ class Soak:
         killed = sum(life.killed and life.role == "receive" for life in self.lives)
         if account.redelivered > killed:
             account.errors.append(f"{account.redelivered} redeliveries by {killed} kills of one item each")
+
+    def _balance(
+        self, account: Account, known: set[str], delivered: set[str], lost: int, unsure: int
+    ) -> None:
+        """Hold what the processes told against what the spool itself counts, and the dead letters against both.
+
+        unsure: items that may have gone with a killed reader before their writer could tell of them.
+        """
+        failed = [
+            np.load(self.spool / "failed" / f"{letter.seq:020d}.npy") for letter in failed_list(self.spool)
+        ]
+        quarantined = Counter(map(seen, failed))
+        told = {" ".join(rest) for life in self.lives for step, *rest in life.lines() if step == "rejects"}
+        if not set(quarantined) <= told or max(quarantined.values(), default=1) > 1:
+            account.errors.append(
+                f"dead letters that nobody rejected, or twice: {quarantined - Counter(told)}"
+            )
+        account.quarantined = len(quarantined)
+        account.waiting, account.in_flight = self.end.depth, self.end.in_flight
+        if (account.waiting, account.in_flight) != (LEFT - 1, 1):
+            account.errors.append(f"{account.waiting} wait and {account.in_flight} are in hands, of {LEFT}")
+        settled = len(delivered - set(quarantined))
+        for what, sum_, counted in (
+            ("put", len(known) + LEFT, self.end.puts),
+            ("put", settled + account.quarantined + LEFT + lost, self.end.puts),
+            ("delivered", settled + lost, self.end.gets),
+            ("failed", account.quarantined, self.end.failed),
+        ):
+            if not sum_ <= counted <= sum_ + (unsure - lost if what != "failed" else 0):
+                account.errors.append(f"{sum_} items {what}, but the spool counts {counted}")
 
 
 def soak(place: Path, seconds: float, roles: list[Role], seed: int) -> Account:

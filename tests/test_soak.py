@@ -29,3 +29,4 @@ def test_every_put_is_delivered_and_acknowledged_once_though_anybody_is_killed_a
     assert account.errors == []
     assert account.kills
     assert account.put
+    assert account.quarantined
