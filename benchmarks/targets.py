@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from spoolipc.bench import show_seconds
+from spoolipc.bench import show_bytes, show_seconds
 
 Run = dict[str, Any]
 LIMIT, OURS, QUEUE = "limit", "spoolipc", "multiprocessing.Queue"
@@ -25,7 +25,7 @@ class Target:
 
 def targets(run: Run) -> list[Target]:
     """The whole table for one run, as `benchmarks.__main__` wrote it."""
-    return [*_transfers(run), *_loans(run), *_others(run)]
+    return [*_transfers(run), *_loans(run), *_delivery(run), *_others(run)]
 
 
 def table(found: list[Target]) -> str:
@@ -81,6 +81,21 @@ def _transfers(run: Run) -> Iterator[Target]:
     queue = median(run, QUEUE, "one way", kb)
     found = queue / statistics.median(batch["seconds"]) if batch and batch["seconds"] and queue else None
     yield at_least("1 KB one way, 64 a call", f"1x {QUEUE}", 1, found)
+
+
+def _delivery(run: Run) -> Iterator[Target]:
+    """The cost of `receive` and `ack` beside `get`."""
+    rows = {
+        (row["carrier"], row["nbytes"]): row["seconds"] for row in run.get("variants", []) if row["seconds"]
+    }
+    for nbytes in sorted({nbytes for _, nbytes in rows}):
+        work, target = f"receive and ack, {show_bytes(nbytes)}", "at most 1.3x get"
+        plain, acked = rows.get(("put and get", nbytes)), rows.get(("receive and ack", nbytes))
+        if plain and acked:
+            found = statistics.median(acked) / statistics.median(plain)
+            yield Target(work, target, f"{found:.2f}x", found <= 1.3)
+        else:
+            yield Target(work, target)
 
 
 def _loans(run: Run) -> Iterator[Target]:

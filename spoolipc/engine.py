@@ -52,7 +52,13 @@ class Contents(NamedTuple):
 
 
 class Source(Protocol):
-    """An engine as a reader uses it."""
+    """An engine as a reader uses it. path: where it keeps the items. maxsize: most items waiting, 0 for no limit."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def maxsize(self) -> int: ...
 
     def get(self, limit: int, *, sure: bool = True) -> list[Payload]:
         """Take up to `limit` items off the spool for good. Raises Empty, ShutDown.
@@ -98,7 +104,19 @@ class Source(Protocol):
 
 
 class Sink(Protocol[D]):
-    """An engine as a writer uses it. D: a payload written where the engine keeps it, not yet visible to anybody."""
+    """An engine as a writer uses it. D: a payload written where the engine keeps it, not yet visible to anybody.
+
+    path, maxsize: as for `Source`.
+    """
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def maxsize(self) -> int: ...
+
+    def preallocate(self, count: int, nbytes: int) -> None:
+        """Make ahead what `count` arrays of `nbytes` bytes will need. Raises Full, ValueError."""
 
     def put_again(self, arrays: Sequence[Array]) -> list[int]:
         """Put single arrays, from the first on, as far as the engine's shortest way goes; their sequence numbers.

@@ -30,7 +30,7 @@ class Slices(Protocol):
 
 MAGIC = b"SPOOLFTR"
 VERSION = 1
-MAX_JSON = 16 * 2**20
+MAX_JSON = 2**20
 """The most bytes that names and metadata may take, as JSON."""
 MAX_DEPTH = 100
 """The deepest that lists and dicts of metadata may be nested."""

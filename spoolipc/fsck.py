@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .census import Progress
-from .errors import NotASpool
+from .errors import NotASpool, SpoolError, storage_error
 from .inspection import Found, Inspection
 from .layout import OPEN_DIRECTORY, Limits, open_layout
 from .mend import Mender
@@ -53,13 +53,19 @@ def fsck(
     The spool may be in use. A problem counts as repaired when a second look does not find it.
     Raises NotASpool, NetworkFileSystem, UnknownVersion, LockTimeout, StorageError.
     """
-    before = _premises(path, repair)
+    place = os.path.abspath(os.fspath(path))
+    try:
+        before = _premises(path, repair)
+    except SpoolError:
+        raise
+    except OSError as error:
+        raise storage_error(error, place) from error
     try:
         return _inspected(path, repair, progress, before)
     except OSError:
         if all(problem.repaired for problem in before):
             raise
-        return FsckReport(os.path.abspath(path), 0, 0, tuple(before))  # no way in
+        return FsckReport(place, 0, 0, tuple(before))  # no way in
 
 
 def _premises(path: str | os.PathLike[str], repair: bool) -> list[Problem]:
@@ -68,7 +74,7 @@ def _premises(path: str | os.PathLike[str], repair: bool) -> list[Problem]:
     try:
         root = os.open(place, OPEN_DIRECTORY)
     except OSError:
-        open_layout(place, Limits(), create=False)  # it says best what is wrong
+        open_layout(place, Limits(), create=False).close()  # it says best what is wrong
         raise
     try:
         if not os.path.lexists(place / "spool.json"):

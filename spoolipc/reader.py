@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from . import words as W
 from .delivery import Item
-from .engine import Array, Arrays, Payload, Source
+from .engine import Array, Arrays, Payload
 from .errors import BadItem, Empty, LeaseExpired, ShutDown
 from .layout import Limits
 from .source import DirectorySource
@@ -48,19 +47,19 @@ class SpoolReader:
         if lease is not None and not lease > 0:
             raise ValueError(f"lease must be a positive number of seconds, not {lease!r}")
         asked = Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode)
-        self._directory = DirectorySource(path, asked, verify=verify)
-        self._source: Source = self._directory
+        self._verify = verify
+        self._source = DirectorySource(path, asked, verify=verify)
         self._lease = lease
 
     @property
     def path(self) -> str:
         """The spool's directory, absolute."""
-        return self._directory.party.path
+        return self._source.path
 
     @property
     def maxsize(self) -> int:
         """Most items waiting, 0 for no limit."""
-        return self._directory.party.look()[W.MAXSIZE]
+        return self._source.maxsize
 
     def get(self, block: bool = True, timeout: float | None = None, *, copy: bool = False) -> Arrays:
         """Take the next item off the spool: its array, or a dict of its named arrays.
@@ -188,7 +187,7 @@ class SpoolReader:
         return f"SpoolReader({self.path!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.path, self._lease, self._directory.verify)
+        return _reopened, (self.path, self._lease, self._verify)
 
 
 @dataclass(frozen=True, slots=True)

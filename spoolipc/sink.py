@@ -75,6 +75,16 @@ class DirectorySink(Stock):
             self.close()
             raise
 
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute."""
+        return self.party.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self.party.look()[W.MAXSIZE]
+
     def admit(self, payload: Payload) -> bool:
         """Whether there is room for a payload now. Raises ShutDown, TooLarge, UnsupportedArray."""
         party = self.party

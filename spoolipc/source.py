@@ -30,6 +30,16 @@ from .waiting import wait
 class DirectorySource(Hands):
     """A reader's party in a spool directory. asked: limits, None for what is there."""
 
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute."""
+        return self.party.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self.party.look()[W.MAXSIZE]
+
     def get(self, limit: int, *, sure: bool = True) -> list[Payload]:
         """Take up to `limit` items off the spool for good. Raises Empty, ShutDown."""
         if self.verify:
@@ -54,11 +64,16 @@ class DirectorySource(Hands):
         while True:
             sound: list[Delivery] = []
             got: list[Payload] = []
-            for delivery in self.claim(limit, None):
-                with contextlib.suppress(BadItem):  # in failed/ now, and logged
-                    got.append(self.load(delivery))
-                    sound.append(delivery)
-            self.ack(sound)
+            claimed = self.claim(limit, None)
+            try:
+                for delivery in claimed:
+                    with contextlib.suppress(BadItem):  # in failed/ now, and logged
+                        got.append(self.load(delivery))
+                        sound.append(delivery)
+                self.ack(sound)
+            except BaseException:
+                self.party.run(claiming.put_down, claimed)
+                raise
             if got:
                 return got
 

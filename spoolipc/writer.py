@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import npy
-from . import words as W
-from .engine import Array, Payload, Sink
+from .engine import Array, Payload
 from .errors import Full, ShutDown, UnsupportedArray
 from .layout import Limits
 from .sink import DirectorySink, Durability
@@ -59,11 +58,11 @@ class SpoolWriter:
             raise ValueError(f'durability must be "none" or "fsync", not {durability!r}')
         asked = Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode)
         self._durability: Durability = durability
-        self._directory = DirectorySink(path, asked, durability, reopen=reopen, checksum=checksum)
-        self._sink: Sink[Any] = self._directory
+        self._checksum = checksum
+        self._sink = DirectorySink(path, asked, durability, reopen=reopen, checksum=checksum)
         if preallocate is not None:
             try:
-                self._directory.preallocate(*preallocate)
+                self._sink.preallocate(*preallocate)
             except BaseException:
                 self.close()
                 raise
@@ -71,12 +70,12 @@ class SpoolWriter:
     @property
     def path(self) -> str:
         """The spool's directory, absolute."""
-        return self._directory.party.path
+        return self._sink.path
 
     @property
     def maxsize(self) -> int:
         """Most items waiting, 0 for no limit."""
-        return self._directory.party.look()[W.MAXSIZE]
+        return self._sink.maxsize
 
     def put(
         self,
@@ -276,7 +275,7 @@ class SpoolWriter:
         return f"SpoolWriter({self.path!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.path, self._durability, self._directory.checksum)
+        return _reopened, (self.path, self._durability, self._checksum)
 
 
 def _reopened(path: str, durability: Durability, checksum: bool) -> SpoolWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from spoolipc import SpoolReader, SpoolWriter
 from spoolipc import words as W
 from spoolipc.layout import item_name
 from spoolipc.party import Party
@@ -12,6 +13,11 @@ from spoolipc.party import Party
 IN_ITEMS = (W.WAITING, W.CLAIMED, W.DELAYED)
 IN_FREE = (W.HELD, W.RESERVED, W.POOLED)
 LEFTOVERS = (W.NOTHING,)
+
+
+def party_of(face: SpoolWriter | SpoolReader) -> Party:
+    """The party behind a writer or reader."""
+    return face._sink.party if isinstance(face, SpoolWriter) else face._source.party
 
 
 def audit(party: Party, *, orphans: bool = False) -> None:

@@ -68,6 +68,7 @@ WAITING_CALLS = "poll,restart_syscall"
 ERRORS = {
     "openat": "EIO ENOSPC EDQUOT EMFILE EACCES",
     "write": "EIO ENOSPC EDQUOT EINTR",
+    "pread64": "EIO EINTR",
     "pwrite64": "EIO ENOSPC EDQUOT EINTR",
     "read": "EIO EINTR",
     "renameat": "EIO ENOSPC EDQUOT EACCES",
@@ -248,8 +249,9 @@ class Stage:
             for source in self.sources:
                 delivery = self.claim(source)
                 if delivery is not None:
-                    value_of(source.load(delivery))
-                    self.ack(source, delivery)
+                    with contextlib.suppress(BadItem):
+                        value_of(source.load(delivery))
+                        self.ack(source, delivery)
 
     def close(self) -> None:
         parties: list[Any] = [*self.writers, *self.readers, *self.sources]
@@ -489,7 +491,7 @@ def _check_it_works_on(path: str, shut: bool, *, unwritten: bool) -> None:
             assert value_of(Payload((got,), None, None)) == 77
             del got
         promptly(reader._source.qsize)
-        audit(writer._directory.party, orphans=True)
+        audit(writer._sink.party, orphans=True)
         assert os.listdir(os.path.join(path, "tmp")) == []
         assert os.listdir(os.path.join(path, "items")) == []
     spoolipc.gc(path)
@@ -938,7 +940,7 @@ def steady(stage: Stage, kind: str) -> tuple[SpoolWriter, SpoolReader]:
         stage.put(writer, kind)
         stage.get(reader)
         stage.get(reader)
-    stock = writer._directory
+    stock = writer._sink
     assert stock.plan is not None
     assert any(stock.maps.kept(spare.birth) for spare in stock.spares)
     return writer, reader
@@ -1017,6 +1019,80 @@ def receive_again_large(stage: Stage) -> Iterator[None]:
             value_of(payload)
             stage.ack(source, delivery)
             del payload, delivery
+
+
+@scenario
+def put_checksummed(stage: Stage) -> Iterator[None]:
+    writer = SpoolWriter(stage.path, checksum=True)
+    stage.writers.append(writer)
+    yield
+    stage.put(writer)
+    stage.put(writer, "large")
+
+
+@scenario
+def make_files_ahead(stage: Stage) -> Iterator[None]:
+    stage.put(stage.writer())
+    yield
+    stage.writers.append(SpoolWriter(stage.path, preallocate=(3, 64_000)))
+
+
+@scenario
+def get_verified(stage: Stage) -> Iterator[None]:
+    writer, reader = stage.writer(), SpoolReader(stage.path, verify=True)
+    stage.readers.append(reader)
+    for _ in range(3):
+        stage.put(writer, "large")
+    stage.spoil(1)
+    yield
+    stage.log.say("claim?")
+    stage.get(reader)
+
+
+@scenario
+def peek_at_a_damaged_one(stage: Stage) -> Iterator[None]:
+    writer, source = stage.writer(), DirectorySource(stage.path, Limits())
+    for _ in range(3):
+        stage.put(writer, "large")
+    stage.spoil(1)
+    yield
+    with contextlib.closing(source), contextlib.suppress(BadItem):
+        source.contents(source.peek())
+
+
+@scenario
+def nack_for_the_last_time(stage: Stage) -> Iterator[None]:
+    writer = stage.writer(max_attempts=1)
+    stage.put(writer)
+    stage.put(writer)
+    source = stage.source()
+    delivery = stage.claim(source)
+    assert delivery is not None
+    stage.log.say("doomed", delivery.seq)  # however it comes back
+    yield
+    source.nack(delivery, 0.0, "not now")
+
+
+@scenario
+def reopen(stage: Stage) -> Iterator[None]:
+    writer = stage.writer()
+    stage.put(writer)
+    stage.shutdown(writer, False)
+    writer.close()
+    stage.writers.remove(writer)
+    yield
+    stage.log.say("shutdown?", 0)  # it may or may not be open now
+    stage.writers.append(SpoolWriter(stage.path, reopen=True))
+
+
+@scenario
+def repair_by_fsck(stage: Stage) -> Iterator[None]:
+    writer = stage.writer()
+    for _ in range(3):
+        stage.put(writer, "large")
+    stage.spoil(1)
+    yield
+    spoolipc.fsck(stage.path, repair=True)
 
 
 @scenario
@@ -1326,7 +1402,7 @@ def _leave_much(stage: Stage) -> None:
     payload = source.load(second)
     stage.ack(source, second)
     assert payload
-    sink: DirectorySink = writer._directory
+    sink: DirectorySink = writer._sink
     sink.prepare(Payload((np.zeros(7000),), None, None))
     sink.prepare(Payload((np.zeros(100_000),), None, None))
 
@@ -1338,7 +1414,7 @@ def tend_the_dead(stage: Stage) -> Iterator[None]:
         stage.put(writer, "large")
     stage.elsewhere(_leave_much)
     yield
-    writer._directory.party.run(tend, force=True)
+    writer._sink.party.run(tend, force=True)
 
 
 @repair
@@ -1406,7 +1482,7 @@ def tend_the_poisoned(stage: Stage) -> Iterator[None]:
 
     stage.elsewhere(die)
     yield
-    writer._directory.party.run(tend, force=True)
+    writer._sink.party.run(tend, force=True)
 
 
 def _with_items(stage: Stage) -> SpoolWriter:
@@ -1438,7 +1514,7 @@ def rebuild_a_zeroed_index(stage: Stage) -> Iterator[None]:
 def tend_a_pool_too_large(stage: Stage) -> Iterator[None]:
     """What a backlog left in the pool is unlinked by the tending."""
     writer = consumed(stage, 3)
-    party = writer._directory.party
+    party = writer._sink.party
     yield
     party.index.words[W.RECYCLE_BYTES], party.index.words[W.PEAK_BYTES] = 1, 0
     party.run(tend, force=True)
@@ -1458,7 +1534,7 @@ def unlink_for_space(stage: Stage) -> Iterator[None]:
                 return
             evict(party, record, link)
 
-    writer._directory.party.run(evict_all)
+    writer._sink.party.run(evict_all)
 
 
 def main(arguments: list[str]) -> int:

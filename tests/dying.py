@@ -22,7 +22,7 @@ from spoolipc.engine import Payload
 path = sys.argv[1]
 big = np.arange(100_000)
 def prepare(writer, array):
-    return writer._directory.prepare(Payload((array,), None, None))
+    return writer._sink.prepare(Payload((array,), None, None))
 """
 
 

@@ -129,7 +129,7 @@ class Account:
     """What came of a soak.
 
     put: puts that returned. delivered: different items seen by a reader. redelivered: deliveries after the first.
-    quarantined: dead letters. waiting, in_flight: items left on purpose at the end, in nobody's hands and in somebody's.
+    quarantined: dead letters. waiting, in_flight: items left on purpose at the end.
     taken_along: items that went with a killed reader of `get`. unreported: delivered, though the writer died before
     it could tell. errors: what must not be; empty as it should be.
     """

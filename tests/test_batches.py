@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
 def writer(path: Path) -> Iterator[SpoolWriter]:
     with SpoolWriter(path) as writer:
         yield writer
-        audit(writer._directory.party)
+        audit(writer._sink.party)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_full_tells_what_was_put(path: Path, reader: SpoolReader, block: bool, t
         with pytest.raises(Full) as raised:
             writer.put_many(arrays(3), block, timeout)
         assert raised.value.seqs == ()
-        audit(writer._directory.party)
+        audit(writer._sink.party)
 
 
 def test_full_by_bytes_tells_what_was_put(path: Path, reader: SpoolReader) -> None:
@@ -201,7 +201,7 @@ def test_one_step_each_and_one_ring_for_each_waiter(
 
     monkeypatch.setattr(IndexLock, "take", counted)
     monkeypatch.setattr(Bells, "_strike", lambda self, kind, k: struck.append(k))
-    words = writer._directory.party.look()
+    words = writer._sink.party.look()
     for flag in range(16):
         words[W.ITEM_FLAGS + flag] = 0
     for _ in range(6):  # until enough files go round

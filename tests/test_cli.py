@@ -258,7 +258,7 @@ def test_a_real_interrupt_exits_with_130(path: Path) -> None:
     holder_program = (
         "import os, signal, sys\nfrom spoolipc import SpoolWriter\nwriter = SpoolWriter(sys.argv[1])\n"
         "def stop(party):\n    print(flush=True)\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "writer._directory.party.run(stop)\n"
+        "writer._sink.party.run(stop)\n"
     )
     command = [sys.executable, "-c", holder_program, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:

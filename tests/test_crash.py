@@ -17,6 +17,8 @@ from crash import SCENARIOS, Crew, Report
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.fault, pytest.mark.timeout(300)]
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is missing")
+READ_AS_ONE = ("collect_garbage", "repair_by_fsck")
+"""They look at the index as one buffer, which the tripwire on its stores is not; each change they make is in others."""
 INTERRUPTED = [
     *(
         "put_small",
@@ -53,7 +55,7 @@ def test_killed_at_every_system_call(crew: Crew, name: str) -> None:
     check(crew.run_all(name, "kill"), least=3)
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "collect_garbage"])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in READ_AS_ONE])
 def test_killed_before_every_store_to_the_index(crew: Crew, name: str) -> None:
     check(crew.run_all(name, "store"), least=6)
 

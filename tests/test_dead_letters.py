@@ -46,7 +46,7 @@ def writer(path: Path) -> Iterator[SpoolWriter]:
 def reader(writer: SpoolWriter, path: Path) -> Iterator[SpoolReader]:
     with SpoolReader(path) as reader:
         yield reader
-        audit(reader._directory.party)
+        audit(reader._source.party)
 
 
 def work(reader: SpoolReader) -> None:
@@ -216,7 +216,7 @@ def test_torn_line_of_a_history_is_passed_over(writer: SpoolWriter, reader: Spoo
     (path / "index").unlink()
     item = reader.receive(block=False)
     assert item.attempt == 2
-    assert [failure.why for failure in history.read(reader._directory.party.layout, seq)] == ["one"]
+    assert [failure.why for failure in history.read(reader._source.party.layout, seq)] == ["one"]
     item.reject("two")
 
 

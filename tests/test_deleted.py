@@ -60,7 +60,7 @@ def test_who_waits_is_told_within_seconds(path: Path, side: str, monkeypatch: py
         if side == "space":
             writer.put(SMALL)
         waits = threading.Event()
-        looked = reader._directory if side == "items" else writer._directory
+        looked = reader._source if side == "items" else writer._sink
         sleep = looked.party.bells.wait
 
         def wait(*arguments: Any) -> bool:

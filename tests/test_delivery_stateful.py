@@ -345,8 +345,8 @@ class DeliveryMachine(RuleBasedStateMachine):
             replace(known, owner=None, due=0, attempt=known.failures[-1][0] if known.failures else 0)
             for known in everything
         ]
-        audit(self.writer._directory.party)
-        self.next_seq = self.writer._directory.party.index.words[W.NEXT_SEQ]
+        audit(self.writer._sink.party)
+        self.next_seq = self.writer._sink.party.index.words[W.NEXT_SEQ]
         assert self.next_seq > max([0, *self.dead, *(known.seq for known in self.ready)])
 
     @precondition(lambda self: self.dead and not self.draining)
@@ -391,7 +391,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         delayed = sum(known.owner is None for known in self.away)
         if hasattr(self, "writer"):
             assert self.writer.qsize() == len(self.ready) + len(self.returned) + delayed
-            audit(self.writer._directory.party)
+            audit(self.writer._sink.party)
             said = {
                 letter.seq: [(each.attempt, each.why.split(";")[0]) for each in letter.history]
                 for letter in failed_list(self.path)
@@ -410,7 +410,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
 def die(reader: SpoolReader) -> None:
     """End a reader as the kernel does it to a killed process."""
-    party = reader._directory.party
+    party = reader._source.party
     party._finalizer.detach()
     for fd in party._held:
         os.close(fd)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import spoolipc
+from spoolipc.engine import Sink, Source
+from spoolipc.sink import DirectorySink
+from spoolipc.source import DirectorySource
 
 PACKAGE = Path(spoolipc.__file__).parent
 
@@ -31,6 +35,31 @@ def test_imports_only_go_down() -> None:
     assert graph["writer"] >= {"engine", "sink"}, "the test sees no imports"
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
     assert order.index("errors") < order.index("index") < order.index("party") < order.index("writer")
+
+
+def used_of(module: str, attribute: str) -> set[str]:
+    """What a module asks of `self.ATTRIBUTE`, or of a name that stands for it."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) in (f"self.{attribute}", attribute.removeprefix("_"))
+    }
+
+
+def test_the_faces_ask_an_engine_only_for_what_the_interface_says() -> None:
+    sink: type[Sink[Any]] = DirectorySink
+    source: type[Source] = DirectorySource
+    for module, attribute, interface, engine in (
+        ("writer", "_sink", Sink, sink),
+        ("reader", "_source", Source, source),
+        ("delivery", "_source", Source, source),
+    ):
+        used = used_of(module, attribute)
+        assert used, "the test sees no use of the engine"
+        said = {name for name in vars(interface) if not name.startswith("_")}
+        assert used <= said <= set(dir(engine))
 
 
 def test_the_engine_interface_knows_no_engine() -> None:

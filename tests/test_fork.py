@@ -450,7 +450,7 @@ def test_child_that_waits_is_woken_and_so_is_its_parent(
     to_child, _ = pipes
     with pytest.raises(Empty):
         reader.get(timeout=0.05)
-    words = writer._directory.party.look()
+    words = writer._sink.party.look()
     for flag in range(8):
         words[W.ITEM_FLAGS + flag] = 0
 

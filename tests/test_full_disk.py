@@ -110,13 +110,13 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def waits_for_space(writer: SpoolWriter) -> bool:
-    return any(writer._directory.party.look()[W.SPACE_FLAGS : W.SPACE_FLAGS + 8])
+    return any(writer._sink.party.look()[W.SPACE_FLAGS : W.SPACE_FLAGS + 8])
 
 
 def clear_flags(writer: SpoolWriter) -> None:
     """A new index has every flag set, as nobody knows yet who waits."""
     for k in range(8):
-        writer._directory.party.look()[W.SPACE_FLAGS + k] = 0
+        writer._sink.party.look()[W.SPACE_FLAGS + k] = 0
 
 
 def sound(path: Path) -> None:
@@ -210,14 +210,14 @@ def test_put_that_waits_goes_on_when_a_foreign_file_is_removed(disk: Path) -> No
 def test_index_that_cannot_grow_is_full_and_the_items_stay(disk: Path) -> None:
     path = disk / "spool"
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        capacity = writer._directory.party.look()[W.CAPACITY]
+        capacity = writer._sink.party.look()[W.CAPACITY]
         records = (capacity - W.HEADER) // W.RECORD
         writer.put_many([np.array([count]) for count in range(records)])
         file = fill(disk, 12_000)  # room for the item, not for the index
         with pytest.raises(Full):
             writer.put_nowait(np.array([records]))
         assert writer.qsize() == records
-        assert writer._directory.party.look()[W.CAPACITY] == capacity
+        assert writer._sink.party.look()[W.CAPACITY] == capacity
         file.unlink()
         writer.put(np.array([records]), timeout=20)
         assert [int(reader.get_nowait()[0]) for _ in range(records + 1)] == list(range(records + 1))

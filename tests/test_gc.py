@@ -156,7 +156,7 @@ def test_what_waits_in_a_discarded_spool_is_removed(path: Path) -> None:
     die(
         path,
         "from spoolipc import shutdown, words as W\n"
-        "SpoolWriter(path)._directory.party.run(shutdown.set_state, W.DISCARDED)",
+        "SpoolWriter(path)._sink.party.run(shutdown.set_state, W.DISCARDED)",
     )
     assert counts(gc(path, dry_run=True)) == {"discarded_items": 100, "stale_parties": 1}
     assert counts(gc(path)) == {"discarded_items": 100, "stale_parties": 1}

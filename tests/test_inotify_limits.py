@@ -105,7 +105,7 @@ def test_overflow_of_the_queue_of_events_delays_nobody_by_more_than_a_second(tmp
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     with SpoolWriter(path) as writer, Peer(path) as peer:
         peer.run(WAIT)
-        flags = writer._directory.party.index.words
+        flags = writer._sink.party.index.words
         deadline = time.monotonic() + 20
         while not any(flags[W.ITEM_FLAGS + k] > 1 for k in range(8)):
             assert time.monotonic() < deadline

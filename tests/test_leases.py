@@ -39,7 +39,7 @@ def leasing(path: Path) -> Iterator[SpoolReader]:
 def reader(path: Path) -> Iterator[SpoolReader]:
     with SpoolReader(path) as reader:
         yield reader
-        audit(reader._directory.party)
+        audit(reader._source.party)
 
 
 class Clock:
@@ -71,7 +71,7 @@ class TestLease:
         clock.pass_by(1.1)
         item = reader.receive(block=False)
         assert (item.seq, item.attempt) == (seq, 2)
-        (failure,) = history.read(reader._directory.party.layout, seq)
+        (failure,) = history.read(reader._source.party.layout, seq)
         assert (failure.attempt, failure.why) == (1, "its lease ended")
         with pytest.raises(LeaseExpired):
             late.ack()
@@ -266,7 +266,7 @@ class TestDelay:
         writer.put(np.zeros(3))
         item = reader.receive()
         with SpoolReader(path) as other, ThreadPoolExecutor(1) as aside:
-            words = other._directory.party.look()
+            words = other._source.party.look()
             for flag in range(8):
                 words[W.ITEM_FLAGS + flag] = 0
             monkeypatch.setattr(waiting, "tend", counted)
@@ -308,7 +308,7 @@ class TestDeath:
             item = future.result(20)
             assert time.monotonic() - began < 2.0
         assert (item.seq, item.attempt, item.meta) == (seq, 2, "mine")
-        (failure,) = history.read(reader._directory.party.layout, seq)
+        (failure,) = history.read(reader._source.party.layout, seq)
         assert (failure.attempt, failure.who, failure.why) == (1, f"process {peer.pid}", "its reader died")
         item.ack()
 
@@ -379,7 +379,7 @@ def test_attempts_are_remembered_when_the_index_is_lost(
     (path / "index").unlink()
     item = reader.receive(block=False)
     assert (item.array[0], item.attempt) == (0, 4)
-    assert [failure.attempt for failure in history.read(reader._directory.party.layout, item.seq)] == [
+    assert [failure.attempt for failure in history.read(reader._source.party.layout, item.seq)] == [
         1,
         2,
         3,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from audit import party_of
 
 from spoolipc import (
     Empty,
@@ -57,14 +58,14 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def when_waiting_for_space(writer: SpoolWriter, waiting: Future[Any]) -> None:
-    words = writer._directory.party.look()
+    words = writer._sink.party.look()
     until(lambda: any(words[W.SPACE_FLAGS : W.SPACE_FLAGS + 8]) or waiting.done())
     assert not waiting.done()
 
 
 def settle_flags(writer: SpoolWriter) -> None:
     """A new index has every flag set, as nobody knows who waits: clear them."""
-    words = writer._directory.party.look()
+    words = writer._sink.party.look()
     for flag in range(8):
         words[W.SPACE_FLAGS + flag] = 0
 
@@ -298,7 +299,7 @@ class TestFileSystem:
                 writer.put(pages(3), timeout=0.05)
             writer.put_nowait(pages(2))
             waiting = aside.submit(writer.put, pages(3))
-            until(lambda: writer._directory.party.bells._rooms["space"].waiting or waiting.done())
+            until(lambda: writer._sink.party.bells._rooms["space"].waiting or waiting.done())
             assert not waiting.done()
             free[0] = 3 * PAGE
             assert waiting.result(10) == 2
@@ -319,7 +320,7 @@ class TestFileSystem:
 
 
 def bytes_in_pool(face: SpoolWriter | SpoolReader) -> int:
-    return face._directory.party.look()[W.POOL_BYTES]
+    return party_of(face).look()[W.POOL_BYTES]
 
 
 def test_recycled_bytes_are_what_a_backlog_left_and_soon_within_the_limit(path: Path) -> None:
@@ -332,7 +333,7 @@ def test_recycled_bytes_are_what_a_backlog_left_and_soon_within_the_limit(path: 
         assert bytes_in_pool(reader) >= 36 * PAGE
         for _ in range(60):
             before = bytes_in_pool(reader)
-            writer._directory.party.run(tend, force=True)
+            writer._sink.party.run(tend, force=True)
             assert 8 * PAGE <= bytes_in_pool(reader) <= before
         assert bytes_in_pool(reader) == 8 * PAGE
         assert sum(file.stat().st_size for file in (path / "free").iterdir()) <= 10 * PAGE
@@ -344,8 +345,8 @@ def test_the_pool_is_trimmed_in_short_steps(path: Path, monkeypatch: pytest.Monk
         writer.put_many([pages(2)] * 20)
         reader.get_many(20)
         left = bytes_in_pool(reader)
-        writer._directory.party.look()[W.PEAK_BYTES] = 0
-        writer._directory.party.run(tend, force=True)
+        writer._sink.party.look()[W.PEAK_BYTES] = 0
+        writer._sink.party.run(tend, force=True)
         assert bytes_in_pool(reader) == left - 3 * 2 * PAGE
 
 

@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 def writer(path: Path) -> Iterator[SpoolWriter]:
     with SpoolWriter(path) as writer:
         yield writer
-        audit(writer._directory.party)
+        audit(writer._sink.party)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def inodes(path: Path, part: str) -> list[int]:
 
 def reserved(writer: SpoolWriter) -> int:
     """Consumed files that some writer has in its hands."""
-    words = writer._directory.party.look()
+    words = writer._sink.party.look()
     return sum(words[record + W.STATE] == W.RESERVED for record in range(W.HEADER, words[W.EDGE], W.RECORD))
 
 

@@ -48,13 +48,13 @@ def test_first_puts_go_into_the_files_made_ahead(path: Path, how: str) -> None:
         assert set(waiting(path)) == made
         for number in range(4):
             assert (reader.get() == number).all()
-        audit(writer._directory.party)
+        audit(writer._sink.party)
 
 
 def test_pool_is_filled_up_not_added_to(path: Path) -> None:
     for count in (3, 3, 5, 2):
         with SpoolWriter(path, preallocate=(count, NBYTES)) as writer:
-            audit(writer._directory.party)
+            audit(writer._sink.party)
     assert len(pooled(path)) == 5
 
 
@@ -90,7 +90,7 @@ def test_files_made_ahead_outlive_their_writer(path: Path) -> None:
         peer.kill()
     made = pooled(path)
     with SpoolWriter(path) as writer:
-        audit(writer._directory.party)
+        audit(writer._sink.party)
         for _ in range(3):
             writer.put(np.zeros(SIZE))
         assert set(waiting(path)) == made
@@ -119,6 +119,6 @@ def test_full_file_system_is_a_clear_error_and_leaves_nothing_half_made(tmp_path
         with SpoolWriter(path) as writer, SpoolReader(path) as reader:
             writer.put(np.full(SIZE, 1.0))
             assert (reader.get() == 1).all()
-            audit(writer._directory.party)
+            audit(writer._sink.party)
     finally:
         subprocess.run(["umount", "-l", place], check=True)

@@ -162,7 +162,7 @@ def return_all(path: Path, back: Path, _: Connection) -> None:
 
 def settle_flags(path: Path) -> memoryview[int]:
     """The words of the index, with the flags of a new one cleared, which are set as nobody knows who waits."""
-    words = SpoolReader(path)._directory.party.look()
+    words = SpoolReader(path)._source.party.look()
     for flag in range(8):
         words[W.ITEM_FLAGS + flag] = words[W.SPACE_FLAGS + flag] = 0
     return words

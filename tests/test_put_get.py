@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from audit import party_of
 
 from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter, UnsupportedArray
 from spoolipc import words as W
@@ -111,14 +112,14 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 def asleep(face: SpoolWriter | SpoolReader, kind: str) -> bool:
     """Whether somebody sleeps on a bell of this kind, as the index says."""
-    words = face._directory.party.look()
+    words = party_of(face).look()
     start = W.ITEM_FLAGS if kind == "items" else W.SPACE_FLAGS
     return any(words[start : start + 8])
 
 
 def settle_flags(face: SpoolWriter | SpoolReader) -> None:
     """A new index has every flag set, as nobody knows who waits: clear them."""
-    words = face._directory.party.look()
+    words = party_of(face).look()
     for flag in range(8):
         words[W.ITEM_FLAGS + flag] = words[W.SPACE_FLAGS + flag] = 0
 

@@ -45,8 +45,8 @@ def writer(path: Path) -> Iterator[SpoolWriter]:
 def reader(path: Path) -> Iterator[SpoolReader]:
     with SpoolReader(path) as reader:
         yield reader
-        if not reader._directory.party.closed:
-            audit(reader._directory.party)
+        if not reader._source.party.closed:
+            audit(reader._source.party)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ class TestSettling:
         assert raised.value is error
         with reader.receive(block=False) as item:
             assert (item.seq, item.attempt) == (seq, 2)
-            (failure,) = history.read(reader._directory.party.layout, seq)
+            (failure,) = history.read(reader._source.party.layout, seq)
             assert (failure.attempt, failure.why) == (1, f"{type(error).__name__}: {error}")
             assert failure.who.startswith("process ")
             assert abs(failure.when - time.time()) < 60
@@ -232,7 +232,7 @@ class TestSettling:
             item.ack()
         with SpoolReader(path) as two, two.receive(block=False) as again:
             assert (again.seq, again.attempt) == (seq, 2)
-            (failure,) = history.read(two._directory.party.layout, seq)
+            (failure,) = history.read(two._source.party.layout, seq)
             assert "left" in failure.why
 
     def test_error_of_the_block_is_not_hidden_by_a_reader_closed_in_it(
@@ -274,7 +274,7 @@ class TestDamage:
         with pytest.raises(AlreadySettled):
             item.ack()
         assert (path / "failed" / file.name).exists()
-        (failure,) = history.read(reader._directory.party.layout, seq)
+        (failure,) = history.read(reader._source.party.layout, seq)
         assert "damaged" in failure.why
         with reader.receive(block=False) as item:
             assert item.array[0] == 1
@@ -519,7 +519,7 @@ def test_index_lost_while_an_item_is_in_hand_delivers_it_again(
 
 
 def test_counts_are_right_after_every_step(writer: SpoolWriter, reader: SpoolReader) -> None:
-    party = reader._directory.party
+    party = reader._source.party
 
     def counts() -> tuple[int, int, int]:
         audit(party)

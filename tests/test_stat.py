@@ -128,7 +128,7 @@ def test_a_stopped_holder_of_the_lock_is_named(path: Path) -> None:
     program = (
         "import os, signal, sys\nfrom spoolipc import SpoolWriter\nwriter = SpoolWriter(sys.argv[1])\n"
         "def stop(party):\n    print(os.getpid(), flush=True)\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "writer._directory.party.run(stop)\n"
+        "writer._sink.party.run(stop)\n"
     )
     command = [sys.executable, "-c", program, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from audit import party_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -419,7 +420,7 @@ class SpoolMachine(RuleBasedStateMachine):
         for item in self.fresh:
             item.attempt = item.noted
         for face in self.faces() or [SpoolReader(self.path)]:
-            face._directory.party.run(take_note)
+            party_of(face).run(take_note)
 
     # What always holds
 

@@ -14,7 +14,7 @@ from peer import Peer
 
 from spoolipc import Full, LockTimeout, SpoolReader, SpoolWriter, lock, stat
 
-HOLD = "import os, signal; writer._directory.party.run(lambda party: os.kill(os.getpid(), signal.SIGSTOP))"
+HOLD = "import os, signal; writer._sink.party.run(lambda party: os.kill(os.getpid(), signal.SIGSTOP))"
 """Stop in a locked step."""
 STOP_AFTER_THE_RENAME = """
 import os, signal
@@ -70,7 +70,7 @@ def test_others_are_told_who_holds_the_lock(path: Path, peer: Peer, monkeypatch:
         peer.answer()
         writer.put(np.full(3, 2))
         assert [int(reader.get_nowait()[0]) for _ in range(2)] == [1, 2]
-        audit(writer._directory.party)
+        audit(writer._sink.party)
         peer.run("writer.close()")
 
 
@@ -109,7 +109,7 @@ def test_one_stopped_inside_its_change_and_killed_is_repaired_at_once(
         assert int(reader.get_nowait()[0]) == 1  # its file was in items/ when it died
         writer.put(np.full(3, 2))
         assert int(reader.get_nowait()[0]) == 2
-        audit(writer._directory.party)
+        audit(writer._sink.party)
 
 
 def test_one_stopped_inside_its_change_finishes_it_when_it_goes_on(
@@ -127,7 +127,7 @@ def test_one_stopped_inside_its_change_finishes_it_when_it_goes_on(
         peer.answer()
         writer.put(np.full(3, 2))
         assert [int(reader.get_nowait()[0]) for _ in range(2)] == [1, 2]
-        audit(writer._directory.party)
+        audit(writer._sink.party)
 
 
 def test_a_stopped_process_that_holds_no_lock_is_no_matter(path: Path, peer: Peer) -> None:

@@ -29,7 +29,7 @@ class Sleepers:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._reader = SpoolReader(path)
-        self._words = self._reader._directory.party.look()
+        self._words = self._reader._source.party.look()
         for flag in range(8):  # set in a new index, as nobody knows who waits
             self._words[W.ITEM_FLAGS + flag] = self._words[W.SPACE_FLAGS + flag] = 0
         self.members: list[tuple[Any, Connection]] = []
