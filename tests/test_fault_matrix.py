@@ -14,11 +14,9 @@ def test_every_row_of_the_fault_matrix_names_tests_that_exist() -> None:
     assert len(rows) > 20
     for row in rows:
         file = ""
-        for name in re.findall(r"`((?:test_\w+\.py)?(?:::)?\w*)`", row.rsplit("|", 2)[1]):
-            module, _, test = name.rpartition("::") if "::" in name else (("", "", name))
-            if name.endswith(".py"):
-                module, test = name, ""
-            file = module or file
+        for name in re.findall(r"`((?:\w+\.py)?[\w:]*)(?:\[\w+\])?`", row.rsplit("|", 2)[1]):
+            *module, test = name.split("::") if not name.endswith(".py") else (name, "")
+            file = module[0] if module else file
             assert (TESTS / file).is_file(), name
             assert re.search(rf"^ *(def|class) {test}\b", (TESTS / file).read_text(), re.MULTILINE), name
         assert file, row
