@@ -10,7 +10,7 @@ TEXT = (TESTS.parent / "docs" / "reliability.md").read_text()
 
 
 def test_every_row_of_the_fault_matrix_names_tests_that_exist() -> None:
-    rows = [line for line in TEXT.splitlines() if re.match(r"\| (?!fault \|)", line)]
+    rows = [line for line in TEXT.splitlines() if re.match(r"\| (?!fault \||taken out \|)", line)]
     assert len(rows) > 20
     for row in rows:
         file = ""
