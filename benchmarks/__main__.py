@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "wake": lambda: wake(scratch, 200 if quick else 1_000),
             "crowd": lambda: crowds(options, scratch),
             "memory": lambda: memory(scratch, 2_000 if quick else 10_000),
-            "article": lambda: article(scratch, 8 if quick else 16, 2 if quick else 10, 1 if quick else 3),
+            "article": lambda: article(scratch, 8 if quick else 16, 2 if quick else 30, 1 if quick else 3),
             "backlog": lambda: backlog(scratch, (0, 1_000, million), 1_000 if quick else 4_000),
         }
         for name, measure in parts.items():
