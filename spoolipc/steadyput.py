@@ -55,9 +55,8 @@ def put_again(stock: Stock, arrays: Sequence[Array]) -> list[int]:
         if written:
             party.try_run(index, _commit_all, stock, plan, written, done)
     finally:
-        if len(done) < len(written):
-            for spare, _ in written[len(done) :]:
-                stock.put_aside(spare)
+        # One that an interrupted commit has made an item is found out before it is written again: its name is gone.
+        stock.spares += [spare for spare, _ in written[len(done) :]]
     if done and index.is_awaited():
         party.ring("items", len(done))
     for _, successor in done:
@@ -92,32 +91,38 @@ def _store(stock: Stock, plan: Plan, array: Array, written: list[Written]) -> bo
 
 def _write(stock: Stock, plan: Plan, spare: Spare, array: Array, put_time: int) -> bool:
     """Write header, data and footer, through the kept mapping or, where a small file has none, by `pwrite`."""
-    free, mapping = stock.party.layout.free, stock.maps.kept(spare.birth)
-    if mapping is None and (plan.end > SMALL or stock.maps.wanted(spare.birth)):
-        return False
+    mapping = stock.maps.kept(spare.birth)
+    if mapping is None:
+        return _write_unmapped(stock, plan, spare, array, put_time)
     try:
-        status = os.stat(spare.name, dir_fd=free, follow_symlinks=False)
+        status = os.stat(spare.name, dir_fd=stock.party.layout.free, follow_symlinks=False)
     except OSError:
         return False
-    if status[6] != spare.size or status[3] != 1 or not stat.S_ISREG(status[0]):
+    if status[1:3] != mapping.identity or status[6] != spare.size or status[3] != 1:
         return False
-    start, end = plan.start, plan.end
-    tail = footer.pack_plain(end, put_time)
-    if mapping is None:
-        try:
-            write_small(free, spare.name, b"".join((plan.header, array.data, tail)))
-        except OSError:
-            return False
-        return True
-    if status[1:3] != mapping.identity:
-        return False
-    buffer = mapping.buffer
+    start, end, buffer = plan.start, plan.end, mapping.buffer
     buffer[start - len(plan.header) : start] = plan.header
     if end <= SMALL:
         buffer[start:end] = array  # type: ignore[call-overload]
     else:
         np.copyto(np.ndarray(plan.shape, plan.dtype, buffer, start), array)
-    buffer[end : plan.need] = tail
+    buffer[end : plan.need] = footer.pack_plain(end, put_time)
+    return True
+
+
+def _write_unmapped(stock: Stock, plan: Plan, spare: Spare, array: Array, put_time: int) -> bool:
+    if plan.end > SMALL or stock.maps.wanted(spare.birth):
+        return False
+    parts = (plan.header, array, footer.pack_plain(plan.end, put_time))
+    party = stock.party
+    try:
+        with party:  # so that no close meanwhile gives the descriptor to another directory
+            status = os.stat(spare.name, dir_fd=party.layout.free, follow_symlinks=False)
+            if status[6] != spare.size or status[3] != 1 or not stat.S_ISREG(status[0]):
+                return False
+            write_small(party.layout.free, spare.name, b"".join(parts))  # type: ignore[arg-type]
+    except OSError:
+        return False
     return True
 
 

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -78,9 +79,12 @@ class EngineContract:
         yield source
         source.close()
 
-    @pytest.fixture
-    def other(self, place: str) -> Iterator[Source]:
-        source = self.source(place)
+    @pytest.fixture(params=["here", "in another process"])
+    def other(self, place: str, request: pytest.FixtureRequest) -> Iterator[Source]:
+        """A second reader, beside `reader`: in this process, and in one of its own."""
+        there = request.param != "here"
+        source: Source = cast(Source, Remote(*self.start(serve, place))) if there else self.source(place)
+        source.qsize()  # it is there now
         yield source
         source.close()
 
@@ -737,6 +741,53 @@ def claimed(source: Source, lease: float | None = None, most: int = 1) -> Sequen
         with suppress(Empty):
             return source.claim(most, lease)
         assert source.wait_items(soon())
+
+
+class Remote:
+    """A source in another process: what is asked of it is done there, by `serve`."""
+
+    def __init__(self, process: Any, pipe: Connection) -> None:
+        self._process, self._pipe = process, pipe
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def ask(*args: Any, **more: Any) -> Any:
+            self._pipe.send((name, args, more))
+            assert self._pipe.poll(30), f"{name} did not return in the other process"
+            done, value = self._pipe.recv()
+            if not done:
+                raise value
+            if name == "close":
+                self._process.join(30)
+            return value
+
+        return ask
+
+
+def serve(contract: type[EngineContract], place: str, pipe: Connection) -> None:
+    """Make the calls of a `Remote`. Deliveries stay here; a number stands for each over there."""
+    source = contract().source(place)
+    held: list[Delivery] = []
+
+    def ours(argument: Any) -> Any:
+        if isinstance(argument, list | tuple):
+            return [ours(each) for each in argument]
+        return held[argument.handle] if isinstance(argument, Delivery) else argument
+
+    def theirs(value: Any) -> Any:
+        if isinstance(value, list):
+            return [theirs(each) for each in value]
+        if not isinstance(value, Delivery):
+            return value
+        held.append(value)
+        return replace(value, handle=len(held) - 1)
+
+    name = ""
+    while name != "close":
+        name, args, more = pipe.recv()
+        try:
+            pipe.send((True, theirs(getattr(source, name)(*map(ours, args), **more))))
+        except Exception as error:
+            pipe.send((False, error))
 
 
 def consume(contract: type[EngineContract], place: str, holding: bool, pipe: Connection) -> None:
