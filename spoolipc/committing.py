@@ -13,6 +13,7 @@ from .holds import Hold
 from .layout import item_name
 from .loans import settle_loans
 from .party import Party
+from .pool import find_pooled
 from .room import room, rounded
 from .spares import Spare
 from .stock import MOST_SPARES, FileDraft, Stock
@@ -83,9 +84,7 @@ def commit_spare(
     successor = link = 0
     if len(stock.spares) < MOST_SPARES:
         only_mapped = stock.keeps_to_mapped(need)
-        successor, link = changes.find_pooled(
-            index, pool, need, spare.size, stock.maps, only_mapped=only_mapped
-        )
+        successor, link = find_pooled(index, pool, need, spare.size, stock.maps, only_mapped=only_mapped)
     changes.describe(index, record, seq, put_time, 0, loan, end)
     stores = changes.put(index, record, successor, link)
     layout = party.layout

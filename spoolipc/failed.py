@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from . import changes, history, npy
+from . import changes, header, history, npy
 from . import words as W
 from .checksum import verify
 from .errors import BadItem, NoSuchItem, ShutDown, StorageError
@@ -31,7 +31,7 @@ from .onlooker import Onlooker
 from .party import Party
 
 _log = logging.getLogger("spoolipc")
-Blocks = tuple[npy.Block, ...]
+Blocks = tuple[header.Block, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from . import changes, history, npy
+from . import changes, history, npy, pool
 from . import words as W
 from .checksum import verify
 from .engine import Array, Payload
@@ -99,7 +99,7 @@ class Hands:
             and words[record + W.FILE] == hold.number
             and not words[record + W.LOAN]
             and not words[record + W.FLAGS]
-            and changes.may_pool(words, words[record + W.BYTES])
+            and pool.may_pool(words, words[record + W.BYTES])
         ):
             return record
         return 0
@@ -137,7 +137,7 @@ def take_off(party: Party, hands: Hands, record: int, queue: int, single: bool, 
         single
         and attempt == (0 if queue else 1)
         and not words[record + W.FLAGS] & W.DURABLE
-        and changes.may_pool(words, size)
+        and pool.may_pool(words, size)
     )
     if not keep:
         hands.maps.forget(words[record + W.BIRTH])

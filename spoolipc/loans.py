@@ -7,7 +7,7 @@ when it can.
 
 from __future__ import annotations
 
-from . import changes
+from . import changes, pool
 from . import words as W
 from .holds import Holds
 from .party import Party
@@ -36,7 +36,7 @@ def release(party: Party, record: int, alone: bool) -> bool:
     index = party.index
     words = index.words
     never_again = not alone or words[record + W.FLAGS] & W.DURABLE
-    if never_again or not changes.may_pool(words, words[record + W.BYTES]):
+    if never_again or not pool.may_pool(words, words[record + W.BYTES]):
         drop_file(party, record)
         return False
     if words[record + W.LOAN]:

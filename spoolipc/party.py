@@ -18,12 +18,12 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 from . import alive
 from . import words as W
 from .bell import Bells
-from .changes import worth_waking
 from .errors import SpoolClosed, SpoolError, SpoolGone, StorageError, storage_error
 from .index import Index, Torn, holder
 from .layout import Layout, Limits, agree, open_layout
 from .lock import IndexLock, open_lock
 from .nofork import no_fork
+from .pool import worth_waking
 from .rebuild import rebuild, set_limits
 
 P = ParamSpec("P")

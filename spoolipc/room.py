@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from . import changes
+from . import pool
 from . import words as W
 from .errors import TooLarge
 from .party import Party
@@ -60,7 +60,7 @@ def make_room(party: Party, need: int) -> bool:
     """Unlink pooled files until the file system has `need` bytes; False when that is not enough."""
     index = party.index
     while not fits(party, need):
-        record, link = changes.any_pooled(index)
+        record, link = pool.any_pooled(index)
         if not record:
             return False
         evict(party, record, link)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from . import changes
+from . import changes, pool
 from . import words as W
 from .index import Index
 from .layout import item_name
@@ -66,7 +66,7 @@ def give_back(party: Party, spares: list[Spare]) -> None:
 def reserve(party: Party, need: int, most: int, mapped: Container[int]) -> Spare | None:
     """Take a pooled file of `need` to `most` bytes, if there is one."""
     index = party.index
-    record, link = changes.find_pooled(index, W.bucket(need), need, most, mapped)
+    record, link = pool.find_pooled(index, W.bucket(need), need, most, mapped)
     if not record:
         return None
     index.change(W.MEMORY, 0, changes.reserve(index, record, link, party.token))

@@ -17,7 +17,6 @@ import numpy as np
 
 from . import footer, npy
 from . import words as W
-from .changes import may_pool
 from .claiming import Claim
 from .engine import Array, Delivery
 from .errors import BadItem
@@ -27,6 +26,7 @@ from .layout import item_name
 from .maps import read_small
 from .newfile import SMALL
 from .party import Party
+from .pool import may_pool
 from .tend import is_due
 
 _PLAIN = (0, 0, 0)

@@ -19,12 +19,13 @@ import numpy as np
 
 from . import footer
 from . import words as W
-from .changes import LARGE, find_pooled, turned
+from .changes import turned
 from .engine import Array
 from .layout import item_name
 from .maps import write_small
 from .newfile import SMALL
 from .party import Party
+from .pool import LARGE, find_pooled
 from .room import MANY, places, rounded
 from .spares import Spare, spare_of
 from .stock import MOST_SPARES, Plan, Stock

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import changes, footer, npy, spares
+from . import footer, npy, pool, spares
 from . import words as W
 from .alive import token_name
 from .engine import Payload
@@ -101,7 +101,7 @@ class Stock:
 
     def keeps_to_mapped(self, need: int) -> bool:
         """Whether only a file that is mapped is worth being reserved ahead: each is large, and some go round."""
-        return need >= changes.LARGE and len(self.maps) >= _ENOUGH
+        return need >= pool.LARGE and len(self.maps) >= _ENOUGH
 
     def lack(self, need: int) -> None:
         """A commit found no file of the kind for the next put: let there be more of them, where that is cheap."""

@@ -14,7 +14,7 @@ import re
 import time
 from typing import Final
 
-from . import alive, changes, history
+from . import alive, changes, history, pool
 from . import words as W
 from .giveup import give_up
 from .index import Torn, unlink_missing_ok
@@ -78,7 +78,7 @@ def tend(party: Party, *, force: bool = False) -> None:
     for token, gone in dead.items():
         if gone:
             unlink_missing_ok(party.layout.alive, alive.token_name(token))
-    words[W.PEAK_BYTES] = changes.lower_peak(words)
+    words[W.PEAK_BYTES] = pool.lower_peak(words)
     trim(party)
     if words[W.SHUTDOWN] == W.DISCARDED:
         discard(party)  # what its maker did not live to remove, or a reader gave back since
@@ -136,8 +136,8 @@ def trim(party: Party) -> None:
     """Unlink pooled files that a backlog, now gone, had left: some at each tending."""
     words = party.index.words
     count = size = 0
-    while changes.must_trim(words) and count < _TRIM_FILES and size < _TRIM_BYTES:
-        record, link = changes.any_pooled(party.index)
+    while pool.must_trim(words) and count < _TRIM_FILES and size < _TRIM_BYTES:
+        record, link = pool.any_pooled(party.index)
         if not record:
             break
         count, size = count + 1, size + words[record + W.BYTES]

@@ -1524,12 +1524,12 @@ def tend_a_pool_too_large(stage: Stage) -> Iterator[None]:
 def unlink_for_space(stage: Stage) -> Iterator[None]:
     writer = consumed(stage, 3)
     yield
-    from spoolipc import changes
+    from spoolipc import pool
     from spoolipc.tend import evict
 
     def evict_all(party: Any) -> None:
         while True:
-            record, link = changes.any_pooled(party.index)
+            record, link = pool.any_pooled(party.index)
             if not record:
                 return
             evict(party, record, link)
