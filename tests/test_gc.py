@@ -25,7 +25,7 @@ from spoolipc.layout import item_name
 from spoolipc.rebuild import DONATED
 
 BIG = np.arange(100_000)
-MANY = 20_000
+MANY = 5_000
 
 
 @pytest.fixture
