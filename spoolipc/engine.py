@@ -52,13 +52,15 @@ class Contents(NamedTuple):
 
 
 class Source(Protocol):
-    """An engine as a reader uses it. path: where it keeps the items. maxsize: most items waiting, 0 for no limit."""
+    """An engine as a reader uses it."""
 
     @property
-    def path(self) -> str: ...
+    def path(self) -> str:
+        """Where it keeps the items."""
 
     @property
-    def maxsize(self) -> int: ...
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
 
     def get(self, limit: int, *, sure: bool = True) -> list[Payload]:
         """Take up to `limit` items off the spool for good. Raises Empty, ShutDown.
@@ -104,16 +106,15 @@ class Source(Protocol):
 
 
 class Sink(Protocol[D]):
-    """An engine as a writer uses it. D: a payload written where the engine keeps it, not yet visible to anybody.
-
-    path, maxsize: as for `Source`.
-    """
+    """An engine as a writer uses it. D: a payload written where the engine keeps it, not yet visible to anybody."""
 
     @property
-    def path(self) -> str: ...
+    def path(self) -> str:
+        """Where it keeps the items."""
 
     @property
-    def maxsize(self) -> int: ...
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
 
     def preallocate(self, count: int, nbytes: int) -> None:
         """Make ahead what `count` arrays of `nbytes` bytes will need. Raises Full, ValueError."""

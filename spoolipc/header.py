@@ -112,6 +112,7 @@ def _check_fields(descr: Any, depth: int) -> None:
 
 
 def fresh(dtype: DType) -> DType:
+    """The same structured dtype as an object of its own, whose names nobody else can change."""
     return npformat.descr_to_dtype(cast(Any, dtype.descr))
 
 
@@ -146,6 +147,7 @@ def _text_at(header: bytes) -> int:
 
 
 def text_of(header: bytes) -> str:
+    """The literal in a header."""
     return header[_text_at(header) :].decode("utf-8" if header[6] == 3 else "latin-1")
 
 
