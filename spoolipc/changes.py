@@ -16,7 +16,6 @@ from . import words as W
 from .index import Index, Torn
 
 Stores = dict[int, int]
-_ALL = 0xFFFF_FFFF_FFFF_FFFF
 
 
 def _less(words: memoryview[int], position: int, amount: int) -> int:
@@ -93,7 +92,7 @@ def _pool(words: memoryview[int], stores: Stores, record: int, size: int) -> Non
 
 def turned(number: int) -> int:
     """A word with all bits turned."""
-    return number ^ _ALL
+    return number ^ 0xFFFF_FFFF_FFFF_FFFF
 
 
 def next_seq(words: memoryview[int]) -> int:
@@ -124,7 +123,7 @@ def put(index: Index, record: int, successor: int, link: int) -> Stores:
         W.READY_TAIL: record,
         W.READY_COUNT: count + 1,
         W.NEXT_SEQ: seq + 1,
-        W.NEXT_SEQ_CHECK: seq + 1 ^ _ALL,
+        W.NEXT_SEQ_CHECK: turned(seq + 1),
         W.ITEM_BYTES: items + size,
     }
     if successor:
@@ -191,13 +190,10 @@ def _sooner(words: memoryview[int], stores: Stores, due: int) -> None:
         stores[W.NEXT_DUE] = due
 
 
-def get(index: Index, record: int, queue: int, holder: int, done: int = 0) -> Stores:
-    """WAITING at the head of `queue` leaves items/ for free/, delivered: HELD by `holder`, or POOLED where that is 0.
-
-    done: a HELD file that becomes POOLED in the same change, 0 for none.
-    """
+def get(index: Index, record: int, queue: int, holder: int) -> Stores:
+    """WAITING at the head of `queue` moves to free/, delivered: HELD by `holder`, or POOLED where that is 0."""
     words = index.words
-    _, _, _, _, _, items, pool, pooled, gots, peak = W.FLOW.unpack_from(index.map, W.FLOW_AT)
+    _, _, _, _, _, items, _, _, gots, peak = W.FLOW.unpack_from(index.map, W.FLOW_AT)
     size, following = words[record + W.BYTES], words[record + W.NEXT]
     stores = {
         queue: following,
@@ -205,30 +201,21 @@ def get(index: Index, record: int, queue: int, holder: int, done: int = 0) -> St
         W.ITEM_BYTES: items - size,
         W.GOTS: gots + 1,
         record + W.OWNER: holder,
-        record + W.STATE: W.HELD if holder else W.POOLED,
     }
     if not following:
         stores[queue + 1] = 0
     if items > peak:
         stores[W.PEAK_BYTES] = items
-    if done:
-        _replace(words, stores, done, record)
-    elif holder:
+    if holder:
         _hand_out(words, stores, record)
-    pooling = done if holder else record
-    if pooling:
-        size = words[pooling + W.BYTES]
-        head = W.bucket(size)
-        stores[pooling + W.STATE] = W.POOLED
-        stores[pooling + W.NEXT] = words[head]
-        stores[head] = pooling
-        stores[W.POOL_BYTES] = pool + size
-        stores[W.POOL_COUNT] = pooled + 1
+        stores[record + W.STATE] = W.HELD
+    else:
+        _pool(words, stores, record, size)
     return stores
 
 
 def leave(index: Index, record: int, queue: int, holder: int, keep: bool) -> Stores:
-    """An item leaves items/: WAITING at the head of `queue`, CLAIMED or DELAYED (`queue` 0).
+    """An item leaves items/: WAITING at the head of `queue` (not kept, see `get`), CLAIMED or DELAYED (`queue` 0).
 
     keep: its file goes to free/, else it is gone and the record becomes NOTHING.
     holder: token of the party that still looks at the kept file (HELD), 0 to pool it at once.
@@ -237,8 +224,6 @@ def leave(index: Index, record: int, queue: int, holder: int, keep: bool) -> Sto
     stores: Stores = {}
     if queue:
         _pop(words, stores, queue, record)
-        if keep and holder:
-            _hand_out(words, stores, record)
     elif words[record + W.STATE] == W.CLAIMED:
         stores[W.IN_FLIGHT] = _less(words, W.IN_FLIGHT, 1)
         if not (keep and holder):

@@ -58,8 +58,7 @@ def _commit(party: Party, stock: Stock, draft: FileDraft) -> int | None:
     if spare is not None:
         if not spares.is_ours(party, spare):
             return None
-        pool = W.bucket(draft.need)
-        seq = commit_spare(party, stock, spare, pool, draft.need, draft.image.end, draft.put_time, loan)
+        seq = _commit_spare(party, stock, draft, spare, loan)
     else:
         seq = _commit_new(party, stock, draft, loan)
     if seq is not None and loan:
@@ -67,25 +66,20 @@ def _commit(party: Party, stock: Stock, draft: FileDraft) -> int | None:
     return seq
 
 
-def commit_spare(
-    party: Party, stock: Stock, spare: Spare, pool: int, need: int, end: int, put_time: int, loan: int
-) -> int | None:
+def _commit_spare(party: Party, stock: Stock, draft: FileDraft, spare: Spare, loan: int) -> int | None:
     """Make an item of a consumed file that is ours and written, in the locked step, and reserve the next one.
 
-    pool: where the index links to files of its kind. need: bytes written. end: where the footer begins.
-    put_time: wall clock, ns. loan: this party's token when its array was lent.
-
-    Returns the sequence number, None when the file is not there any more. A crash before the rename leaves a
-    reserved file, after it an item.
+    loan: this party's token when its array was lent. Returns the sequence number, None when the file is not there
+    any more. A crash before the rename leaves a reserved file, after it an item.
     """
-    index = party.index
+    index, need = party.index, draft.need
     seq = changes.next_seq(index.words)
-    record = spare.record
+    record, head = spare.record, W.bucket(need)
     successor = link = 0
     if len(stock.spares) < MOST_SPARES:
         only_mapped = stock.keeps_to_mapped(need)
-        successor, link = find_pooled(index, pool, need, spare.size, stock.maps, only_mapped=only_mapped)
-    changes.describe(index, record, seq, put_time, 0, loan, end)
+        successor, link = find_pooled(index, head, need, spare.size, stock.maps, only_mapped=only_mapped)
+    changes.describe(index, record, seq, draft.put_time, _saying(draft), loan, draft.image.end)
     stores = changes.put(index, record, successor, link)
     layout = party.layout
     move = partial(os.rename, spare.name, item_name(seq), src_dir_fd=layout.free, dst_dir_fd=layout.items)
@@ -98,17 +92,22 @@ def commit_spare(
     party.news("items")
     if successor:
         stock.spares.append(spares.spare_of(index, successor))
-    elif not index.words[pool]:
+    elif not index.words[head]:
         stock.lack(need)
     return seq
 
 
+def _saying(draft: FileDraft) -> int:
+    """The flag of an item that has names or metadata, for readers who would look for a plain array first."""
+    return 0 if draft.payload.names is None and draft.payload.meta is None else W.SAYING
+
+
 def _commit_new(party: Party, stock: Stock, draft: FileDraft, loan: int) -> int | None:
-    """As `commit_spare`, for a draft in `tmp/`. A crash before the rename leaves a dead party's temporary file."""
+    """As `_commit_spare`, for a draft in `tmp/`. A crash before the rename leaves a dead party's temporary file."""
     index = party.index
     seq = changes.next_seq(index.words)
     record = index.new_record()
-    flags = W.DURABLE if stock.durable else 0
+    flags = _saying(draft) | (W.DURABLE if stock.durable else 0)
     changes.describe(index, record, seq, draft.put_time, flags, loan, draft.image.end)
     stores = changes.put_new(index, record, seq, draft.size)
     layout = party.layout

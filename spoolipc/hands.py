@@ -98,7 +98,7 @@ class Hands:
             and words[record + W.OWNER] == self.party.token
             and words[record + W.FILE] == hold.number
             and not words[record + W.LOAN]
-            and not words[record + W.FLAGS]
+            and not words[record + W.FLAGS] & W.DURABLE
             and pool.may_pool(words, words[record + W.BYTES])
         ):
             return record
@@ -149,7 +149,7 @@ def take_off(party: Party, hands: Hands, record: int, queue: int, single: bool, 
     if hold is None:
         stores[record + W.LOAN] = 0
     try:
-        index.change(W.LEAVE, seq, stores, leaving(party, item_name(seq), keep))
+        index.change(W.LEAVE, seq, stores, _leaving(party, item_name(seq), keep))
     except OSError as error:
         if not keep or not is_shortage(error):
             raise
@@ -163,7 +163,7 @@ def take_off(party: Party, hands: Hands, record: int, queue: int, single: bool, 
         history.forget(party.layout, seq)
 
 
-def leaving(party: Party, name: str, keep: bool) -> Callable[[], None]:
+def _leaving(party: Party, name: str, keep: bool) -> Callable[[], None]:
     """The system call that goes with an item's leaving: its file is moved to `free/`, or unlinked."""
     layout = party.layout
     if keep:

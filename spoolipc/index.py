@@ -176,9 +176,7 @@ class Index:
             except OSError:
                 self.recover()
                 raise
-        any(
-            map(words.__setitem__, stores, stores.values())
-        )  # a loop without Python's own steps: __setitem__ is None
+        any(map(words.__setitem__, stores, stores.values()))  # a loop in C: each store is None
         words[W.MARK] = W.CLEAN
 
     def flow(

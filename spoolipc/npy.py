@@ -70,8 +70,6 @@ _MAX_IMAGES = 256
 _MAX_IMAGE_BYTES = 16 * 1024
 _images: dict[tuple[tuple[DType, int, tuple[int, ...], bool], ...], Image] = {}
 
-_last: tuple[Any, Block] | None = None
-
 _MAX_PARSED = 1024
 _MAX_PARSED_BYTES = 4096
 _parsed: dict[bytes, Block] = {}
@@ -150,7 +148,6 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
     Returns blocks that `view` can show in this buffer, and the footer; neither refers to the buffer. Raises
     BadItem, with the reason, for anything but an undamaged item.
     """
-    global _last
     limit = len(buffer)
     if size < limit:
         limit = size
@@ -192,27 +189,23 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
                 raise BadItem(_beyond(len(blocks), offset, block.nbytes, limit))
         blocks.append(block)
         at = offset + block.nbytes
-    if len(blocks) == 1 and not blocks[0].fortran and blocks[0].nbytes and blocks[0].dtype.names is None:
-        _last = header, blocks[0]
     end = footer.read(buffer, at, limit)
     if end.names is not None and len(end.names) != len(blocks):
         raise BadItem(f"footer has {len(end.names)} names for {len(blocks)} arrays")
     return tuple(blocks), end
 
 
-def parse_again(buffer: Buffer, end: int) -> Block | None:
-    """The one block of an item file like the last one parsed whose data end at `end`, else None.
+def parse_again(buffer: bytes | mmap.mmap, end: int) -> Block | None:
+    """The one block of an item file whose header was parsed before and whose data end at `end`, else None.
 
-    Never of an array in Fortran order, of one without data, or of one with fields.
-
-    buffer: as for `parse`, and long enough for what lies before `end`.
+    Never of an array in Fortran order, of one without data, or of one with fields. buffer: as for `parse`, and long
+    enough for what lies before `end`.
     """
-    if _last is None:
+    header = buffer[: PREFIX_SIZE + int.from_bytes(buffer[8:PREFIX_SIZE], "little")]
+    block = _parsed.get(header)
+    if block is None or block.offset + block.nbytes != end or len(header) != block.offset:
         return None
-    header, block = _last
-    if block.offset + block.nbytes != end or buffer[: block.offset] != header:
-        return None
-    return block
+    return None if block.fortran or not block.nbytes or block.dtype.names is not None else block
 
 
 def view(buffer: Buffer, block: Block, *, writeable: bool) -> Array:

@@ -104,7 +104,10 @@ class DirectorySource(Hands):
         if claim.index is not index:
             raise expired(self.party, claim.seq)
         row = W.ROW.unpack_from(index.map, claim.record * W.WORD)
-        array = steadyget.open_again(self, row) if row[W.SEQ] == claim.seq and not self.verify else None
+        array = None
+        if row[W.SEQ] == claim.seq and not row[W.FLAGS] and not self.verify:
+            with self.party:
+                array = steadyget.open_again(self, row)
         if array is not None:
             claim.single = True
             if row[W.END] > SMALL:

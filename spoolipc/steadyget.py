@@ -54,7 +54,7 @@ def get_again(hands: Hands, limit: int) -> list[Array]:
     for _ in range(_TRIES):
         words = party.look()
         index, record = party.index, words[W.READY]
-        if words[W.RETURNED]:
+        if words[W.RETURNED] or words[W.SHUTDOWN]:
             return []
         seen: list[Seen] = []
         taken: list[Array] = []
@@ -75,6 +75,8 @@ def get_again(hands: Hands, limit: int) -> list[Array]:
                 if words[W.READY]:
                     party.ring("items", 1)  # two puts may have rung one bell
             return taken
+        if words[W.READY] == seen[0].record:
+            return []  # nobody was sooner: something else stands in the way
     return []
 
 
@@ -195,7 +197,7 @@ def claim_again(hands: Hands, due: int, taken: list[Delivery]) -> None:
     if words[W.RETURNED] or not W.HEADER <= record <= len(words) - W.RECORD:
         return
     row = W.ROW.unpack_from(index.map, record * W.WORD)
-    if row[W.ATTEMPT : W.END] != _PLAIN:
+    if row[W.ATTEMPT]:
         return
     end = row[W.END]
     claim = Claim(index, record, row[W.SEQ], end)
@@ -273,13 +275,16 @@ def _ack(party: Party, hands: Hands, delivery: Delivery, done: list[bool]) -> No
         or row[W.STATE] != W.CLAIMED
         or row[W.OWNER] != party.token
         or number != claim.seq
-        or row[W.ATTEMPT : W.END] != (1, 0, 0)
+        or row[W.ATTEMPT] != 1
+        or row[W.FLAGS] & W.DURABLE
+        or row[W.LOAN]
         or delivery.attempt != 1
         or row[W.DUE]
         or (pool + size > recycle and not may_pool(words, size))
+        or (hold is not None and not hold.alone)
     ):
         return
-    looked_at = hold is not None and (hold.left > 0 or not hold.alone)
+    looked_at = hold is not None and hold.left > 0
     free = 0 if looked_at else record
     if hands.holds.pending:
         free = hands.first_to_pool() if looked_at else 0

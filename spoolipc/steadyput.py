@@ -169,7 +169,8 @@ def _commit(party: Party, stock: Stock, plan: Plan, one: Written, done: list[tup
     elif need >= LARGE or (
         successor and not need <= words[index.record(successor, W.POOLED) + W.BYTES] <= plan.most
     ):
-        successor, link = find_pooled(index, link, need, plan.most, stock.maps, only_mapped=need >= LARGE)
+        only_mapped = stock.keeps_to_mapped(need)
+        successor, link = find_pooled(index, link, need, plan.most, stock.maps, only_mapped=only_mapped)
     W.ITEM.pack_into(index.map, (record + W.SEQ) * W.WORD, seq, put_time, 0, 0, 0, 0, plan.end, 0, 0)
     following, previous = words[record + W.NEXT], words[record + W.PREV]
     positions: tuple[int, ...] = (

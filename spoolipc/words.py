@@ -105,6 +105,8 @@ POOLED: Final = 6  # in free/, waiting to be written
 # Flags of a record
 DURABLE: Final = 1  # survives power loss, so its file is never written again
 
+SAYING: Final = 2  # the footer has names or metadata
+
 # States of the spool
 OPEN: Final = 0
 DRAINING: Final = 1  # no more puts; what waits is delivered
