@@ -50,7 +50,7 @@ def test_a_blocked_writer_is_woken_by_the_bell(
             put = threading.Thread(target=putting, args=(writer, done))
             put.start()
             room = writer._sink.party.bells._rooms["space"]
-            while not room.waiting:
+            while not room.sleepers:
                 os.sched_yield()
             for _ in range(maxsize - maxsize // 2):
                 reader.get()
