@@ -203,9 +203,12 @@ def parse_again(buffer: bytes | mmap.mmap, end: int) -> Block | None:
     """
     header = buffer[: PREFIX_SIZE + int.from_bytes(buffer[8:PREFIX_SIZE], "little")]
     block = _parsed.get(header)
-    if block is None or block.offset + block.nbytes != end or len(header) != block.offset:
+    offset = len(header)
+    if block is None or offset + block.nbytes != end or offset % ALIGN:
         return None
-    return None if block.fortran or not block.nbytes or block.dtype.names is not None else block
+    if block.fortran or not block.nbytes or block.dtype.names is not None:
+        return None
+    return block if block.offset == offset else _moved(block, 0, offset)
 
 
 def view(buffer: Buffer, block: Block, *, writeable: bool) -> Array:

@@ -119,6 +119,16 @@ def test_singly_in_batches_and_by_receive(
     assert (kept.array == 5).all()
 
 
+def test_a_kind_first_seen_behind_another_array_takes_the_short_way(
+    writer: SpoolWriter, reader: SpoolReader, taken: Taken
+) -> None:
+    array = np.arange(77, dtype="<u4")
+    writer.put({"a": np.zeros(9), "b": array})
+    assert np.array_equal(reader.get()["b"], array)
+    warm(writer, reader, array)
+    assert taken.got > 2
+
+
 def test_another_shape_dtype_or_order_goes_the_general_way(writer: SpoolWriter, reader: SpoolReader) -> None:
     warm(writer, reader, np.zeros((4, 5)))
     others = [
