@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,14 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     forbid_skip(report)
     return report
+
+
+@pytest.fixture
+def spool(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Where a test makes its spool; the spool is checked afterwards, unless the test is marked `damaged`."""
+    from support.account import check_spool  # not for who borrows this file for its hooks
+
+    path = tmp_path / "spool"
+    yield path
+    if (path / "index").exists() and request.node.get_closest_marker("damaged") is None:
+        check_spool(path)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peer import Peer
+from support.peer import Peer
 
 from spoolipc import BadItem, Empty, SpoolReader, SpoolWriter, failed_list, footer, fsck, gc, stat
 from spoolipc.layout import item_name

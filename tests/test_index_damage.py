@@ -16,7 +16,7 @@ import pytest
 from dying import check, picture, poke, words_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peer import Peer
+from support.peer import Peer
 
 from spoolipc import (
     Empty,

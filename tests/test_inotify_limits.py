@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peer import Peer
+from support.peer import Peer
 
 from spoolipc import SpoolWriter
 from spoolipc import words as W

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit import audit
-from peer import Peer
+from support.peer import Peer
 
 from spoolipc import (
     Empty,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peer import Peer
+from support.peer import Peer
 
 from spoolipc import Empty, Item, SpoolReader, SpoolWriter, failed_retry
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from dying import picture
-from peer import Peer
+from support.peer import Peer
 
 from spoolipc import (
     Empty,

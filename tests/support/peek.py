@@ -1,0 +1,108 @@
+"""A look at a spool's table from outside: the only place in the tests that knows how it is stored."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from spoolipc import words as W
+
+State = Literal["nothing", "waiting", "in_flight", "delayed", "pinned", "reserved", "pooled"]
+IN_ITEMS: Final[tuple[State, ...]] = ("waiting", "in_flight", "delayed")
+IN_FREE: Final[tuple[State, ...]] = ("pinned", "reserved", "pooled")
+_STATES: Final[tuple[State, ...]] = (
+    "nothing", "waiting", "in_flight", "delayed", "pinned", "reserved", "pooled",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record. owner, loan: tokens, 0 for none. file: the number in the file's name. generation: of the file."""
+
+    state: State
+    seq: int
+    attempt: int
+    owner: int
+    loan: int
+    due: int
+    durable: bool
+    has_metadata: bool
+    file: int
+    bytes: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """A table at one moment. queue, redelivered: sequence numbers in the order in which they will be delivered."""
+
+    rows: tuple[Row, ...]
+    queue: tuple[int, ...]
+    redelivered: tuple[int, ...]
+    pooled: tuple[int, ...]
+    counts: dict[str, int]
+    clean: bool
+    holder: int
+
+    def of(self, *states: State) -> list[Row]:
+        """The rows in one of `states`."""
+        return [row for row in self.rows if row.state in states]
+
+    def row(self, seq: int) -> Row:
+        """The row of the item `seq`, which is in `items/`."""
+        (found,) = [row for row in self.rows if row.state in IN_ITEMS and row.seq == seq]
+        return found
+
+
+def peek_table(path: str | os.PathLike[str]) -> Peek:
+    """The table of the spool at `path`, read without its lock: nothing may change it meanwhile."""
+    words = memoryview(Path(path, "index").read_bytes()).cast("Q")
+
+    def row(at: int) -> Row:
+        return Row(
+            _STATES[words[at + W.STATE]],
+            words[at + W.SEQ],
+            words[at + W.ATTEMPT],
+            words[at + W.OWNER],
+            words[at + W.LOAN],
+            words[at + W.DUE],
+            bool(words[at + W.FLAGS] & W.DURABLE),
+            bool(words[at + W.FLAGS] & W.SAYING),
+            words[at + W.FILE],
+            words[at + W.BYTES],
+            words[at + W.BIRTH],
+        )
+
+    def linked(head: int, field: int) -> tuple[int, ...]:
+        found, at = [], words[head]
+        while at:
+            found.append(words[at + field])
+            at = words[at + W.NEXT]
+            assert len(found) <= words[W.CAPACITY], "a list does not end"
+        return tuple(found)
+
+    counts = {
+        "next_seq": words[W.NEXT_SEQ],
+        "waiting": words[W.READY_COUNT] + words[W.RETURNED_COUNT],
+        "redelivered": words[W.RETURNED_COUNT],
+        "in_flight": words[W.IN_FLIGHT],
+        "delayed": words[W.DELAYED_COUNT],
+        "pooled": words[W.POOL_COUNT],
+        "pooled_bytes": words[W.POOL_BYTES],
+        "item_bytes": words[W.ITEM_BYTES],
+        "delivered_total": words[W.GOTS],
+        "failed": words[W.FAILED_COUNT],
+        "capacity": (words[W.CAPACITY] - W.HEADER) // W.RECORD,
+    }
+    pooled = tuple(file for head in range(W.BUCKETS, W.BUCKETS + 192) for file in linked(head, W.FILE))
+    return Peek(
+        tuple(row(at) for at in range(W.HEADER, words[W.EDGE], W.RECORD)),
+        linked(W.READY, W.SEQ),
+        linked(W.RETURNED, W.SEQ),
+        pooled,
+        counts,
+        words[W.MARK] == W.CLEAN,
+        words[W.HOLDER],
+    )
