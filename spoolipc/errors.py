@@ -52,6 +52,10 @@ class TooLarge(SpoolError, ValueError):
     """The array could never fit, however long the caller waits."""
 
 
+class UnsupportedOperation(SpoolError, NotImplementedError):
+    """The spool is kept by an engine that cannot do this; the message says what can."""
+
+
 class LimitMismatch(SpoolError, ValueError):
     """The spool exists with other limits than the ones asked for."""
 

@@ -1,0 +1,152 @@
+"""Item: what a reader has received and not yet settled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from .engine import Consumer
+from .errors import AlreadySettled, BadItem, LeaseExpired, SpoolError
+from .message import Ack, Array, Contents, Delivery, Extend, Json, Message, Nack, Reject, Verdict
+
+_log = logging.getLogger("spoolipc")
+
+
+class Item:
+    """An item in flight at a reader.
+
+    As a context manager it is acknowledged at the end of the block, or requeued when the block raises; by hand,
+    with ack, nack or reject.
+
+    seq: sequence number. attempt: 1 at the first delivery. nbytes: bytes stored. Nothing of the arrays is
+    read before `array` or `arrays` is asked for.
+    """
+
+    def __init__(self, consumer: Consumer, delivery: Delivery) -> None:
+        self._consumer = consumer
+        self._delivery = delivery
+        self._contents: Contents | None = None
+        self._message: Message | None = None
+        self._settled = ""
+        self.seq = delivery.seq
+        self.attempt = delivery.attempt
+        self.nbytes = delivery.size
+
+    @property
+    def settled(self) -> bool:
+        """Whether the item was acknowledged, requeued or rejected."""
+        return bool(self._settled)
+
+    @property
+    def meta(self) -> Json:
+        """What the writer gave as metadata, None if nothing; read without touching the arrays.
+
+        Raises BadItem when the item is damaged: it is then a dead letter. LeaseExpired.
+        """
+        return self._describe().meta
+
+    @property
+    def put_time(self) -> float:
+        """When the item was put, wall clock in seconds.
+
+        Raises what `meta` raises: after the loss of the index only the file knows it.
+        """
+        return (self._delivery.put_time or self._describe().put_time) / 1e9
+
+    @property
+    def array(self) -> Array:
+        """The item's array, read-only: a view of the file's pages when it is over 16 KB.
+
+        It stays as it is for as long as any view of it is left, whatever becomes of the item. Raises BadItem
+        when the item is damaged (it is then a dead letter), LeaseExpired, TypeError when the item has named arrays.
+        """
+        message = self._load()
+        if message.names is not None:
+            raise TypeError(f"item {self.seq} has named arrays ({', '.join(message.names)}); use item.arrays")
+        return message.arrays[0]
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """The item's named arrays, each a read-only view of the same file. An unnamed array is named ""."""
+        message = self._load()
+        return dict(zip(message.names or ("",), message.arrays, strict=True))
+
+    def _load(self) -> Message:
+        if self._message is None:
+            try:
+                self._message = self._consumer.load(self._delivery)
+            except BadItem:
+                self._settled = "dead-lettered"
+                raise
+        return self._message
+
+    def _describe(self) -> Contents | Message:
+        if self._message is not None:
+            return self._message
+        if self._contents is None:
+            try:
+                self._contents = self._consumer.describe(self._delivery)
+            except BadItem:
+                self._settled = "dead-lettered"
+                raise
+        return self._contents
+
+    def ack(self) -> None:
+        """Take the item off the spool for good. Raises LeaseExpired, AlreadySettled."""
+        self._settle(Ack(), "acknowledged")
+
+    def nack(self, delay: float = 0.0, reason: str = "requeued") -> None:
+        """Requeue the item, to be redelivered after `delay` seconds, before all that was never delivered.
+
+        After `max_attempts` deliveries it becomes a dead letter instead. Raises LeaseExpired, AlreadySettled.
+        """
+        if not delay >= 0:
+            raise ValueError(f"delay must be a non-negative number of seconds, not {delay!r}")
+        self._settle(Nack(delay, reason), "requeued")
+
+    def reject(self, reason: str) -> None:
+        """Make the item a dead letter with this reason. Raises LeaseExpired, AlreadySettled."""
+        self._settle(Reject(reason), "rejected")
+
+    def extend(self, seconds: float) -> None:
+        """Let the lease end so many seconds from now. Raises LeaseExpired, AlreadySettled."""
+        if not seconds > 0:
+            raise ValueError(f"a lease must be a positive number of seconds, not {seconds!r}")
+        self._settle(Extend(seconds), "")
+
+    def _settle(self, verdict: Verdict, settled: str) -> None:
+        if self._settled:
+            raise AlreadySettled(f"item {self.seq} was {self._settled} before")
+        try:
+            self._consumer.settle((self._delivery,), verdict)
+        except LeaseExpired:
+            self._settled = "taken away when its lease ended"
+            raise
+        self._settled = settled
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._settled:
+            return
+        if error is None:
+            self.ack()
+            return
+        try:
+            self.nack(reason=_reason(error))
+        except SpoolError as problem:
+            _log.warning("%s", problem)  # what the block raised goes on to the caller
+
+    def __repr__(self) -> str:
+        return f"Item(seq={self.seq}, attempt={self.attempt}, {self._settled or 'in flight'})"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, GeneratorExit):
+        return "the loop over the reader's items ended in it"
+    return f"{type(error).__name__}: {error}"

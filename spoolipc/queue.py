@@ -1,0 +1,416 @@
+"""SpoolWriter and SpoolReader: the two faces of a spool. They check arguments and make one engine call each."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .connect import connect
+from .engine import (
+    Consumer,
+    ConsumerOptions,
+    Durability,
+    Lender,
+    Preallocator,
+    Producer,
+    ProducerOptions,
+    Session,
+)
+from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
+from .item import Item
+from .message import Array, Arrays, ArraySpec, Json, Limits, Message, Peeked, deadline_of
+
+_new = tuple.__new__  # a Message made without a call of Python code: `put` is a few microseconds
+
+
+class _Face:
+    """What both sides share."""
+
+    _session: Session
+    _crosses_processes: bool
+
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute, or its URL."""
+        return self._session.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self._session.maxsize
+
+    def qsize(self) -> int:
+        """How many items wait; another process may change that at any moment."""
+        return self._session.qsize()
+
+    def empty(self) -> bool:
+        """Whether no item waits."""
+        return not self._session.qsize()
+
+    def close(self) -> None:
+        """Leave the spool; arrays that it gave out stay valid. Harmless when repeated."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def _pickled(self, **options: Any) -> tuple[Any, ...]:
+        """What `__reduce__` returns: the same path opened with these options."""
+        if not self._crosses_processes:
+            raise UnsupportedOperation(f"{self!r} cannot be pickled: no other process can open {self.path}")
+        return _reopened, (type(self), self.path, options)
+
+
+class SpoolWriter(_Face):
+    """Puts arrays into a spool, which any number of other processes may write and read.
+
+    path: the spool's directory, made (with mode 0700) by whoever comes first; or a URL: `memory://NAME` is a spool
+    of this process alone.
+    limits: the spool's limits; each may as well be given by its name beside it.
+    maxsize: most items waiting, 0 for no limit; None takes what the spool has, or 0 for a new one.
+    max_bytes: most bytes of items waiting or in flight; likewise.
+    durability: "none", what was put survives the crash of any process; "fsync", also the loss of power.
+    reopen: take puts again if the spool was shut down.
+    checksum: store a CRC-32 with every item, for `SpoolReader(verify=True)` and `spoolipc fsck`; it costs about three
+    times what writing a large array does.
+    preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of
+    `nbytes` bytes, so that the first puts are as fast as the later ones.
+
+    Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork.
+    Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
+    NetworkFileSystem, UnknownVersion.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limits: Limits | None = None,
+        maxsize: int | None = None,
+        max_bytes: int | None = None,
+        recycle_bytes: int | None = None,
+        max_attempts: int | None = None,
+        mode: int | None = None,
+        durability: Durability = "none",
+        reopen: bool = False,
+        preallocate: tuple[int, int] | None = None,
+        checksum: bool = False,
+    ) -> None:
+        if durability not in ("none", "fsync"):
+            raise ValueError(f'durability must be "none" or "fsync", not {durability!r}')
+        asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
+        engine = connect(path)
+        self._crosses_processes = engine.crosses_processes
+        self._durability: Durability = durability
+        self._checksum = checksum
+        self._producer: Producer = engine.producer(ProducerOptions(asked, durability, reopen, checksum))
+        self._session = self._producer
+        if preallocate is not None:
+            try:
+                self._preallocate(*preallocate)
+            except BaseException:
+                self.close()
+                raise
+
+    def _preallocate(self, count: int, nbytes: int) -> None:
+        if not isinstance(self._producer, Preallocator):
+            raise UnsupportedOperation(
+                f"nothing can be made ahead in {self.path}; leave preallocate out, or use a directory"
+            )
+        self._producer.preallocate(count, nbytes)
+
+    def put(
+        self,
+        array: Array | Mapping[str, Array],
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        meta: Json = None,
+    ) -> int:
+        """Put an array, or several named arrays as one item; returns its sequence number.
+
+        array: any dtype that np.save can store without pickle; it is read before put returns, never kept.
+        block, timeout: wait for room, for ever or for `timeout` seconds; without `block` not at all.
+        meta: any JSON value, delivered with the item.
+
+        Raises Full when there is no room in time, ShutDown when the spool was shut down, TooLarge when the
+        array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array,
+        StorageError.
+        """
+        until = None if block and timeout is None else deadline_of(block, timeout)
+        if type(array) is not np.ndarray:
+            return self._producer.put((_message(array, meta),), until)[0]
+        return self._producer.put((_new(Message, ((array,), None, meta, 0, "")),), until)[0]
+
+    def put_many(
+        self,
+        arrays: Iterable[Array | Mapping[str, Array]],
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        metas: Iterable[Json] | None = None,
+    ) -> list[int]:
+        """Put several arrays, up to 64 in one step; returns their sequence numbers in order.
+
+        metas: one for each array. Other parameters and errors are those of `put`; `timeout` is for all of
+        them together. Each item is put whole or not at all, and Full and ShutDown tell in their `seqs` which
+        were.
+        """
+        until = deadline_of(block, timeout)
+        several = list(arrays)
+        given = [None] * len(several) if metas is None else list(metas)
+        if len(given) != len(several):
+            raise ValueError(f"{len(several)} arrays but {len(given)} metas; give one for each")
+        messages = [_message(array, meta) for array, meta in zip(several, given, strict=True)]
+        return self._producer.put(messages, until)
+
+    def put_nowait(self, array: Array | Mapping[str, Array], *, meta: Json = None) -> int:
+        """Put without waiting: `put(array, block=False)`."""
+        return self.put(array, block=False, meta=meta)
+
+    @contextmanager
+    def loan(
+        self,
+        shape: int | tuple[int, ...],
+        dtype: DTypeLike = float,
+        *,
+        order: Literal["C", "F"] = "C",
+        block: bool = True,
+        timeout: float | None = None,
+        meta: Json = None,
+    ) -> Iterator[Array]:
+        """Compute an array in the very memory that readers will see, and put it without a copy.
+
+            with writer.loan((1080, 1920, 3), np.uint8) as frame:
+                camera.read_into(frame)
+
+        shape, dtype, order: as for np.empty; what the array holds at first is undefined.
+        block, timeout, meta: as for `put`, when the block begins; at its end the item is put, waiting for
+        room for ever. When the block raises, nothing is put.
+
+        The array is writable within the block and read-only after it; views made of it within the block must
+        not be written any more. Raises what `put` raises; UnsupportedOperation when the engine cannot lend.
+        """
+        producer = self._producer
+        if not isinstance(producer, Lender):
+            raise UnsupportedOperation(f"{self.path} cannot lend arrays; compute the array and put it")
+        loan = producer.loan(_spec(shape, dtype, order), meta, deadline_of(block, timeout))
+        try:
+            yield loan.array
+            loan.commit(None)
+        finally:
+            loan.discard()
+
+    def full(self) -> bool:
+        """Whether `maxsize` items wait."""
+        return self._producer.full()
+
+    def shutdown(self, immediate: bool = False) -> None:
+        """End the spool for every process: puts raise ShutDown from now on, and gets do when it is empty.
+
+        immediate: gets raise at once, and what waits is removed.
+        """
+        self._producer.shutdown(immediate)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._pickled(durability=self._durability, checksum=self._checksum)
+
+
+class SpoolReader(_Face):
+    """Gets arrays from a spool, each item by one reader, in the order in which they were put.
+
+    path: the spool's directory, made (with mode 0700) by whoever comes first; or a URL, as SpoolWriter takes it.
+    limits, maxsize, max_bytes, recycle_bytes, max_attempts, mode: limits, as SpoolWriter takes them.
+    lease: seconds after which a received item that is not settled goes to another reader; None, only when
+    this reader ends. `get` needs none.
+    verify: compare every item that was put with a checksum with it; one that differs is a dead letter.
+
+    Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork.
+    Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
+    NetworkFileSystem, UnknownVersion.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limits: Limits | None = None,
+        maxsize: int | None = None,
+        max_bytes: int | None = None,
+        recycle_bytes: int | None = None,
+        max_attempts: int | None = None,
+        mode: int | None = None,
+        lease: float | None = None,
+        verify: bool = False,
+    ) -> None:
+        if lease is not None and not lease > 0:
+            raise ValueError(f"lease must be a positive number of seconds, not {lease!r}")
+        asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
+        engine = connect(path)
+        self._crosses_processes = engine.crosses_processes
+        self._lease = lease
+        self._verify = verify
+        self._consumer: Consumer = engine.consumer(ConsumerOptions(asked, verify))
+        self._session = self._consumer
+
+    def get(self, block: bool = True, timeout: float | None = None, *, copy: bool = False) -> Arrays:
+        """Take the next item off the spool: its array, or a dict of its named arrays.
+
+        block, timeout: wait for an item, for ever or for `timeout` seconds; without `block` not at all.
+        copy: return arrays of your own, writable. Otherwise they are read-only, and over 16 KB they are views
+        of the item's file, which stays as it is for as long as any view of it is left.
+
+        Raises Empty when no item comes in time, ShutDown when the spool was shut down and is empty.
+        A damaged item becomes a dead letter and the next one is returned.
+        """
+        until = None if block and timeout is None else deadline_of(block, timeout)
+        message = self._consumer.take(1, until)[0]
+        if copy or message.names is not None:
+            return _arrays(message, copy)
+        return message.arrays[0]
+
+    def get_many(
+        self, limit: int, block: bool = True, timeout: float | None = None, *, copy: bool = False
+    ) -> list[Arrays]:
+        """Take what waits, up to `limit` items, in one step; waits only for the first.
+
+        Other parameters and errors are those of `get`.
+        """
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit!r}")
+        messages = self._consumer.take(limit, deadline_of(block, timeout))
+        return [_arrays(message, copy) for message in messages]
+
+    def get_nowait(self, *, copy: bool = False) -> Arrays:
+        """Get without waiting: `get(block=False)`."""
+        return self.get(block=False, copy=copy)
+
+    def __iter__(self) -> Iterator[Arrays]:
+        """Get item after item, until the spool was shut down and is empty."""
+        while True:
+            try:
+                array = self.get()
+            except ShutDown:
+                return
+            yield array
+            del array  # not held while waiting for the next
+
+    def receive(self, block: bool = True, timeout: float | None = None) -> Item:
+        """Take the next item in flight, to be settled when the work on it is done.
+
+            with reader.receive() as item:
+                work(item.array)
+
+        acknowledges it at the end, and requeues it when `work` raises, when this process dies, or when the
+        lease ends. An item requeued is delivered before all that was never delivered; after `max_attempts`
+        it is a dead letter.
+
+        Raises Empty when no item comes in time, ShutDown when the spool was shut down, nothing waits and
+        nobody else has an item in flight.
+        """
+        until = None if block and timeout is None else deadline_of(block, timeout)
+        return Item(self._consumer, self._consumer.claim(1, self._lease, until)[0])
+
+    def items(self) -> Iterator[Item]:
+        """Receive item after item, until the spool was shut down and has ended.
+
+        Each is acknowledged when the next is asked for, unless it was settled by hand; one whose loop body
+        raises or breaks is requeued.
+        """
+        while True:
+            try:
+                item = self.receive()
+            except ShutDown:
+                return
+            with item:
+                yield item
+            del item  # nor its array
+
+    def peek(self, block: bool = True, timeout: float | None = None) -> Peeked:
+        """Look at the next item and leave it where it is: its number, times and metadata, not its arrays.
+
+        Another reader may take it at any moment. Raises Empty, ShutDown, as `receive` does. A damaged item
+        becomes a dead letter and the next one is looked at.
+        """
+        return self._consumer.peek(deadline_of(block, timeout))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._pickled(lease=self._lease, verify=self._verify)
+
+
+def _reopened(face: type[_Face], path: str, options: dict[str, Any]) -> Any:
+    return face(path, **options)  # type: ignore[call-arg]
+
+
+def _joined(limits: Limits | None, beside: Limits) -> Limits:
+    """The limits given in either way. Raises ValueError for one that is no limit, or that is given twice."""
+    asked = asdict(limits or Limits())
+    for name, value in asdict(beside).items():
+        if value is None:
+            continue
+        if asked[name] not in (None, value):
+            raise ValueError(f"{name} is given twice: {asked[name]!r} in limits and {value!r} beside it")
+        asked[name] = value
+    for name, value in asked.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"{name} must be a whole number of zero or more, not {value!r}")
+    return Limits(**asked)
+
+
+def _spec(shape: int | tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"]) -> ArraySpec:
+    """What np.empty would make of these."""
+    if order not in ("C", "F"):
+        raise ValueError(f'order must be "C" or "F", not {order!r}')
+    unit = np.empty((), dtype)  # gives "S" a length and a subarray its dimensions
+    sizes = tuple(map(operator.index, shape)) if np.iterable(shape) else (operator.index(shape),)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"shape must be of whole numbers of zero or more, not {shape!r}")
+    return ArraySpec(sizes + unit.shape, unit.dtype, order)
+
+
+def _message(array: Array | Mapping[str, Array], meta: Json) -> Message:
+    if not isinstance(array, Mapping):
+        return Message((_plain(array),), None, meta)
+    if not array:
+        raise ValueError("an item needs at least one array; the mapping given is empty")
+    for name in array:
+        if not isinstance(name, str):
+            raise UnsupportedArray(f"the names of an item's arrays must be strings, not {name!r}")
+    return Message(tuple(map(_plain, array.values())), tuple(array), meta)
+
+
+def _plain(obj: object) -> Array:
+    """The array of an ndarray of any subclass, or of a numpy scalar, as a base ndarray."""
+    if type(obj) is np.ndarray:
+        return obj
+    if isinstance(obj, np.ma.MaskedArray):
+        raise UnsupportedArray(
+            "a masked array would lose its mask; "
+            "put x.filled(value), or x.data and np.ma.getmaskarray(x) as two arrays"
+        )
+    if isinstance(obj, (np.ndarray, np.generic)):
+        return np.asarray(obj)
+    name = f"{type(obj).__module__}.{type(obj).__qualname__}".removeprefix("builtins.")
+    raise UnsupportedArray(f"a {name} is not a numpy array; convert it first, with np.asarray(x)")
+
+
+def _arrays(message: Message, copy: bool) -> Arrays:
+    """What `get` returns of a message."""
+    arrays = tuple(array.copy(order="K") for array in message.arrays) if copy else message.arrays
+    return arrays[0] if message.names is None else dict(zip(message.names, arrays, strict=True))
