@@ -48,7 +48,6 @@ _ID_SIZE = 16
 _BODY = struct.Struct("<8sHHIqQQ16sqI")
 _RECORD = struct.Struct("<8sHHIqQQ16sqII")
 _CHECKED = _BODY.size
-_HEAD = struct.Struct("<8sH")
 
 SIZE = _RECORD.size
 """Bytes of the fixed record, the JSON not counted."""
@@ -131,17 +130,25 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
     very offset.
     """
     end = offset + SIZE
-    record = buffer[offset:end] if offset >= 0 and end <= limit else b""
+    record = buffer[offset : end if end < limit else limit] if 0 <= offset <= limit else b""
     if len(record) != SIZE:
-        raise _cut(buffer, offset, limit)
+        _refuse_later(record)
+        raise BadItem(f"the file ends before the footer at {offset}: {len(record)} of {SIZE} bytes are there")
     magic, version, kind, flags, put_time, data_end, checksum, id, expires, length, crc = _RECORD.unpack(
         record
     )
     if magic != MAGIC:
         raise BadItem(f"no footer at {offset}")
     if version != VERSION:
-        raise _of_version(version)
-    text = _text(buffer, end, length, limit) if length else b""
+        _refuse_later(record)
+        raise BadItem(f"footer of unknown version {version}")
+    text = b""
+    if length:
+        if length > MAX_JSON:
+            raise BadItem(f"footer claims {length} bytes of JSON; at most {MAX_JSON} are allowed")
+        text = bytes(buffer[end : min(end + length, limit)])
+        if len(text) != length:
+            raise BadItem(f"footer claims {length} bytes of JSON; {len(text)} are left in the file")
     actual = zlib.crc32(record[:_CHECKED])
     if text:
         actual = zlib.crc32(text, actual)
@@ -161,35 +168,12 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
     )
 
 
-def _cut(buffer: Buffer | Slices, offset: int, limit: int) -> Exception:
-    """Why a whole record cannot be read; that of a later release may be shorter."""
-    there = max(0, min(SIZE, limit - offset))
-    record = buffer[offset : offset + there] if offset >= 0 else b""
-    if len(record) >= _HEAD.size:
-        magic, version = _HEAD.unpack(record[: _HEAD.size])
-        if magic == MAGIC and version > VERSION:
-            return _of_version(version)
-    if offset < 0 or there < SIZE:
-        return BadItem(f"the file of {limit} bytes ends before the footer at {offset} does")
-    return BadItem(f"only {len(record)} of the footer's {SIZE} bytes at {offset} are there")
-
-
-def _of_version(version: int) -> Exception:
-    if version > VERSION:
-        text = f"item in version {version} of the format; this release knows {VERSION}"
-        return UnknownVersion(errno.EINVAL, text)
-    return BadItem(f"footer of unknown version {version}")
-
-
-def _text(buffer: Buffer | Slices, start: int, length: int, limit: int) -> bytes:
-    if length > MAX_JSON:
-        raise BadItem(f"footer claims {length} bytes of JSON; at most {MAX_JSON} are allowed")
-    if start + length > limit:
-        raise BadItem(f"footer claims {length} bytes of JSON; {limit - start} are left in the file")
-    text = bytes(buffer[start : start + length])
-    if len(text) != length:
-        raise BadItem(f"only {len(text)} of the footer's {length} bytes of JSON are there")
-    return text
+def _refuse_later(record: bytes | bytearray | memoryview) -> None:
+    """Raise UnknownVersion for what begins as the footer of a later release does; it may be shorter than ours."""
+    version = int.from_bytes(record[8:10], "little")
+    if record[:8] == MAGIC and version > VERSION:
+        text = f"item in version {version} of the format; this release knows versions up to {VERSION}"
+        raise UnknownVersion(errno.EINVAL, text)
 
 
 def _dump(names: Sequence[str] | None, meta: Any) -> bytes:

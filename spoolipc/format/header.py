@@ -146,38 +146,33 @@ def _canonical(dtype: DType) -> tuple[Any, DType]:
     )
 
 
-def _dtype_from(descr: Any, depth: int = 0) -> DType:
+def _dtype_from(descr: Any) -> DType:
     """The dtype of a descr in the forms that `np.save` writes; ValueError or TypeError for any other."""
-    if type(descr) is str:
-        if not _SIMPLE_DESCR.fullmatch(descr):
-            if descr.lstrip("<>|=").startswith("O"):
-                raise ValueError("object dtype, which needs pickle")
-            raise ValueError(f"unknown dtype {descr[:40]!r}")
-        return np.dtype(descr)
-    if depth == 0 and type(descr) is not list:
-        raise ValueError(f"descr is a {type(descr).__name__}, not a string or a list of fields")
-    _check_fields(descr, depth)
+    _check(descr, 0)
     return npformat.descr_to_dtype(descr)
 
 
-def _check_fields(descr: Any, depth: int) -> None:
+def _check(descr: Any, depth: int) -> None:
     if type(descr) is str:
-        _dtype_from(descr, depth)
+        if descr.lstrip("<>|=").startswith("O"):
+            raise ValueError("object dtype, which needs pickle")
+        if not _SIMPLE_DESCR.fullmatch(descr):
+            raise ValueError(f"unknown dtype {descr[:40]!r}")
         return
-    if type(descr) is not list or depth >= _MAX_NESTING:
-        raise ValueError("a field's dtype is not a string or a list of fields, or they are nested too deep")
+    if type(descr) is not list:
+        raise ValueError(f"a dtype is a {type(descr).__name__}, not a string or a list of fields")
+    if depth >= _MAX_NESTING:
+        raise ValueError("fields are nested too deep")
     for field in descr:
         if type(field) is not tuple or len(field) not in (2, 3):
             raise ValueError("a field is not a tuple of name, dtype and perhaps shape")
-        name = field[0]
+        name, shape = field[0], field[2] if len(field) == 3 else ()
         titled = type(name) is tuple and len(name) == 2 and type(name[0]) is str and type(name[1]) is str
         if type(name) is not str and not titled:
             raise ValueError("a field's name is not a string")
-        if len(field) == 3 and (
-            type(field[2]) is not tuple or not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in field[2])
-        ):
+        if type(shape) is not tuple or not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in shape):
             raise ValueError("a field's shape is not a tuple of sizes")
-        _check_fields(field[1], depth + 1)
+        _check(field[1], depth + 1)
 
 
 class _Utf8:

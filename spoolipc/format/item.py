@@ -405,15 +405,12 @@ def _raw(array: Array) -> memoryview:
 
 
 def _chunks(array: Array) -> Iterator[Array]:
-    """Contiguous copies of the parts of an array, in C order, each of a few MiB or of one element."""
-    if array.nbytes <= _CHUNK or array.ndim == 0:
-        yield np.ascontiguousarray(array)
-        return
-    row = array.nbytes // len(array)
-    if row > _CHUNK:
+    """Contiguous copies of the parts of an array that is not, in C order, each of a few MiB or of one element."""
+    rows = _CHUNK * len(array) // array.nbytes
+    if rows == 0 and array.ndim > 1:
         for part in array:
-            yield from _chunks(np.asarray(part))
+            yield from _chunks(part)
         return
-    step = _CHUNK // row
+    step = max(rows, 1)
     for start in range(0, len(array), step):
         yield np.ascontiguousarray(array[start : start + step])
