@@ -50,6 +50,7 @@ MAX_BLOCKS = 1024
 
 _CHUNK = 4 * 2**20
 _NOTHING = bytearray(ALIGN)
+_NO_PREFIX = b"", 0, 0, 0
 
 
 class Layout(NamedTuple):
@@ -127,8 +128,8 @@ def layout_of_spec(spec: ArraySpec) -> Layout:
     if order not in ("C", "F"):
         raise ValueError(f"order must be 'C' or 'F', not {order!r}")
     shape = tuple(map(operator.index, shape))
-    # As numpy sees it: what has no bytes, or only one dimension that counts, is in both orders.
-    fortran = order == "F" and bool(dtype.itemsize) and 0 not in shape and sum(n > 1 for n in shape) > 1
+    # As numpy sees it: what has no elements, or only one dimension that counts, is in both orders.
+    fortran = order == "F" and 0 not in shape and sum(n > 1 for n in shape) > 1
     key = ((dtype, dtype.num, shape, fortran),)
     layout = _layouts.get(key)
     return _lay_out(key) if layout is None else layout
@@ -165,16 +166,9 @@ def to_bytes(layout: Layout, arrays: Sequence[Array]) -> bytes:
 
     layout: what `layout_of` returned for such arrays.
     """
-    pieces: list[Any] = []
-    for block, header, array in zip(layout.blocks, layout.headers, arrays, strict=True):
-        pieces.append(header)
-        if array.flags.c_contiguous:
-            pieces.append(array)
-        elif block.fortran:
-            pieces.append(array.T)
-        else:
-            pieces.append(_opaque(array).tobytes())
-    return b"".join(pieces)
+    if len(arrays) == 1 and arrays[0].flags.c_contiguous:
+        return b"".join((layout.headers[0], arrays[0]))  # type: ignore[arg-type]
+    return b"".join(parts(layout, arrays))
 
 
 def parts(
@@ -221,12 +215,11 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
     blocks: list[Block] = []
     at = 0
     while True:
-        if at + PREFIX.size > limit:
-            raise BadItem(_missing(len(blocks), at, limit))
-        magic, version, minor, length = PREFIX.unpack_from(buffer, at)
+        whole = at + PREFIX.size <= limit
+        magic, version, minor, length = PREFIX.unpack_from(buffer, at) if whole else _NO_PREFIX
+        if magic == footers.MAGIC[:6]:
+            break
         if magic != MAGIC:
-            if magic == footers.MAGIC[:6]:
-                break
             raise BadItem(_missing(len(blocks), at, limit))
         if len(blocks) == MAX_BLOCKS:
             raise BadItem(f"more than {MAX_BLOCKS} blocks")
@@ -235,9 +228,7 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
             if version not in (2, 3) or minor:
                 raise BadItem(f"block {len(blocks)}: NPY of unknown version {version}.{minor}")
             start = at + LONG_PREFIX.size
-            if start > limit:
-                raise BadItem(_missing(len(blocks), at, limit))
-            length = LONG_PREFIX.unpack_from(buffer, at)[3]
+            length = LONG_PREFIX.unpack_from(buffer, at)[3] if start <= limit else 0
         offset = start + length
         if length > MAX_HEADER:
             raise BadItem(f"block {len(blocks)}: header of {length} bytes; at most {MAX_HEADER} are allowed")
@@ -292,13 +283,15 @@ def message(buffer: Buffer, blocks: Sequence[Block], footer: Footer, *, copy: bo
     buffer: as for `view`. blocks, footer: as `parse` returned them for it. copy: whether the arrays are copies, each
     of its own, that do not need the buffer. Returns read-only arrays either way.
     """
-    show = _copied if copy else view
-    if len(blocks) == 1:
-        arrays: tuple[Array, ...] = (show(buffer, blocks[0]),)
-    else:
-        arrays = tuple([show(buffer, block) for block in blocks])
+    arrays = []
+    for block in blocks:
+        source = buffer
+        if copy:  # not by numpy, which would lose padding
+            source = bytes(buffer[block.offset : block.offset + block.nbytes])
+            block = tuple.__new__(Block, (block.dtype, block.shape, block.fortran, 0, block.nbytes))
+        arrays.append(view(source, block))
     # Not Message(...), which is a call of Python code.
-    return tuple.__new__(Message, (arrays, footer.names, footer.meta, footer.put_time, footer.id))
+    return tuple.__new__(Message, (tuple(arrays), footer.names, footer.meta, footer.put_time, footer.id))
 
 
 def checksum_of(buffer: Buffer, end: int) -> int:
@@ -377,16 +370,6 @@ def _missing(count: int, at: int, limit: int) -> str:
     if count:
         return f"no footer and no further block at {at} of {limit} bytes, after {count} blocks"
     return f"not an NPY file: no header at the beginning of its {limit} bytes"
-
-
-def _copied(buffer: Buffer, block: Block) -> Array:
-    """A read-only copy of a block's array, over bytes of its own: a copy by numpy would lose padding."""
-    dtype = block.dtype if block.dtype.names is None else fresh(block.dtype)
-    data = bytes(buffer[block.offset : block.offset + block.nbytes])
-    order: Any = "F" if block.fortran else "C"
-    if not block.nbytes:
-        data = bytes(ALIGN)
-    return np.ndarray(block.shape, dtype, data, 0, None, order)
 
 
 def _opaque(array: Array) -> Array:
