@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import mmap
+import pickle
 import tracemalloc
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def content(array: Array) -> bytes:
 def assert_same(found: Array, array: Array) -> None:
     assert found.dtype == array.dtype
     assert found.dtype.byteorder == array.dtype.byteorder
-    assert found.dtype.metadata is None
+    assert "metadata" not in repr(found.dtype)
     assert found.shape == array.shape
     assert found.flags.fnc == array.flags.fnc
     assert content(found) == content(array)
@@ -174,9 +174,7 @@ def test_a_large_strided_array_is_copied_in_pieces(shape: tuple[int, ...]) -> No
 
 def test_a_large_element_is_a_piece_of_its_own() -> None:
     array = filled("V5000000", (4,))[::2]
-    pieces = list(item.parts(item.layout_of([array]), [array]))
-    assert [len(piece) for piece in pieces[1:]] == [5_000_000, 5_000_000]
-    assert b"".join(pieces[1:]) == array.tobytes()
+    assert list(item.parts(item.layout_of([array]), [array]))[1:] == [row.tobytes() for row in array]
 
 
 class TestPlain:
@@ -193,8 +191,7 @@ class TestPlain:
 
     @pytest.mark.parametrize("scalar", [np.float32(1.5), np.str_("ab"), np.datetime64(1, "s"), np.bool()])
     def test_numpy_scalars_become_0d_arrays(self, scalar: np.generic) -> None:
-        found = item.plain(scalar)
-        assert_same(found, np.array(scalar))
+        assert_same(item.plain(scalar), np.array(scalar))
 
     @pytest.mark.parametrize("other", [[1, 2], 1.0, "text", None, memoryview(b"x"), object])
     def test_anything_else_is_refused_with_the_remedy(self, other: object) -> None:
@@ -320,76 +317,70 @@ class TestView:
 
 
 def test_what_does_not_fit_a_layout_is_not_stored() -> None:
-    layout = item.layout_of([np.zeros((2, 3))])
-    for wrong in (
-        np.zeros(3),
-        np.zeros((3, 2)),
-        np.zeros((2, 3), ">f8"),
-        np.zeros((2, 3), "i8"),
-        np.float64(1),
-    ):
-        with pytest.raises(ValueError, match="for a block of"):
-            item.store(bytearray(layout.end), layout, [wrong])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="zip"):
-        item.store(bytearray(layout.end), layout, [])
+    layout, array = item.layout_of([np.zeros((2, 3))]), np.zeros((2, 3))
+    for wrong in ([np.zeros(3)], [array.T], [array.astype(">f8")], [array.astype("i8")], [array] * 2, []):
+        with pytest.raises(ValueError, match=r"for a block of|zip\(\)"):
+            item.store(bytearray(layout.end), layout, wrong)
     with pytest.raises((ValueError, TypeError)):
-        item.store(bytearray(layout.end - 1), layout, [np.zeros((2, 3))])
+        item.store(bytearray(layout.end - 1), layout, [array])
 
 
 @pytest.mark.parametrize("at", [0, 70, 128, 200, 227])
 def test_a_changed_byte_does_not_pass_a_checksum(at: int) -> None:
     array = np.arange(100, dtype="u1")
-    plain = made(array)
-    for buffer in (plain, mmap.mmap(-1, len(plain))):
-        buffer[:0] if buffer is plain else buffer.write(plain)  # type: ignore[union-attr]
-        assert item.checksum_of(buffer, 228) == item.checksum_of(plain[:228], 228)
-    data = bytearray(made(array, checksum=item.checksum_of(plain, 228)))
-    tail = item.parse(data, len(data))[1]
-    item.verify(data, tail)
-    data[at] ^= 4
-    with pytest.raises(BadItem, match="checksum mismatch"):
-        item.verify(data, tail)
-    item.verify(data, tail._replace(checksum=None))
-
-
-def block(*arrays: Array) -> bytes:
-    return item.to_bytes(item.layout_of(arrays), arrays)
+    checksum = item.checksum_of(made(array), 228)
+    with mmap.mmap(-1, 4096) as buffer:
+        buffer.write(made(array, checksum=checksum))
+        tail = item.parse(buffer, 4096)[1]
+        item.verify(buffer, tail)
+        buffer[at] ^= 4
+        with pytest.raises(BadItem, match="checksum mismatch"):
+            item.verify(buffer, tail)
+        item.verify(buffer, tail._replace(checksum=None))
 
 
 FOUR = np.zeros(4)
-LATER = block(FOUR) + footer.MAGIC + b"\x03\x00 and anything"
-OTHER_KIND = block(FOUR) + footer.pack(160, 1, ID, kind=7)
-DAMAGED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not an NPY file"),
-    "one byte": (b"\x93", "not an NPY file"),
-    "nine bytes": (b"\x93NUMPY\x01\x00\x10", "not an NPY file"),
-    "zeros": (bytes(300), "not an NPY file"),
-    "garbage": (b"GARBAGE" * 100, "not an NPY file"),
-    "only a footer": (footer.pack(0, 1, ID), "not an NPY file"),
-    "truncated in its header": (made(FOUR)[:70], "header ends at"),
-    "truncated in its data": (block(np.zeros(100))[:-1], "but the file ends"),
-    "truncated in its footer": (made(FOUR)[:-1], "ends before the footer"),
-    "no footer": (block(FOUR), "no footer"),
-    "footer of elsewhere": (block(FOUR) + footer.pack(64, 1, ID), "data ends at 64"),
-    "garbage for a footer": (block(FOUR) + b"garbage" * 10, "no footer"),
-    "one letter of the footer's magic": (made(FOUR).replace(b"SPOOLFTR", b"SPOOLFTX"), "no footer"),
-    "names too many": (made(FOUR, names=["a", "b"]), "2 names for 1 arrays"),
-    "names too few": (made(FOUR, FOUR, FOUR, names=["a", "b"]), "2 names for 3 arrays"),
-    "very many names": (made(FOUR, names=[f"{n:x}" for n in range(100_000)]), "100000 names"),
-    "misaligned second block": (block(np.zeros(1)) + made(FOUR), "block 1: data at"),
-}
+WHOLE = made(FOUR)
+BARE = WHOLE[:160]
+DAMAGED = [
+    (b"", "not an NPY file"),
+    (b"\x93", "not an NPY file"),
+    (b"\x93NUMPY\x01\x00\x10", "not an NPY file"),
+    (bytes(300), "not an NPY file"),
+    (b"GARBAGE" * 100, "not an NPY file"),
+    (pickle.dumps(print), "not an NPY file"),
+    (footer.pack(0, 1, ID), "not an NPY file"),
+    (WHOLE[:70], "header ends at"),
+    (WHOLE[:150], "but the file ends"),
+    (WHOLE[:-1], "ends before the footer"),
+    (BARE, "no footer"),
+    (BARE + b"garbage" * 10, "no footer"),
+    (WHOLE.replace(footer.MAGIC, b"SPOOLFTX"), "no footer"),
+    (BARE + footer.pack(64, 1, ID), "data ends at 64"),
+    (made(FOUR, names=["a", "b"]), "2 names for 1 arrays"),
+    (made(FOUR, FOUR, FOUR, names=["a", "b"]), "2 names for 3 arrays"),
+    (made(FOUR, names=[f"{n:x}" for n in range(100_000)]), "100000 names"),
+    (made(np.zeros(1))[:136] + WHOLE, "block 1: data at"),
+]
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_refused_with_its_reason(name: str) -> None:
-    data, reason = DAMAGED[name]
-    for buffer in (data, memoryview(data)):
-        with pytest.raises(BadItem, match=reason):
-            item.parse(buffer, len(data))
+@pytest.mark.parametrize(("data", "reason"), DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_file_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    item._parsed.clear()
+    for _ in range(2):  # the second time with a known header
+        for buffer in (data, memoryview(data)):
+            with pytest.raises(BadItem, match=reason):
+                item.parse(buffer, len(data))
+        shown(WHOLE)
 
 
-@pytest.mark.parametrize("data", [LATER, OTHER_KIND, footer.pack(0, 1, ID, kind=7)])
-def test_the_item_of_a_later_release_is_none_damaged(data: bytes) -> None:
+LATER = footer.MAGIC + b"\x03\x00 and anything"
+
+
+@pytest.mark.parametrize(
+    "data", [BARE + LATER, LATER, BARE + footer.pack(160, 1, ID, kind=7), footer.pack(0, 1, ID, kind=7)]
+)
+def test_the_item_of_a_later_release_is_told_from_a_damaged_one(data: bytes) -> None:
     with pytest.raises(UnknownVersion):
         item.parse(data, len(data))
 
@@ -400,7 +391,7 @@ def test_nothing_beyond_the_given_size_is_touched() -> None:
             assert at.stop <= size
             return super().__getitem__(at)
 
-    data = Watched(made(np.zeros(4), np.zeros((2, 2)), meta=[1, 2, 3]))
+    data = Watched(made(FOUR, np.zeros((2, 2)), meta=[1, 2, 3]))
     for size in range(len(data)):
         with pytest.raises(BadItem):
             item.parse(data, size)
@@ -413,13 +404,8 @@ def test_nothing_beyond_the_given_size_is_touched() -> None:
 
 def test_a_header_is_known_again_wherever_it_lies() -> None:
     array = np.arange(7, dtype="i2")
-    for arrays in ([FOUR, array], [array], [np.zeros((2, 2)), FOUR, array], [array, array]):
-        for found, one in zip(shown(made(*arrays)), arrays, strict=True):
-            assert_same(found, one)
-    header = item.layout_of([array]).headers[0]
-    moved = b"\x93NUMPY\x01\x00" + (len(header) - 9).to_bytes(2, "little") + header[10:]  # one byte late
-    with pytest.raises(BadItem):
-        item.parse(moved + made(array), 1000)
+    for arrays in ([FOUR, array], [array], [np.zeros((2, 2)), FOUR, array], [array]):
+        assert [found.tolist() for found in shown(made(*arrays))] == [one.tolist() for one in arrays]
 
 
 @given(
@@ -433,20 +419,13 @@ def test_random_bytes_raise_nothing_but_bad_item(data: bytes, begins: bytes) -> 
 
 @given(data=st.data())
 def test_a_mutated_item_is_shown_or_refused(data: st.DataObject) -> None:
-    arrays: Sequence[Array] = (
-        filled(ALIGNED, (3,)),
-        np.asfortranarray(filled("f8", (2, 3))),
-        filled("U2", (2,)),
-    )
+    arrays = filled(ALIGNED, (3,)), np.asfortranarray(filled("f8", (2, 3))), filled("U2", (2,))
     whole = bytearray(made(*arrays, slack=b"slack", names=["a", "b", "c"], meta={"k": 1}))
+    telling = st.sampled_from([bytes([letter]) for letter in b"0123456789()[]{}',<>|OTF -"])
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, max(len(whole) - 1, 0)))
+        at = data.draw(st.integers(0, len(whole)))
         cut = data.draw(st.sampled_from([0, 1, 1, 1, 60]))
-        new = data.draw(
-            st.binary(max_size=3)
-            | st.sampled_from(["0", "9", "(", "{", "'", ",", ">", "O", "F"]).map(str.encode)
-        )
-        whole[at : at + cut] = new
+        whole[at : at + cut] = data.draw(st.binary(max_size=70) | telling)
     try:
         blocks, tail = item.parse(whole, len(whole))
     except (BadItem, UnknownVersion):
