@@ -25,6 +25,7 @@ from .engine import (
     Session,
 )
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
+from .format.item import plain
 from .item import Item
 from .message import Array, Arrays, ArraySpec, Json, Limits, Message, Peeked, deadline_of
 
@@ -375,39 +376,20 @@ def _joined(limits: Limits | None, beside: Limits) -> Limits:
 
 def _spec(shape: int | tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"]) -> ArraySpec:
     """What np.empty would make of these."""
-    if order not in ("C", "F"):
-        raise ValueError(f'order must be "C" or "F", not {order!r}')
     unit = np.empty((), dtype)  # gives "S" a length and a subarray its dimensions
     sizes = tuple(map(operator.index, shape)) if np.iterable(shape) else (operator.index(shape),)
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"shape must be of whole numbers of zero or more, not {shape!r}")
     return ArraySpec(sizes + unit.shape, unit.dtype, order)
 
 
 def _message(array: Array | Mapping[str, Array], meta: Json) -> Message:
     if not isinstance(array, Mapping):
-        return Message((_plain(array),), None, meta)
+        return Message((plain(array),), None, meta)
     if not array:
         raise ValueError("an item needs at least one array; the mapping given is empty")
     for name in array:
         if not isinstance(name, str):
             raise UnsupportedArray(f"the names of an item's arrays must be strings, not {name!r}")
-    return Message(tuple(map(_plain, array.values())), tuple(array), meta)
-
-
-def _plain(obj: object) -> Array:
-    """The array of an ndarray of any subclass, or of a numpy scalar, as a base ndarray."""
-    if type(obj) is np.ndarray:
-        return obj
-    if isinstance(obj, np.ma.MaskedArray):
-        raise UnsupportedArray(
-            "a masked array would lose its mask; "
-            "put x.filled(value), or x.data and np.ma.getmaskarray(x) as two arrays"
-        )
-    if isinstance(obj, (np.ndarray, np.generic)):
-        return np.asarray(obj)
-    name = f"{type(obj).__module__}.{type(obj).__qualname__}".removeprefix("builtins.")
-    raise UnsupportedArray(f"a {name} is not a numpy array; convert it first, with np.asarray(x)")
+    return Message(tuple(map(plain, array.values())), tuple(array), meta)
 
 
 def _arrays(message: Message, copy: bool) -> Arrays:

@@ -1,0 +1,25 @@
+"""The memory engine passes the suite of engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from spoolipc import memory
+from spoolipc.engine import Engine
+from spoolipc.testing import DamageSuite, EngineSuite, LoanSuite
+
+
+class TestMemoryEngine(EngineSuite, LoanSuite, DamageSuite):
+    @pytest.fixture(autouse=True)
+    def _clear(self) -> Iterator[None]:
+        yield
+        memory.clear(self.place)
+
+    def engine(self, place: str) -> Engine:
+        return memory.MemoryEngine(place)
+
+    def damage(self, seq: int) -> None:
+        spool = memory._spools[self.place]
+        (spool.waiting | spool.in_flight)[seq].image[:6] = b"broken"
