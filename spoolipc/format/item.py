@@ -347,7 +347,7 @@ def _block(buffer: Buffer, header: bytes, index: int, offset: int, limit: int) -
         if block is None:
             block = read_header(header, offset)
             if offset + block.nbytes <= limit:
-                view(buffer, block)
+                view(buffer, block)  # or numpy says what else it minds
         elif block.offset != offset:
             block = block._replace(offset=offset)
     except Exception as error:  # literals provoke RecursionError, MemoryError, SyntaxError and more

@@ -176,6 +176,7 @@ def test_a_forged_footer_is_refused_with_its_reason(data: bytes, reason: str) ->
         forged(kind=1),
         forged(b"no JSON", kind=2**16 - 1, flags=8),
     ],
+    ids=range(5),
 )
 def test_the_footer_of_a_later_release_is_told_from_a_damaged_one(data: bytes) -> None:
     with pytest.raises(UnknownVersion, match="this release") as caught:

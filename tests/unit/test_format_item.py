@@ -378,7 +378,9 @@ LATER = footer.MAGIC + b"\x03\x00 and anything"
 
 
 @pytest.mark.parametrize(
-    "data", [BARE + LATER, LATER, BARE + footer.pack(160, 1, ID, kind=7), footer.pack(0, 1, ID, kind=7)]
+    "data",
+    [BARE + LATER, LATER, BARE + footer.pack(160, 1, ID, kind=7), footer.pack(0, 1, ID, kind=7)],
+    ids=range(4),
 )
 def test_the_item_of_a_later_release_is_told_from_a_damaged_one(data: bytes) -> None:
     with pytest.raises(UnknownVersion):
