@@ -4,7 +4,8 @@
 
 The first who opens a name makes the spool; it lives until the process ends or `clear(NAME)`, whoever closes. Each
 item is kept as the bytes of a whole item file, so that what is refused, and what comes back, is what it would be in a
-directory. The limits hold, `max_bytes` for those bytes; `recycle_bytes` and `mode` are agreed on and mean nothing.
+directory; nothing can damage one, so checksums are not stored. The limits hold, `max_bytes` for those bytes;
+`recycle_bytes` and `mode` are agreed on and mean nothing.
 
 Every operation is one step under the spool's one condition, and whoever waits, waits on it. No clock runs aside: leases
 and delays that ended are seen by the next step, and by those who wait. A forked child has a copy of every spool, which
@@ -28,7 +29,6 @@ from . import message as values
 from .engine import ConsumerOptions, ProducerOptions, retry
 from .errors import (
     AlreadySettled,
-    BadItem,
     Empty,
     Full,
     LeaseExpired,
@@ -38,7 +38,7 @@ from .errors import (
     ShutDown,
     SpoolClosed,
     TooLarge,
-)  # fmt: skip
+)
 from .format import footer as footers
 from .format import item as items
 from .message import Deadline, Delivery, Limits, Message
@@ -61,13 +61,10 @@ class _Item:
     due: float = math.inf
     history: list[values.Failure] = field(default_factory=list)
 
-    def message(self, *, verify: bool = False) -> Message:
-        """What is in it, the arrays as read-only views. Raises BadItem."""
+    def message(self) -> Message:
+        """What is in it, the arrays as read-only views."""
         shown = memoryview(self.image).toreadonly()
-        blocks, footer = items.parse(shown, len(shown))
-        if verify:
-            items.verify(shown, footer)
-        return items.message(shown, blocks, footer, copy=False)
+        return items.message(shown, *items.parse(shown, len(shown)), copy=False)
 
 
 _Place = OrderedDict[int, _Item]
@@ -165,17 +162,20 @@ class _Spool:
         self.move(item, self.failed)
         _log.error("%s: item %d is now a dead letter: %s", self.path, item.seq, why)
 
-    def tick(self) -> float:
-        """See which leases and delays have ended; returns when the next will, in monotonic seconds."""
+    def next_due(self) -> float:
+        """When the next lease or delay ends, in monotonic seconds."""
+        return min(
+            (item.due for item in (*self.in_flight.values(), *self.delayed.values())), default=math.inf
+        )
+
+    def tick(self) -> None:
+        """See which leases and delays have ended."""
         now = time.monotonic()
         for item in [item for item in self.in_flight.values() if item.due <= now]:
             self.requeue(item, "its lease ended")
         for item in sorted(self.delayed.values(), key=lambda item: item.due):
             if item.due <= now:
                 self.move(item, self.redelivered)
-        return min(
-            (item.due for item in (*self.in_flight.values(), *self.delayed.values())), default=math.inf
-        )
 
 
 class _Session:
@@ -221,16 +221,13 @@ class _Session:
         if self._closed:
             raise SpoolClosed(f"this session of {self.path} was closed")
 
-    def _retry(self, step: Callable[[], T], until: Deadline) -> T:
-        """The result of `step`, within a step, as soon as it raises neither Full nor Empty."""
-        return retry(step, self._wait, until)
-
     def _wait(self, until: Deadline) -> bool:
-        now, next_due = time.monotonic(), self._spool.tick()
-        end = math.inf if until is None else until
+        """Wait, within a step, until another try may help; False when the deadline is past."""
+        now = time.monotonic()
+        end = min(now + _LONGEST_SLEEP, math.inf if until is None else until)
         if end <= now:
             return False
-        self._spool.changed.wait(min(max(0.0, min(end, next_due) - now), _LONGEST_SLEEP))
+        self._spool.changed.wait(max(0.0, min(end, self._spool.next_due()) - now))
         self._check_open()
         self._spool.tick()
         return True
@@ -241,13 +238,12 @@ class Producer(_Session):
 
     def __init__(self, spool: _Spool, options: ProducerOptions) -> None:
         super().__init__(spool, options.limits)
-        self._checksum = options.checksum
         if options.reopen:
             with self._step():
                 spool.state = "open"
 
     def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
-        """Put messages; all are looked at first, so that of a refused one, no other is put either."""
+        """Put messages; all are looked at first, so that none is put where one must be refused."""
         ready = [self._item(message) for message in messages]
         seqs: list[int] = []
         with self._step() as spool:
@@ -268,7 +264,9 @@ class Producer(_Session):
         with self._step() as spool:
             spool.check_fits(size)
             self._await_room(size, until)
-        return Loan(self, layout, meta, bytearray(size))
+        image, (block,), (header,) = bytearray(size), layout.blocks, layout.headers
+        image[block.offset - len(header) : block.offset] = header
+        return Loan(self, layout, meta, image)
 
     def full(self) -> bool:
         with self._step() as spool:
@@ -286,20 +284,13 @@ class Producer(_Session):
             spool.changed.notify_all()
 
     def _await_room(self, size: int, until: Deadline) -> None:
-        self._retry(lambda: self._spool.check_room(size), until)
+        retry(lambda: self._spool.check_room(size), self._wait, until)
 
     def _item(self, message: Message) -> _Item:
         layout = items.layout_of(message.arrays)
-        size = layout.end + len(_footer(layout, 0, message))
-        return self._sealed(bytearray(size), layout, message)
-
-    def _sealed(self, image: bytearray, layout: items.Layout, message: Message) -> _Item:
-        """The item of a message, its arrays stored in `image` unless they lie there."""
-        put_time = time.time_ns()
+        image = bytearray(layout.end + len(_footer(layout, 0, message)))
         items.store(image, layout, message.arrays)
-        checksum = items.checksum_of(image, layout.end) if self._checksum else None
-        image[layout.end :] = _footer(layout, put_time, message, checksum)
-        return _Item(image, put_time)
+        return _sealed(image, layout, message)
 
 
 class Loan:
@@ -320,9 +311,7 @@ class Loan:
             self._producer._await_room(len(image), until)
             self.array.flags.writeable = False
             self._image = None
-            return spool.append(
-                self._producer._sealed(image, self._layout, Message((self.array,), None, self._meta))
-            )
+            return spool.append(_sealed(image, self._layout, Message((), None, self._meta)))
 
     def discard(self) -> None:
         self._image = None
@@ -333,7 +322,6 @@ class Consumer(_Session):
 
     def __init__(self, spool: _Spool, options: ConsumerOptions) -> None:
         super().__init__(spool, options.limits)
-        self._verify = options.verify
 
     def take(self, limit: int, until: Deadline) -> list[Message]:
         return self._several(self._take, limit, until)
@@ -343,18 +331,14 @@ class Consumer(_Session):
 
     def peek(self, until: Deadline) -> values.Peeked:
         with self._step():
-            item, message = self._retry(self._next, until)
-            when, size = message.put_time / 1e9, len(item.image)
+            item = retry(lambda: self._spool.next_item(self), self._wait, until)
+            message, size = item.message(), len(item.image)
+            when = message.put_time / 1e9
             return values.Peeked(item.seq, item.attempt, when, size, message.names, message.meta)
 
     def load(self, delivery: Delivery) -> Message:
-        with self._step() as spool:
-            item = self._in_flight(delivery)
-            try:
-                return item.message(verify=self._verify)
-            except BadItem as error:
-                spool.dead_letter(item, f"damaged: {error}")
-                raise
+        with self._step():
+            return self._in_flight(delivery).message()
 
     def describe(self, delivery: Delivery) -> values.Contents:
         message = self.load(delivery)
@@ -379,17 +363,17 @@ class Consumer(_Session):
     def _several(self, step: Callable[[], T], limit: int, until: Deadline) -> list[T]:
         """What `step` returns, up to `limit` times, having waited only for the first."""
         with self._step():
-            found = [self._retry(step, until)]
+            found = [retry(step, self._wait, until)]
             with suppress(Empty, ShutDown):
                 while len(found) < limit:
                     found.append(step())
             return found
 
     def _take(self) -> Message:
-        item, message = self._next()
+        item = self._spool.next_item(self)
         self._spool.gets += 1
         self._spool.move(item, None)
-        return message
+        return item.message()
 
     def _claim(self, lease: float | None) -> Delivery:
         item = self._spool.next_item(self)
@@ -398,15 +382,6 @@ class Consumer(_Session):
         item.owner = self
         item.due = math.inf if lease is None else time.monotonic() + lease
         return Delivery(item.seq, item.attempt, item.put_time, len(item.image), item)
-
-    def _next(self) -> tuple[_Item, Message]:
-        """The next item and what is in it; damaged ones are dead-lettered. Raises Empty, ShutDown."""
-        while True:
-            item = self._spool.next_item(self)
-            try:
-                return item, item.message(verify=self._verify)
-            except BadItem as error:
-                self._spool.dead_letter(item, f"damaged: {error}")
 
     def _in_flight(self, delivery: Delivery) -> _Item:
         item: _Item = delivery.handle
@@ -461,19 +436,13 @@ class Admin:
 
     def failed_retry(self, seqs: Iterable[int] | None) -> values.Retried:
         done: dict[int, int] = {}
-        damaged: dict[int, str] = {}
         with self._step() as spool:
             for item in self._letters(seqs):
                 if spool.state != "open":
                     raise ShutDown(f"the spool {spool.path} was shut down")
-                try:
-                    item.message()
-                except BadItem as error:
-                    damaged[item.seq] = str(error)
-                    continue
                 del spool.failed[item.seq]
                 done[item.seq] = spool.append(_Item(item.image, item.put_time))
-        return values.Retried(done, damaged)
+        return values.Retried(done, {})
 
     def failed_drop(self, seqs: Iterable[int] | None) -> list[int]:
         with self._step() as spool:
@@ -537,9 +506,16 @@ _opening = threading.Lock()
 _spools: dict[str, _Spool] = {}
 
 
-def _footer(layout: items.Layout, put_time: int, message: Message, checksum: int | None = None) -> bytes:
+def _footer(layout: items.Layout, put_time: int, message: Message) -> bytes:
     number = bytes.fromhex(message.id) or os.urandom(16)
-    return footers.pack(layout.end, put_time, number, message.names, message.meta, checksum)
+    return footers.pack(layout.end, put_time, number, message.names, message.meta)
+
+
+def _sealed(image: bytearray, layout: items.Layout, message: Message) -> _Item:
+    """The item whose headers and data are in `image`; the footer is added."""
+    put_time = time.time_ns()
+    image[layout.end :] = _footer(layout, put_time, message)
+    return _Item(image, put_time)
 
 
 def _failure(item: _Item, why: str) -> values.Failure:
@@ -547,11 +523,7 @@ def _failure(item: _Item, why: str) -> values.Failure:
 
 
 def _letter(item: _Item) -> values.DeadLetter:
-    message, damage = Message(()), ""
-    try:
-        message = item.message()
-    except BadItem as error:
-        damage = str(error)
+    message = item.message()
     names: Sequence[str | None] = message.names or (None,) * len(message.arrays)
     return values.DeadLetter(
         seq=item.seq,
@@ -565,6 +537,6 @@ def _letter(item: _Item) -> values.DeadLetter:
             for name, array in zip(names, message.arrays, strict=True)
         ),
         meta=message.meta,
-        put_time=None if damage else message.put_time / 1e9,
-        damage=damage,
+        put_time=message.put_time / 1e9,
+        damage="",
     )

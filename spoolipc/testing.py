@@ -772,7 +772,8 @@ class LoanSuite(Suite):
         self.producer = self.open_producer(Limits(maxsize=1))
         loan = self.loan()
         self.put(0)
-        for call in (self.loan, lambda: loan.commit(NOW)):
+        calls: list[Callable[[], Any]] = [self.loan, lambda: loan.commit(NOW)]
+        for call in calls:
             with pytest.raises(Full):
                 call()
         loan.array[:] = 1
@@ -792,7 +793,8 @@ class LoanSuite(Suite):
         with pytest.raises((TypeError, ValueError)):
             self.loan(small, {1})
         self.producer.shutdown(False)
-        for call in (lambda: self.loan(small), lambda: loans[0].commit(NOW)):
+        calls: list[Callable[[], Any]] = [lambda: self.loan(small), lambda: loans[0].commit(NOW)]
+        for call in calls:
             with pytest.raises(ShutDown):
                 call()
         self.producer.close()

@@ -8,10 +8,10 @@ import pytest
 
 from spoolipc import memory
 from spoolipc.engine import Engine
-from spoolipc.testing import DamageSuite, EngineSuite, LoanSuite
+from spoolipc.testing import EngineSuite, LoanSuite
 
 
-class TestMemoryEngine(EngineSuite, LoanSuite, DamageSuite):
+class TestMemoryEngine(EngineSuite, LoanSuite):
     @pytest.fixture(autouse=True)
     def _clear(self) -> Iterator[None]:
         yield
@@ -19,7 +19,3 @@ class TestMemoryEngine(EngineSuite, LoanSuite, DamageSuite):
 
     def engine(self, place: str) -> Engine:
         return memory.MemoryEngine(place)
-
-    def damage(self, seq: int) -> None:
-        spool = memory._spools[self.place]
-        (spool.waiting | spool.in_flight)[seq].image[:6] = b"broken"

@@ -1,0 +1,260 @@
+"""The faces check what they are given, say clearly what an engine cannot do, and cost no more than they must."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spoolipc import memory
+from spoolipc.connect import connect
+from spoolipc.errors import (
+    AlreadySettled,
+    Empty,
+    Full,
+    LeaseExpired,
+    ShutDown,
+    SpoolError,
+    UnsupportedArray,
+    UnsupportedOperation,
+)
+from spoolipc.message import Limits
+from spoolipc.queue import SpoolReader, SpoolWriter
+
+URL = "memory://faces"
+
+
+@pytest.fixture(autouse=True)
+def _clear() -> Iterator[None]:
+    yield
+    memory.clear("faces")
+
+
+@pytest.fixture
+def writer() -> Iterator[SpoolWriter]:
+    with SpoolWriter(URL) as writer:
+        yield writer
+
+
+@pytest.fixture
+def reader() -> Iterator[SpoolReader]:
+    with SpoolReader(URL) as reader:
+        yield reader
+
+
+@pytest.mark.parametrize("url", ["nats://host/name", "MEMORY://name", "file:///tmp/spool"])
+def test_unknown_scheme_is_refused_and_the_known_ones_named(url: str) -> None:
+    with pytest.raises(ValueError, match="memory://"):
+        connect(url)
+
+
+def test_spool_in_memory_needs_a_name() -> None:
+    with pytest.raises(ValueError, match="NAME"):
+        SpoolWriter("memory://")
+
+
+class TestLimits:
+    @pytest.mark.parametrize("face", [SpoolWriter, SpoolReader])
+    def test_are_taken_together_or_one_by_one(self, face: Any) -> None:
+        face(URL, limits=Limits(maxsize=3, max_attempts=2), max_bytes=10**6, maxsize=3).close()
+        limits = connect(URL).admin().stat().limits
+        assert (limits.maxsize, limits.max_bytes, limits.max_attempts) == (3, 10**6, 2)
+
+    @pytest.mark.parametrize("face", [SpoolWriter, SpoolReader])
+    def test_one_given_twice_with_two_values_is_refused(self, face: Any) -> None:
+        with pytest.raises(ValueError, match="maxsize is given twice: 3 in limits and 0 beside it"):
+            face(URL, limits=Limits(maxsize=3), maxsize=0)
+
+    @pytest.mark.parametrize("value", [-1, 1.5, True, "3"], ids=repr)
+    def test_what_is_no_whole_number_is_refused(self, value: Any) -> None:
+        for given in ({"max_bytes": value}, {"limits": Limits(max_bytes=value)}):
+            with pytest.raises(ValueError, match="max_bytes must be a whole number"):
+                SpoolWriter(URL, **given)
+        with pytest.raises(SpoolError):
+            connect(URL).admin()  # none was made
+
+
+class TestArguments:
+    def test_what_is_no_array_is_a_type_error(self, writer: SpoolWriter) -> None:
+        for thing in ([1, 2], 3.0, None, {1: np.zeros(1)}, {"a": [1]}, np.ma.masked_array([1, 2])):
+            with pytest.raises(UnsupportedArray):
+                writer.put(thing)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="empty"):
+            writer.put({})
+        assert writer.empty()
+
+    def test_scalars_and_subclasses_are_arrays(self, writer: SpoolWriter, reader: SpoolReader) -> None:
+        writer.put_many([np.float32(3), np.zeros((2, 2)).view(np.matrix)])  # type: ignore[list-item]
+        assert [(type(each), each.shape) for each in reader.get_many(2)] == [
+            (np.ndarray, ()),
+            (np.ndarray, (2, 2)),
+        ]
+
+    def test_negative_timeouts_and_limits_are_refused(self, writer: SpoolWriter, reader: SpoolReader) -> None:
+        calls: list[Callable[..., Any]] = [reader.get, reader.receive, reader.peek]
+        for call in calls:
+            with pytest.raises(ValueError, match="timeout"):
+                call(timeout=-1)
+        with pytest.raises(ValueError, match="timeout"):
+            writer.put(np.zeros(1), timeout=float("nan"))
+        with pytest.raises(ValueError, match="limit"):
+            reader.get_many(0)
+        with pytest.raises(ValueError, match="lease"):
+            SpoolReader(URL, lease=0)
+        with pytest.raises(ValueError, match="durability"):
+            SpoolWriter(URL, durability="sometimes")  # type: ignore[arg-type]
+
+    def test_metas_must_be_one_for_each(self, writer: SpoolWriter, reader: SpoolReader) -> None:
+        with pytest.raises(ValueError, match="2 arrays but 1 metas"):
+            writer.put_many([np.zeros(1)] * 2, metas=[1])
+        writer.put_many([np.zeros(1)] * 2, metas=iter("ab"))
+        assert [item.meta for item in (reader.receive(), reader.receive())] == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [(3, float), ((2, 0), "S"), ((), "U"), ([4, 2], "i2"), (2, ("f4", (3,)))],
+        ids=repr,
+    )
+    def test_loan_is_of_what_np_empty_would_make(self, writer: SpoolWriter, shape: Any, dtype: Any) -> None:
+        with writer.loan(shape, dtype) as array:
+            like: Any = np.empty(shape, dtype)
+            assert (array.shape, array.dtype) == (like.shape, like.dtype)
+        for bad in (-1, 1.5, (2, -2)):
+            with pytest.raises((ValueError, TypeError)), writer.loan(bad):  # type: ignore[arg-type]
+                pass
+
+
+class TestWriter:
+    def test_put_of_several_says_in_its_error_which_were_put(self) -> None:
+        with SpoolWriter(URL, maxsize=2) as writer, pytest.raises(Full) as caught:
+            writer.put_many([np.zeros(1)] * 3, block=False)
+        assert caught.value.seqs == (1, 2)
+
+    def test_loan_is_put_at_the_end_of_the_block_unless_it_raises(
+        self, writer: SpoolWriter, reader: SpoolReader
+    ) -> None:
+        with pytest.raises(KeyError), writer.loan(3) as array:
+            raise KeyError
+        assert writer.empty()
+        with writer.loan(3, meta="lent") as array:
+            array[:] = 7
+            assert writer.empty()
+        item = reader.receive()
+        assert (item.array.tolist(), item.meta) == ([7, 7, 7], "lent")
+        assert np.shares_memory(item.array, array)
+        assert not array.flags.writeable
+
+    def test_what_the_engine_cannot_do_is_said(self, writer: SpoolWriter, reader: SpoolReader) -> None:
+        for face in (writer, reader):
+            with pytest.raises(UnsupportedOperation, match="no other process can open memory://faces"):
+                copy.copy(face)
+        with pytest.raises(NotImplementedError, match="preallocate"):
+            SpoolWriter(URL, preallocate=(1, 8))
+        assert connect(URL).admin().stat().live_sessions == 2
+        with pytest.raises(ValueError, match="durability"):
+            SpoolWriter(URL, durability="fsync")
+
+    def test_put_calls_little_python_before_the_engine(
+        self, writer: SpoolWriter, reader: SpoolReader
+    ) -> None:
+        array = np.zeros(1)
+        item = reader.receive(block=False) if writer.put(array) and writer.put(array) else None
+        assert item is not None
+        assert calls_of_faces(lambda: writer.put(array)) == 1
+        assert calls_of_faces(lambda: writer.put(array, timeout=1)) == 2
+        assert calls_of_faces(reader.get) == 1
+        assert calls_of_faces(item.ack) == 2
+
+
+class TestReader:
+    def test_copies_are_writable_and_ones_own(self, writer: SpoolWriter, reader: SpoolReader) -> None:
+        writer.put_many([np.zeros((2, 3), order="F"), {"a": np.zeros(1)}])
+        array, named = reader.get_many(2, copy=True)
+        assert (array.flags.writeable, array.flags.owndata, array.flags.f_contiguous) == (True, True, True)
+        assert named["a"].flags.writeable
+        writer.put(array)
+        assert not reader.get().flags.writeable
+        with pytest.raises(Empty):
+            reader.get_nowait()
+
+    def test_iteration_holds_no_array_while_it_waits(self, writer: SpoolWriter, reader: SpoolReader) -> None:
+        writer.put_many([np.zeros(1)] * 2)
+        arrays = iter(reader)
+        references = sys.getrefcount(next(arrays)), sys.getrefcount(reader.get())
+        assert references[0] == references[1] + 1  # the generator's own, which it lets go when it goes on
+        writer.shutdown()
+        assert list(arrays) == []
+
+    def test_items_are_acknowledged_or_requeued_with_the_loop(
+        self, writer: SpoolWriter, reader: SpoolReader
+    ) -> None:
+        writer.put_many([np.full(1, number) for number in range(3)])
+
+        def loop() -> None:
+            for item in reader.items():
+                if item.array[0] == 1:
+                    raise KeyError
+
+        with pytest.raises(KeyError):
+            loop()
+        item = reader.receive()
+        assert (item.array[0], item.attempt, item.nbytes > 8, item.settled) == (1, 2, True, False)
+        assert repr(item) == "Item(seq=2, attempt=2, in flight)"
+        item.nack()
+        with pytest.raises(AlreadySettled, match="requeued before"):
+            item.ack()
+        writer.shutdown()
+        assert [item.seq for item in reader.items()] == [2, 3]
+        with pytest.raises(ShutDown):
+            reader.get()
+
+    def test_item_says_what_it_is_and_who_lost_it(self, writer: SpoolWriter) -> None:
+        with SpoolReader(URL, lease=1e-6) as reader:
+            writer.put({"a": np.zeros(1), "b": np.ones(2)}, meta=[1])
+            item = reader.receive()
+            assert item.put_time > 0
+            with pytest.raises(LeaseExpired):
+                item.ack()
+            with pytest.raises(AlreadySettled, match="lease ended"):
+                item.extend(1)
+        with SpoolReader(URL) as reader, reader.receive() as item:
+            with pytest.raises(TypeError, match=r"a, b"):
+                _ = item.array
+            assert [*item.arrays] == ["a", "b"]
+            assert item.meta == [1]
+            item.reject("no use")
+        (letter,) = connect(URL).admin().failed_list()
+        assert letter.reason == "no use"
+
+    def test_faces_say_where_they_are(self, writer: SpoolWriter, reader: SpoolReader) -> None:
+        assert (repr(writer), repr(reader)) == (
+            "SpoolWriter('memory://faces')",
+            "SpoolReader('memory://faces')",
+        )
+        assert (writer.path, writer.maxsize, writer.full(), reader.qsize()) == (URL, 0, False, 0)
+
+
+def calls_of_faces(call: Callable[[], Any]) -> int:
+    """How many Python functions above the engine are called by `call`, a lambda not counted."""
+    count = 0
+
+    def on(frame: FrameType, event: str, _: object) -> None:
+        nonlocal count
+        name = frame.f_code.co_filename
+        count += (
+            event == "call"
+            and name.endswith(("/queue.py", "/item.py", "/message.py"))
+            and "format" not in name
+        )
+
+    sys.setprofile(on)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
