@@ -2,7 +2,10 @@
 
 import logging
 
-from .delivery import Item
+from .directory.check import FsckReport, Problem, fsck
+from .directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
+from .directory.housekeeping import GcReport, gc
+from .directory.stat import stat
 from .errors import (
     AlreadySettled,
     BadItem,
@@ -23,16 +26,13 @@ from .errors import (
     UnknownVersion,
     UnsafeSpool,
     UnsupportedArray,
+    UnsupportedOperation,
 )
-from .failed import DeadLetter, Retried, StoredArray, failed_drop, failed_list, failed_retry, failed_show
-from .fsck import FsckReport, fsck
-from .history import Failure
-from .layout import Limits
-from .premises import Problem
-from .reader import Peeked, SpoolReader
-from .status import SpoolStat, stat
-from .sweep import GcReport, gc
-from .writer import SpoolWriter
+from .item import Item
+from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
+from .queue import SpoolReader, SpoolWriter
+
+__version__ = "0.1.0"
 
 logging.getLogger("spoolipc").addHandler(logging.NullHandler())
 
@@ -69,6 +69,7 @@ __all__ = [
     "UnknownVersion",
     "UnsafeSpool",
     "UnsupportedArray",
+    "UnsupportedOperation",
     "failed_drop",
     "failed_list",
     "failed_retry",
@@ -77,3 +78,7 @@ __all__ = [
     "gc",
     "stat",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

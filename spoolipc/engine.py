@@ -1,165 +1,212 @@
-"""What the faces (writer, reader, queue, asyncio) ask of an engine, and the values that pass between them.
+"""What the faces ask of an engine: operations with a deadline, and capabilities that one engine has and another lacks.
 
-The directory engine keeps this for one machine. Another engine stands behind the same faces by keeping it
-too; `tests/contract.py` says what that means. Nothing here blocks but `wait_items` and `wait_space`: a face
-loops over a step and a wait.
+An operation may do I/O and may wait until its deadline; nothing here speaks of files or of the stages of a put. A
+second engine stands behind the same faces by keeping these protocols; `spoolipc.testing` is the suite that shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
+from .errors import Empty, Full
+from .message import (
+    NOW,
+    Array,
+    ArraySpec,
+    Contents,
+    DeadLetter,
+    Deadline,
+    Delivery,
+    Json,
+    Limits,
+    Message,
+    Peeked,
+    Retried,
+    SpoolStat,
+    Verdict,
+)
 
-Array = np.ndarray[Any, Any]
-Arrays = Array | Any  # or a dict of named arrays: "Any" spares the callers who know which
-D = TypeVar("D")
+T = TypeVar("T")
+Kind = Literal["items", "space"]
+Durability = Literal["none", "fsync"]
 
 
-@dataclass(slots=True)
-class Payload:
-    """What is put: the arrays in order, their names where they have any, and metadata (any JSON value)."""
+@dataclass(frozen=True, slots=True)
+class ProducerOptions:
+    """How a producer is opened. An engine refuses with ValueError what it cannot do.
 
-    arrays: tuple[Array, ...]
-    names: tuple[str, ...] | None
-    meta: Any
-
-
-@dataclass(slots=True)
-class Delivery:
-    """An item that a reader has taken.
-
-    seq: its sequence number. attempt: 1 at its first delivery. put_time: wall clock, ns; 0 when only the
-    contents tell it. size: bytes stored. handle: the engine's own, for settling.
+    durability: "fsync" survives the loss of power. reopen: take puts again after a shutdown. checksum: store one with
+    every item.
     """
 
-    seq: int
-    attempt: int
-    put_time: int
-    size: int
-    handle: Any
+    limits: Limits = field(default_factory=Limits)
+    durability: Durability = "none"
+    reopen: bool = False
+    checksum: bool = False
 
 
-class Contents(NamedTuple):
-    """What is said of an item beside its arrays: their names, if they have any, the metadata, and when it was put
-    (wall clock, ns)."""
+@dataclass(frozen=True, slots=True)
+class ConsumerOptions:
+    """How a consumer is opened. verify: compare every item with its checksum."""
 
-    names: tuple[str, ...] | None
-    meta: Any
-    put_time: int
+    limits: Limits = field(default_factory=Limits)
+    verify: bool = False
 
 
-class Source(Protocol):
-    """An engine as a reader uses it."""
+class Session(Protocol):
+    """An open spool, of either side. Threads may share one."""
 
     @property
     def path(self) -> str:
-        """Where it keeps the items."""
+        """Where the items are kept: a path or a URL that `connect` takes."""
 
     @property
     def maxsize(self) -> int:
         """Most items waiting, 0 for no limit."""
 
-    def get(self, limit: int, *, sure: bool = True) -> list[Payload]:
-        """Take up to `limit` items off the spool for good. Raises Empty, ShutDown.
-
-        sure: make sure that there is nothing before Empty is raised; not worth it for a caller that waits next.
-        """
-
-    def claim(self, limit: int, lease: float | None, *, sure: bool = True) -> list[Delivery]:
-        """Take up to `limit` items in hand, for `lease` seconds (None: as long as this party lives). Raises Empty,
-        ShutDown. sure: as for `get`."""
-
-    def load(self, delivery: Delivery) -> Payload:
-        """The contents of an item in hand. Raises BadItem, having given it up; LeaseExpired."""
-
-    def contents(self, delivery: Delivery) -> Contents:
-        """What an item in hand, or one peeked at, says of itself, read without its arrays. Raises BadItem, having given
-        it up; LeaseExpired when it is elsewhere now."""
-
-    def peek(self) -> Delivery:
-        """The next item, left where it is. Raises Empty, ShutDown."""
-
-    def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Take items in hand off the spool for good. Raises LeaseExpired for one that is not in hand any more."""
-
-    def nack(self, delivery: Delivery, delay: float, why: str) -> None:
-        """Give an item back, to be delivered again after `delay` seconds."""
-
-    def reject(self, delivery: Delivery, why: str) -> None:
-        """Give an item up: it becomes a dead letter."""
-
-    def extend(self, delivery: Delivery, lease: float) -> None:
-        """Keep an item in hand for `lease` seconds from now."""
-
-    def wait_items(self, deadline: float | None) -> bool:
-        """Wait until there may be an item, or the spool was shut down; False when the deadline (monotonic
-        seconds) is past."""
-
     def qsize(self) -> int:
-        """How many items wait."""
+        """How many items wait, delayed ones included."""
 
     def close(self) -> None:
-        """Leave; what is still in hand is delivered to others."""
+        """Leave; items still in flight here are redelivered to others. Harmless when repeated."""
 
 
-class Sink(Protocol[D]):
-    """An engine as a writer uses it. D: a payload written where the engine keeps it, not yet visible to anybody."""
+class Producer(Session, Protocol):
+    """An engine as a writer uses it."""
 
-    @property
-    def path(self) -> str:
-        """Where it keeps the items."""
+    def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
+        """Put messages in order, each whole and at once; returns their sequence numbers.
 
-    @property
-    def maxsize(self) -> int:
-        """Most items waiting, 0 for no limit."""
-
-    def preallocate(self, count: int, nbytes: int) -> None:
-        """Make ahead what `count` arrays of `nbytes` bytes will need. Raises Full, ValueError."""
-
-    def put_again(self, arrays: Sequence[Array]) -> list[int]:
-        """Put single arrays, from the first on, as far as the engine's shortest way goes; their sequence numbers.
-
-        The other way goes on from there: admit, prepare, commit.
+        Raises Full when the deadline passes, ShutDown, TooLarge, UnsupportedArray; each names in `seqs` what was put.
         """
-
-    def admit(self, payload: Payload) -> bool:
-        """Whether there is room for a payload now. Raises ShutDown, TooLarge, UnsupportedArray."""
-
-    def prepare(self, payload: Payload) -> D:
-        """Write a payload, invisible to all. Raises Full when space ran out."""
-
-    def stock(self, payloads: Sequence[Payload]) -> None:
-        """Get ready, in one step, for preparing several payloads."""
-
-    def commit(self, drafts: Sequence[D]) -> list[int]:
-        """Make drafts items, each whole and at once, from the first on as far as there is room.
-
-        Returns the sequence numbers, at least one. Raises Full, ShutDown.
-        """
-
-    def lend(self, template: Array, meta: Any) -> tuple[D, Array]:
-        """A draft like `template` and its array, to be filled in place. Raises Full."""
-
-    def finish(self, draft: D) -> None:
-        """Say that a lent array's contents are final; the commit follows."""
-
-    def discard(self, draft: D) -> None:
-        """Remove a draft."""
-
-    def wait_space(self, payload: Payload, deadline: float | None) -> bool:
-        """Wait until there may be room for a payload, or the spool was shut down; False when the deadline is past."""
-
-    def shutdown(self, immediate: bool) -> None:
-        """End the spool for all: no more puts; with `immediate` no more gets either."""
-
-    def qsize(self) -> int:
-        """How many items wait."""
 
     def full(self) -> bool:
         """Whether a put would have to wait for `maxsize`."""
 
+    def shutdown(self, immediate: bool) -> None:
+        """End the spool for all: no more puts; with `immediate` no more gets either."""
+
+
+class Consumer(Session, Protocol):
+    """An engine as a reader uses it."""
+
+    def take(self, limit: int, until: Deadline) -> list[Message]:
+        """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown."""
+
+    def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
+        """Take up to `limit` items in flight, for `lease` seconds (None: as long as this session lives); waits only
+        for the first. Raises Empty, ShutDown."""
+
+    def load(self, delivery: Delivery) -> Message:
+        """The whole of an item in flight here. Raises BadItem, having dead-lettered it; LeaseExpired."""
+
+    def describe(self, delivery: Delivery) -> Contents:
+        """What an item in flight here says of itself, read without its arrays. Raises what `load` raises."""
+
+    def settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
+        """Decide what becomes of items in flight here. Raises LeaseExpired for one that is not any more."""
+
+    def peek(self, until: Deadline) -> Peeked:
+        """The next item, left where it is. Raises Empty, ShutDown. A damaged one is dead-lettered and passed over."""
+
+
+class Loan(Protocol):
+    """An array in the very memory that readers will see, not yet an item. array: writable until the commit."""
+
+    array: Array
+
+    def commit(self, until: Deadline) -> int:
+        """Put it; returns its sequence number. Raises Full, ShutDown; it then stays a loan."""
+
+    def discard(self) -> None:
+        """Put nothing. Harmless when repeated, and after the commit."""
+
+
+@runtime_checkable
+class Lender(Protocol):
+    """A capability of a producer: items computed in place."""
+
+    def loan(self, spec: ArraySpec, meta: Json, until: Deadline) -> Loan:
+        """Lend an array, its contents undefined. Raises what `put` raises."""
+
+
+@runtime_checkable
+class Preallocator(Protocol):
+    """A capability of a producer: what puts will need is made ahead."""
+
+    def preallocate(self, count: int, nbytes: int) -> None:
+        """Make ahead what `count` arrays of `nbytes` bytes need. Raises Full, ValueError."""
+
+
+class Watch(Protocol):
+    """A wake-up that a blocking caller polls and an event loop adds as a reader."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when there may be news; -1 where there is none and the caller looks at
+        intervals."""
+
+    def arm(self) -> None:
+        """Ask to be woken by the next news; look at the spool after this, then wait."""
+
+    def drain(self) -> None:
+        """Take note of what made the descriptor readable."""
+
     def close(self) -> None:
-        """Leave; drafts are removed."""
+        """Ask for nothing more. Harmless when repeated."""
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """A capability of a session: it can be waited for without a thread."""
+
+    def watch(self, kind: Kind) -> Watch:
+        """A watch for items, or for space."""
+
+
+class Admin(Protocol):
+    """A spool looked after from outside."""
+
+    def stat(self) -> SpoolStat:
+        """What is in it now."""
+
+    def failed_list(self) -> list[DeadLetter]:
+        """Its dead letters, in the order in which they were put."""
+
+    def failed_retry(self, seqs: Iterable[int] | None) -> Retried:
+        """Requeue dead letters as new items; None for all. Raises NoSuchItem."""
+
+    def failed_drop(self, seqs: Iterable[int] | None) -> list[int]:
+        """Remove dead letters for good; None for all. Raises NoSuchItem."""
+
+
+class Engine(Protocol):
+    """A spool at one place, not yet opened. crosses_processes: whether another process can open the same one."""
+
+    crosses_processes: bool
+
+    def producer(self, options: ProducerOptions) -> Producer:
+        """Open it for putting, making it where there is none."""
+
+    def consumer(self, options: ConsumerOptions) -> Consumer:
+        """Open it for getting, making it where there is none."""
+
+    def admin(self) -> Admin:
+        """Look after it. Raises NotASpool where there is none."""
+
+
+def retry(step: Callable[[], T], wait: Callable[[Deadline], bool], until: Deadline) -> T:
+    """The result of `step`, tried again whenever there may be what it lacks: the one blocking loop of all engines.
+
+    step: does it or raises Empty or Full. wait: waits until another try may help (True) or the deadline is past
+    (False).
+    """
+    while True:
+        try:
+            return step()
+        except (Empty, Full):
+            if until == NOW:
+                raise
+        if not wait(until):
+            until = NOW

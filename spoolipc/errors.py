@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import sys
 
@@ -88,27 +87,16 @@ class StorageError(SpoolError, OSError):
     """A system call on the spool failed; the message names the path."""
 
 
-def storage_error(error: OSError, path: str) -> StorageError:
-    """The StorageError for one of a system call on something in the spool at `path`."""
-    what = error.strerror or str(error)
-    if error.filename is None:
-        return StorageError(error.errno, what, path)
-    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
-    if name.startswith(path):
-        return StorageError(error.errno, what, name)
-    return StorageError(error.errno, f"{what} ({name})", path)
-
-
 class BadItem(SpoolError, ValueError):
     """An item file is damaged; it has been moved to `failed/` with the reason."""
 
 
 class LeaseExpired(SpoolError, TimeoutError):
-    """The item is not in this reader's hands any more: its lease ended, or it was settled already."""
+    """The item is not in flight at this reader any more: its lease ended, or it was settled already."""
 
 
 class AlreadySettled(SpoolError, RuntimeError):
-    """The item was acknowledged, given back or rejected before."""
+    """The item was acknowledged, requeued or rejected before."""
 
 
 class NoSuchItem(SpoolError, LookupError):

@@ -1,0 +1,1 @@
+"""The command line: `main` parses and calls, `text` says it to people."""

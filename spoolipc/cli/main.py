@@ -1,0 +1,271 @@
+"""The command line: parses, calls one public function, prints what it returned (`text.py`)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .. import __version__
+from ..directory.check import fsck
+from ..directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
+from ..directory.housekeeping import Progress, gc
+from ..directory.stat import stat
+from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
+from ..message import DeadLetter
+from . import text
+
+DONE, PROBLEM, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+_SUMMARY = """\
+Look after a spool: a directory through which processes hand NumPy arrays to
+each other.
+
+Every command may run at any time, also while readers and writers use the
+spool."""
+_EPILOG = """\
+exit codes: 0 done, 1 found a problem, 2 wrong use, 130 interrupted
+'%(prog)s COMMAND --help' says more, with examples"""
+_GC = """\
+Requeue and remove what crashed processes left: half-written files, items in
+flight at crashed readers (they are redelivered), files nobody needs, stale
+tokens. A damaged index is built again. Work of living processes is never
+touched, and names that are not the spool's are left alone.
+
+The bytes freed are disk blocks; of a file that another process still has
+mapped they come back when it lets go."""
+_GC_EXAMPLES = """\
+examples:
+  %(prog)s /dev/shm/frames              tidy up
+  %(prog)s /dev/shm/frames --dry-run    only say what would be done
+  %(prog)s /dev/shm/frames --json | jq .bytes_freed"""
+_STAT = """\
+Show what is in a spool: items waiting and in flight, dead letters,
+files kept to be written again, who has it open, its limits, and how old the
+first item is. Changes nothing, and needs no repair to run."""
+_STAT_EXAMPLES = """\
+examples:
+  %(prog)s /dev/shm/frames
+  %(prog)s /dev/shm/frames --json | jq .depth
+  watch -n1 %(prog)s /dev/shm/frames
+
+exit codes: 0 all is well, 1 the index is damaged or its lock stuck, 2 no spool"""
+_FSCK = """\
+Check every file of a spool and its index against each other: damaged items,
+items the index does not know, files that are missing or of no use, lists that
+contradict themselves, wrong modes, links and other planted things. Without
+--repair it changes nothing.
+
+With --repair, damaged items move to failed/ with the reason, modes are closed,
+missing directories made, files of no item removed. Where the index contradicts
+itself, an item or a limit it is built again from the items; what live readers
+have in flight stays theirs. Nothing is lost silently."""
+_FSCK_EXAMPLES = """\
+examples:
+  %(prog)s /data/spool                  look
+  %(prog)s /data/spool --repair && start-readers
+
+exit codes: 0 clean, or clean now; 1 problems are left; 2 not a spool"""
+_FAILED = """\
+Dead letters: items that were rejected, failed in every attempt, or were
+damaged. They lie in failed/, each a plain .npy with its history beside it, and
+take space until they are retried or dropped."""
+_FAILED_EXAMPLES = """\
+examples:
+  %(prog)s list /data/spool
+  %(prog)s show /data/spool 17         arrays, metadata, every failure
+  %(prog)s retry /data/spool 17 18     requeue at the end
+  %(prog)s drop /data/spool            remove all dead letters for good"""
+_BENCH = """\
+Measure how fast arrays pass between two processes here, one way and round
+trip, every byte read: spoolipc, multiprocessing.Queue, and the limit, a ring in
+shared memory that is only copied into and read from. Takes a few minutes, and
+memory for some 20 arrays of 54 MB. Best done when nothing else runs.
+
+DIR is where the spools are made and removed again: a disk, to measure that."""
+_BENCH_EXAMPLES = """\
+examples:
+  %(prog)s --quick
+  %(prog)s /data --json > bench.json
+
+exit codes: 0 done, 1 a carrier could not be measured, 2 wrong use"""
+_ACTIONS = {
+    "list": "one line for each dead letter: number, size, attempts, the reason",
+    "show": "all that is known of dead letters: arrays, metadata, every failure",
+    "retry": "requeue dead letters at the end, as new items",
+    "drop": "remove dead letters and their histories for good",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    if not logging.getLogger("spoolipc").hasHandlers():
+        logging.getLogger("spoolipc").addHandler(logging.NullHandler())  # what matters is in the report
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        code = command(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough; nothing more can be written, not at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (NotASpool, NetworkFileSystem, UnknownVersion, NoSuchItem) as error:
+        return _complain(error, WRONG_USE)
+    except (SpoolError, OSError) as error:
+        return _complain(error, PROBLEM)
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"spoolipc: {text.one_line(error)}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "spoolipc", description=_SUMMARY, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    one = _command(commands, "gc", "remove what crashed processes left", _GC, _GC_EXAMPLES, _run_gc)
+    one.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    _command(commands, "stat", "show what is in a spool", _STAT, _STAT_EXAMPLES, _run_stat)
+    one = _command(
+        commands, "fsck", "check files and index against each other", _FSCK, _FSCK_EXAMPLES, _run_fsck
+    )
+    one.add_argument("--repair", action="store_true", help="put right what can be, losing nothing silently")
+    bench = _described(commands, "bench", "measure how fast arrays pass here", _BENCH, _BENCH_EXAMPLES)
+    bench.add_argument("path", metavar="DIR", nargs="?", help="where to make the spools (default: /dev/shm)")
+    bench.add_argument("--json", action="store_true", help="print JSON, for programs")
+    bench.add_argument("--quick", action="store_true", help="fewer sizes, shorter and fewer rounds")
+    bench.set_defaults(command=_run_bench)
+    failed = _described(
+        commands, "failed", "list, show, retry or drop dead letters", _FAILED, _FAILED_EXAMPLES
+    )
+    actions = failed.add_subparsers(title="actions", metavar="ACTION", required=True)
+    runs = {"list": _run_list, "show": _run_show, "retry": _run_retry, "drop": _run_drop}
+    for name, what in _ACTIONS.items():
+        example = f"example:\n  %(prog)s /data/spool{'' if name == 'list' else ' 17'}"
+        one = _command(actions, name, what, what[0].upper() + what[1:] + ".", example, runs[name])
+        one.add_argument("seqs", metavar="SEQ", type=_seq, nargs="*", help="their numbers; none for all")
+    return parser
+
+
+def _seq(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of an item")
+    return int(text)
+
+
+def _described(commands: Any, name: str, help: str, about: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, help: str, about: str, examples: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser = _described(commands, name, help, about, examples)
+    parser.add_argument("path", metavar="DIR", help="the spool's directory")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _print(options: argparse.Namespace, value: Any, text: str) -> None:
+    print(json.dumps(_plain(value), indent=2) if options.json else text)
+
+
+def _plain(value: Any) -> Any:
+    """What a report holds, as JSON has it."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        said = dataclasses.asdict(value)
+        if hasattr(value, "clean"):
+            said["clean"] = value.clean
+        return said
+    return value
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress]:
+    """A bar of names looked at, on a terminal, from the first second on."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=" names", unit_scale=True, delay=1.0, disable=None, leave=False) as bar:
+
+        def show(done: int, total: int | None) -> None:
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _run_gc(options: argparse.Namespace) -> int:
+    with _progress("gc") as progress:
+        done = gc(options.path, dry_run=options.dry_run, progress=progress)
+    _print(options, done, text.gc_text(done))
+    return DONE
+
+
+def _run_stat(options: argparse.Namespace) -> int:
+    found = stat(options.path)
+    _print(options, found, text.stat_text(found))
+    return PROBLEM if found.index_damage or found.stuck_on else DONE
+
+
+def _run_fsck(options: argparse.Namespace) -> int:
+    with _progress("fsck") as progress:
+        found = fsck(options.path, repair=options.repair, progress=progress)
+    _print(options, found, text.fsck_text(found))
+    return DONE if found.clean else PROBLEM
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from .bench import bench
+
+    found = bench(options.path, quick=options.quick)
+    _print(options, found, found.table())
+    return PROBLEM if any(one.error for one in found.results) else DONE
+
+
+def _letters(options: argparse.Namespace) -> list[DeadLetter]:
+    return [failed_show(options.path, seq) for seq in options.seqs] or failed_list(options.path)
+
+
+def _run_list(options: argparse.Namespace) -> int:
+    letters = _letters(options)
+    _print(options, letters, text.list_text(letters))
+    return DONE
+
+
+def _run_show(options: argparse.Namespace) -> int:
+    letters = _letters(options)
+    _print(options, letters, "\n\n".join(map(text.letter_text, letters)) or text.NO_LETTERS)
+    return DONE
+
+
+def _run_retry(options: argparse.Namespace) -> int:
+    done = failed_retry(options.path, options.seqs or None)
+    _print(options, done, text.retry_text(done))
+    return PROBLEM if done.damaged else DONE
+
+
+def _run_drop(options: argparse.Namespace) -> int:
+    gone = failed_drop(options.path, options.seqs or None)
+    _print(options, gone, f"dropped {text.count(len(gone), 'dead letter')}")
+    return DONE

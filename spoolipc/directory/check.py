@@ -1,0 +1,546 @@
+"""`fsck`: checks a spool's directories, every file, the table, and each against the others; and repairs on demand.
+
+A check changes nothing. The table is copied under its lock and studied without it; as the spool may be in use
+meanwhile, what the copy and a listing disagree on is looked at again in a locked step before it is called a problem.
+
+A repair is one of three verbs. The directories are put right: modes closed, missing parts made, what stands in the
+place of a file that can be made again removed. Bad files are set aside: a damaged item moves to `failed/` with its
+reason. Every other disagreement is settled by building the table again, which keeps what is in flight at sessions that
+live. Nothing operates on the table itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+
+from ..errors import BadItem, NotASpool, SpoolError, UnknownVersion
+from ..message import Limits
+from . import fs, liveness
+from .housekeeping import Progress, foreign_at_top, gc
+from .itemfile import ItemFile
+from .layout import (
+    FILES,
+    PARTS,
+    agree,
+    item_name,
+    item_number,
+    make_part,
+    open_directories,
+    read_limits,
+    read_shutdown,
+    temporary_owner,
+)
+from .quarantine import (
+    failed_numbers,
+    forget_history,
+    history_number,
+    note_failure,
+    read_history,
+    set_file_aside,
+)
+from .session import Session, Visitor, owns_nothing
+from .table import (
+    BYTES,
+    FAILED_COUNT,
+    FILE,
+    IN_FLIGHT,
+    IN_FREE,
+    IN_ITEMS,
+    LAST_SEQ,
+    MAX_ATTEMPTS,
+    MAX_BYTES,
+    MAXSIZE,
+    OWNER,
+    RECYCLE_BYTES,
+    SHUTDOWN,
+    STATE,
+    IndexDamaged,
+    Rows,
+    Words,
+    files_in,
+    rows,
+    violations,
+)
+
+_log = logging.getLogger("spoolipc")
+Kind: TypeAlias = Literal[
+    "directory", "index", "limits", "item", "unknown", "missing", "size", "orphan",
+    "mode", "owner", "link", "planted", "foreign", "failed",
+]  # fmt: skip
+_WHO: Final = "spoolipc fsck"
+_MOST_ROUNDS: Final = 100
+_MOST_OF_A_KIND: Final = 10_000
+_SLICE: Final = 65536  # numbers compared in one locked step
+_REPLACEABLE: Final = ("index", "index.new", "spool.json.new", "shutdown")
+_REBUILT: Final = ("index", "limits", "unknown", "missing", "size")
+"""Kinds that building the table again puts right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong in a spool. where: a path below it. what: in words. repaired: it is not there any more.
+
+    kind: "directory", a part that is missing; "index", an invariant of the table that does not hold, and "limits",
+    where it contradicts spool.json or the shutdown marker; "item", a damaged one; "unknown" to the table; "missing"
+    though the table has it; "size", another than the table has; "orphan", of no item; "mode", open to others, and
+    "owner", somebody else; "link", has another name too; "planted", not a regular file; "foreign", none of the
+    spool's names; "failed", a dead letter without a reason.
+    """
+
+    kind: Kind
+    where: str
+    what: str
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FsckReport:
+    """What `fsck` found. items, bytes: of item files looked at. problems: in the order in which they were
+    found."""
+
+    path: str
+    items: int
+    bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong, or nothing is any more."""
+        return all(problem.repaired for problem in self.problems)
+
+
+def fsck(
+    path: str | os.PathLike[str], *, repair: bool = False, progress: Progress | None = None
+) -> FsckReport:
+    """Check the spool at `path`: directories, modes, links, every item file, the index, and each against the
+    others.
+
+    repair: put right what can be. Modes are closed, missing directories made, damaged items moved to `failed/` with
+    the reason, files of no item removed; where the index contradicts itself, an item, or a limit it is built again
+    from the items. What live sessions have in flight stays so. Names that are not the spool's are left alone.
+    progress: called now and then with the number of names looked at, and None.
+
+    The spool may be in use. A problem counts as repaired when a second look does not find it.
+    Raises NotASpool, NetworkFileSystem, UnknownVersion, LockTimeout, StorageError.
+    """
+    place = Path(os.path.abspath(os.fspath(path)))
+    try:
+        before = _check_directories(place, repair)
+    except SpoolError:
+        raise
+    except OSError as error:
+        raise fs.storage_error(error, str(place)) from error
+    try:
+        return _checked(place, repair, progress, before)
+    except OSError:
+        if all(problem.repaired for problem in before):
+            raise
+        return FsckReport(str(place), 0, 0, tuple(before))  # no way in
+
+
+def _checked(place: Path, repair: bool, progress: Progress | None, before: list[Problem]) -> FsckReport:
+    noted: list[Problem] = []
+    last: set[tuple[str, str, str]] | None = None
+    for _ in range(_MOST_ROUNDS):
+        # Repairs bring to light what was hidden: an item that only a new table knows may be damaged too.
+        with Visitor(place) as visitor:
+            look = _Look(visitor, progress)
+            look.run()
+        keys = set(map(_key, look.found))
+        noted = [replace(problem, repaired=_key(problem) not in keys) for problem in noted]
+        known = set(map(_key, noted))
+        noted += [problem for problem in look.found if _key(problem) not in known]
+        if not repair or keys == last or not look.found:
+            break
+        _repair(place, look.found)
+        last = keys
+    return FsckReport(str(place), look.items, look.bytes, (*before, *noted))
+
+
+def _key(problem: Problem) -> tuple[str, str, str]:
+    return problem.kind, problem.where, problem.what
+
+
+# Directories, and the files at the top: what must be in order before anybody can open the spool
+
+
+def _check_directories(place: Path, repair: bool) -> list[Problem]:
+    """What keeps the spool from being opened, repaired where that was asked for and possible."""
+    try:
+        root = fs.open_directory(place)
+    except OSError:
+        open_directories(place, Limits(), create=False).close()  # it says best what is wrong
+        raise
+    try:
+        if not fs.exists(root, "spool.json"):
+            raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
+        mode = _mode(place, root)
+        found = _wrong_at_top(root, mode)
+        if repair:
+            for problem in found:
+                try:
+                    _put_right(root, problem, mode)
+                except OSError as error:
+                    _log.warning("%s: %s was not repaired: %s", place, problem.where, error)
+            left = set(map(_key, _wrong_at_top(root, mode)))
+            found = [replace(problem, repaired=_key(problem) not in left) for problem in found]
+        return found
+    finally:
+        fs.close(root)
+
+
+def _mode(place: Path, root: int) -> int:
+    """The mode in spool.json, 0700 where it says none that is possible."""
+    try:
+        limits = read_limits(place, root)
+    except UnknownVersion:
+        raise
+    except SpoolError:
+        return 0o700
+    mode = (limits.mode if limits is not None else None) or 0o700
+    return mode if mode & 0o700 == 0o700 and not mode & ~0o770 else 0o700
+
+
+def _wrong_at_top(root: int, mode: int) -> list[Problem]:
+    found = _wrong_directory(fs.fstat(root), mode, ".")
+    for name in PARTS:
+        try:
+            found += _wrong_directory(fs.stat_at(name, dir_fd=root), mode, name)
+        except FileNotFoundError:
+            found.append(Problem("directory", name, "is missing"))
+    for name in FILES:
+        with suppress(FileNotFoundError):
+            problem = _wrong_file(fs.stat_at(name, dir_fd=root), mode, name)
+            if problem is not None:
+                found.append(problem)
+    return found
+
+
+def _wrong_directory(status: os.stat_result, mode: int, where: str) -> list[Problem]:
+    if not stat.S_ISDIR(status.st_mode):
+        return [Problem("planted", where, "is not a directory of its own")]
+    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
+        return [Problem("owner", where, f"belongs to user {status.st_uid}")]
+    if status.st_mode & 0o777 & ~mode:
+        return [Problem("mode", where, f"is open to others (mode {stat.S_IMODE(status.st_mode):o})")]
+    return []
+
+
+def _wrong_file(status: os.stat_result, mode: int, where: str) -> Problem | None:
+    """What is wrong with a file by its status alone. mode: the spool's, which files have without execution."""
+    if not stat.S_ISREG(status.st_mode):
+        return Problem("planted", where, f"is not a regular file ({stat.filemode(status.st_mode)})")
+    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
+        return Problem("owner", where, f"belongs to user {status.st_uid}")
+    if status.st_mode & 0o777 & ~mode:
+        return Problem("mode", where, f"is open to others (mode {stat.S_IMODE(status.st_mode):o})")
+    if status.st_nlink > 1:
+        return Problem("link", where, f"is linked from {status.st_nlink - 1} more places")
+    return None
+
+
+def _put_right(root: int, problem: Problem, mode: int) -> None:
+    """Put a directory, or a file at the top, right where that can be."""
+    name = problem.where
+    if problem.kind == "directory":
+        make_part(root, name, mode)
+    elif problem.kind == "mode":
+        _permit(root, name, mode if name in (".", *PARTS) else mode & 0o666)
+    elif problem.kind in ("planted", "link") and name in _REPLACEABLE:
+        fs.unlink(name, dir_fd=root)
+
+
+def _permit(directory: int, name: str, mode: int) -> None:
+    """Give a file or directory of the spool its mode, following no link."""
+    fd = fs.open_at(name, os.O_RDONLY | fs.CAREFUL, dir_fd=directory)
+    try:
+        fs.fchmod(fd, mode)
+    finally:
+        fs.close(fd)
+
+
+# All files, and the table
+
+
+class _Look:
+    """One look at all of a spool. items, bytes: item files looked at, in `items/` and `failed/`."""
+
+    def __init__(self, visitor: Visitor, progress: Progress | None) -> None:
+        self.visitor = visitor
+        self.directories = visitor.directories
+        self.found: list[Problem] = []
+        self.items = 0
+        self.bytes = 0
+        self._progress = progress
+        self._counts: Counter[Kind] = Counter()
+        self._damaged: set[int] = set()
+        self._seen = 0
+
+    def run(self) -> None:
+        words = self.visitor.step(self.visitor.snapshot)
+        if words is None:
+            self._note("index", "index", self.visitor.damage)
+        else:
+            for what in violations(words):
+                self._note("index", "index", what)
+            for what in self.visitor.step(self._contradictions):
+                self._note("limits", "index", what)
+        items, free = self._files("items"), self._files("free")
+        if words is not None:
+            self._compare(words, "items", items, IN_ITEMS)
+            self._compare(words, "free", free, IN_FREE)
+        self._files("failed")
+        self._names("tmp", temporary_owner)
+        self._names("alive", liveness.token_of)
+        for name in foreign_at_top(self.directories):
+            self._note("foreign", name, "is none of the spool's names")
+        for kind, count in self._counts.items():
+            if count > _MOST_OF_A_KIND:
+                self.found.insert(0, Problem(kind, ".", f"{count - _MOST_OF_A_KIND} more of this kind"))
+
+    def _note(self, kind: Kind, where: str, what: str) -> None:
+        """Keep a problem. Of a kind of which there are very many, the rest is only counted: the next look names it."""
+        self._counts[kind] += 1
+        if self._counts[kind] <= _MOST_OF_A_KIND:
+            self.found.append(Problem(kind, where, what))
+
+    def _looked_at(self, count: int) -> None:
+        self._seen += count
+        if self._progress is not None:
+            self._progress(self._seen, None)
+
+    def _contradictions(self) -> list[str]:
+        """What the table says otherwise than spool.json, the shutdown marker and `failed/`: a step."""
+        if self.visitor.journal is None:
+            return []
+        words, limits = self.visitor.journal.words, agree(self.directories, Limits())
+        said = {
+            "maxsize": (words[MAXSIZE], limits.maxsize),
+            "max_bytes": (words[MAX_BYTES], limits.max_bytes),
+            "recycle_bytes": (words[RECYCLE_BYTES], limits.recycle_bytes),
+            "max_attempts": (words[MAX_ATTEMPTS], limits.max_attempts),
+            "state of shutdown": (words[SHUTDOWN], read_shutdown(self.directories.root)),
+            "number of dead letters": (words[FAILED_COUNT], len(failed_numbers(self.directories))),
+        }
+        return [f"{what}: the index says {a}, the directory {b}" for what, (a, b) in said.items() if a != b]
+
+    def _names(self, part: str, known: Callable[[str], int]) -> None:
+        """Look at the files of a part that holds no items: known(name) is 0 for a foreign file."""
+        directory = self.directories.parts[part]
+        for names in fs.batches(directory):
+            for name in names:
+                if known(name):
+                    self._status(part, name)
+                else:
+                    self._note("foreign", f"{part}/{name}", "is none of the spool's names")
+            self._looked_at(len(names))
+
+    def _status(self, part: str, name: str) -> os.stat_result | None:
+        """A file's status; None when it is gone or not a regular file."""
+        try:
+            status = fs.stat_at(name, dir_fd=self.directories.parts[part])
+        except FileNotFoundError:
+            return None
+        problem = _wrong_file(status, self.directories.mode, f"{part}/{name}")
+        if problem is None:
+            return status
+        if (
+            problem.kind != "planted" or part != "failed" or item_number(name) is None
+        ):  # else set aside already
+            self._note(problem.kind, problem.where, problem.what)
+        return status if problem.kind != "planted" else None
+
+    def _files(self, part: str) -> tuple[Rows, Rows]:
+        """Look at the files of a part that holds items; returns their numbers and sizes."""
+        listed: list[tuple[int, int]] = []
+        for names in fs.batches(self.directories.parts[part]):
+            for name in names:
+                number = item_number(name)
+                if number is None or (part != "free" and number >= LAST_SEQ):
+                    self._other(part, name)
+                    continue
+                status = self._status(part, name)
+                if status is not None:
+                    listed.append((number, status.st_size))
+                    if part == "items":
+                        self._item(number)
+                if part == "failed":
+                    self._reason(number)
+            self._looked_at(len(names))
+        table = np.array(listed, np.uint64).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
+
+    def _other(self, part: str, name: str) -> None:
+        number = history_number(name)
+        if part != "failed" or number is None:
+            self._note("foreign", f"{part}/{name}", "is none of the spool's names")
+            return
+        self._status(part, name)
+        if self.visitor.step(self._is_orphaned, item_name(number)):
+            self._note("orphan", f"{part}/{name}", "is the history of an item that is no more")
+
+    def _is_orphaned(self, name: str) -> bool:
+        return not fs.exists(self.directories.items, name) and not fs.exists(self.directories.failed, name)
+
+    def _item(self, number: int) -> None:
+        name, size, said = item_name(number), 0, ""
+        try:
+            with ItemFile(self.directories.items, name) as file:
+                file.parse(whole=True)
+                size = file.size
+        except FileNotFoundError:
+            return  # taken meanwhile
+        except BadItem as error:
+            said = str(error)
+            if not fs.exists(self.directories.items, name):
+                return  # taken while it was read, and its file written again
+        self.items += 1
+        self.bytes += size
+        if said:
+            self._damaged.add(number)
+            self._note("item", f"items/{name}", said)
+
+    def _reason(self, number: int) -> None:
+        name = item_name(number)
+        if not read_history(self.directories, number) and fs.exists(self.directories.failed, name):
+            self._note("failed", f"failed/{name}", "has no reason")
+
+    def _compare(self, words: Words, part: str, listed: tuple[Rows, Rows], states: tuple[int, ...]) -> None:
+        """Hold the files of a part against the records of its states."""
+        numbers, sizes = listed
+        records = rows(words)
+        records = records[np.isin(records[:, STATE], states)]
+        suspects = np.setxor1d(numbers, records[:, FILE])
+        for start in range(0, len(suspects), _SLICE):
+            self.visitor.step(self._disagreement, part, suspects[start : start + _SLICE], states)
+        for number, said, size in _wrong_sizes(records, numbers, sizes):
+            if number not in self._damaged:
+                what = f"has {size} bytes, the index says {said}"
+                self._note("size", f"{part}/{item_name(number)}", what)
+
+    def _disagreement(self, part: str, suspects: Rows, states: tuple[int, ...]) -> None:
+        """Note which of `suspects` are files that no record stands for, and records that have no file: a step."""
+        words = self.visitor.snapshot()
+        if words is None:
+            return
+        recorded = np.isin(suspects, files_in(rows(words), states))
+        for number, known in zip(suspects.tolist(), recorded.tolist(), strict=True):
+            name = item_name(number)
+            where, there = f"{part}/{name}", fs.exists(self.directories.parts[part], name)
+            if known and not there:
+                self._note("missing", where, "is in the index, but not there")
+            elif there and not known and part == "items":
+                self._note("unknown", where, "is an item that the index does not know")
+            elif there and not known:
+                self._note("orphan", where, "is a file that no item and no process needs")
+
+
+def _wrong_sizes(records: Rows, numbers: Rows, sizes: Rows) -> list[tuple[int, int, int]]:
+    """The files whose records have another size: (number, size in the record, size of the file).
+
+    numbers, sizes: of the files listed, in any order.
+    """
+    if not len(numbers):
+        return []
+    order = np.argsort(numbers)
+    place = np.searchsorted(numbers, records[:, FILE], sorter=order)
+    found = order[np.minimum(place, len(numbers) - 1)]
+    wrong = (numbers[found] == records[:, FILE]) & (sizes[found] != records[:, BYTES])
+    return [
+        (int(record[FILE]), int(record[BYTES]), int(size))
+        for record, size in zip(records[wrong], sizes[found][wrong], strict=True)
+    ]
+
+
+# The three verbs
+
+
+def _repair(place: Path, found: list[Problem]) -> None:
+    """Repair what can be; what fails is found again by the next look."""
+    session = Session(place, Limits(), "admin", create=False)
+    try:
+        aside = [problem for problem in found if _is_bad_file(problem)]
+        for problem in found:
+            if problem.kind == "mode":
+                part, _, name = problem.where.partition("/")
+                _tried(
+                    session,
+                    problem,
+                    _permit,
+                    session.directories.parts[part],
+                    name,
+                    session.directories.file_mode,
+                )
+            elif problem.kind == "failed":
+                _tried(session, problem, session.step, _explain, session, problem)
+        for problem in aside:
+            _tried(session, problem, session.step, _set_aside, session, problem)
+        if aside or any(problem.kind in _REBUILT for problem in found):
+            session.step(_rebuild, session, [])
+        if any(problem.kind == "orphan" for problem in found):
+            gc(session.path)
+    finally:
+        session.close(owns_nothing)
+
+
+def _is_bad_file(problem: Problem) -> bool:
+    name = problem.where.removeprefix("items/")
+    return problem.kind == "item" or (problem.kind == "planted" and item_number(name) is not None)
+
+
+def _tried(session: Session, problem: Problem, work: Callable[..., object], *args: object) -> None:
+    _log.warning("%s: repairing %s, which %s", session.path, problem.where, problem.what)
+    try:
+        work(*args)
+    except OSError as error:
+        _log.warning("%s: %s was not repaired: %s", session.path, problem.where, error)
+
+
+def _set_aside(session: Session, problem: Problem) -> tuple[None, int, int]:
+    """Move a bad file to failed/; the table is built again afterwards. One that a live session has in flight stays: its
+    reader finds out by itself. A step."""
+    directories = session.directories
+    name = problem.where.removeprefix("items/")
+    number = item_number(name)
+    assert number is not None
+    if fs.exists(directories.items, name) and not _is_in_flight(session, number):
+        why = problem.what if problem.kind == "planted" else f"damaged: {problem.what}"
+        set_file_aside(directories, number, _WHO, why)
+    return None, 0, 0
+
+
+def _is_in_flight(session: Session, number: int) -> bool:
+    records = rows(session.journal.words)
+    found = records[(records[:, STATE] == IN_FLIGHT) & (records[:, FILE] == number)]
+    alive = session.directories.alive
+    return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, OWNER])
+
+
+def _rebuild(session: Session, done: list[bool]) -> tuple[None, int, int]:
+    """Build the table again. A step, which is begun again with the new one."""
+    if not done:
+        done.append(True)
+        raise IndexDamaged("fsck found that it is not as the directories are")
+    return None, 0, 0
+
+
+def _explain(session: Session, problem: Problem) -> tuple[None, int, int]:
+    """Give a dead letter a reason. A step."""
+    directories = session.directories
+    number = item_number(problem.where.removeprefix("failed/"))
+    assert number is not None
+    if fs.exists(directories.failed, item_name(number)) and not read_history(directories, number):
+        forget_history(directories, number)  # a torn line in it would spoil the next
+        note_failure(directories, number, 0, _WHO, "unknown: its history was lost")
+    return None, 0, 0

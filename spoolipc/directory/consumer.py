@@ -1,0 +1,623 @@
+"""The getting side.
+
+`take` is one locked step: the file of the first item is moved out of `items/`. A crash before the move leaves the item
+waiting; after it the item is gone, as with any queue. `claim` and `settle` are two steps with the work between them: a
+crash before the second gives the item to another reader.
+
+Items are opened before the lock is taken, as they most likely will be ours; under the lock it is only seen whether they
+are still the next. A file does not change while its item waits, and no sequence number is given twice, so what was
+opened ahead is the item, or is thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from ..engine import ConsumerOptions, Kind, retry
+from ..errors import BadItem, Empty, LeaseExpired, ShutDown
+from ..format.footer import Buffer
+from ..format.item import message, parse, verify
+from ..message import NOW, Ack, Contents, Deadline, Delivery, Extend, Message, Nack, Peeked, Verdict
+from . import fs, housekeeping, transitions
+from .doorbell import SessionWatch
+from .itemfile import ItemFile, check_regular
+from .layout import item_name
+from .quarantine import forget_history, set_aside
+from .recycling import SMALL, Pin, Recycler
+from .session import MEMBERS, Session, is_due, operation
+from .table import (
+    ATTEMPT,
+    BYTES,
+    CAPACITY,
+    DATA_END,
+    DELAYED_COUNT,
+    DISCARDED,
+    DRAINING,
+    DUE,
+    FLAGS,
+    GENERATION,
+    HEADER,
+    HOUSEKEPT,
+    IN_FLIGHT,
+    IN_FLIGHT_COUNT,
+    LOAN,
+    MAXSIZE,
+    NEVER_AGAIN,
+    NEXT,
+    NEXT_DUE,
+    OWNER,
+    PINNED,
+    PUT_TIME,
+    READY,
+    RECORD,
+    REDELIVERY,
+    SEQ,
+    SHUTDOWN,
+    STATE,
+    WAITING,
+    Words,
+    active,
+)
+from .transitions import first, may_pool
+
+_AHEAD: Final = 64  # items opened without the lock for one call
+_LONGEST: Final = 1e9  # seconds of a lease or delay
+
+
+class Opened(NamedTuple):
+    """An item's file, read. pinned: its arrays are views of the file's pages, not arrays of their own. single: the file
+    has no other name, so that it may be written again."""
+
+    seq: int
+    message: Message
+    pinned: bool
+    single: bool
+
+
+class Claim:
+    """An item in flight here, as the table knows it.
+
+    data_end: where its footer begins, 0 when not known. pin: who shows its file, once loaded; single: as in Opened.
+    """
+
+    __slots__ = ("data_end", "pin", "record", "seq", "single", "table")
+
+    def __init__(self, table: object, record: int, seq: int, data_end: int) -> None:
+        self.table = table
+        self.record = record
+        self.seq = seq
+        self.data_end = data_end
+        self.pin: Pin | None = None
+        self.single: bool | None = None
+
+
+class DirectoryConsumer:
+    """A reader's session in a spool directory. Keeps `spoolipc.engine.Consumer` and `Watchable`."""
+
+    def __init__(self, path: str | os.PathLike[str], options: ConsumerOptions) -> None:
+        self.session = Session(path, options.limits, "reader")
+        self._verify = options.verify
+        self._own = 0  # items in flight here, as they were last counted
+        self._who = f"process {os.getpid()}"
+        self._recycler = Recycler(self.session, writable=False)
+        try:
+            self.session.step(housekeeping.round_of, self.session, True)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute."""
+        return self.session.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self.session.look()[MAXSIZE]
+
+    def qsize(self) -> int:
+        """How many items wait, delayed ones included."""
+        return self.session.qsize()
+
+    # Taking
+
+    @operation
+    def take(self, limit: int, until: Deadline) -> list[Message]:
+        """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown."""
+        some = self._take_verified if self._verify else self._take_some
+        try:
+            return some(limit, until == NOW)
+        except Empty:
+            if until == NOW:
+                raise
+        return retry(lambda: some(limit, True), self._wait, until)
+
+    def _take_some(self, limit: int, sure: bool) -> list[Message]:
+        """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
+        words = self.session.look()
+        ahead = self._look_ahead(words, limit)
+        if not ahead and not sure:
+            self._expect_something(words)
+        got, ended = self.session.step(self._take, limit, ahead)
+        if not got:
+            raise self._nothing(ended)
+        return got
+
+    def _expect_something(self, words: Words) -> None:
+        """Raise Empty when a look without the lock sees no reason for a step."""
+        if not (words[READY.head] or words[REDELIVERY.head] or words[SHUTDOWN]):
+            raise Empty(f"no item waits in {self.path}")
+
+    def _nothing(self, ended: bool) -> Empty | ShutDown:
+        if ended:
+            return ShutDown(f"the spool {self.path} was shut down and has no more items")
+        return Empty(f"no item waits in {self.path}")
+
+    def _look_ahead(self, words: Words, limit: int) -> list[Opened]:
+        """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
+        found: list[Opened] = []
+        record = words[REDELIVERY.head] or words[READY.head]
+        top = min(words[CAPACITY], len(words)) - RECORD  # the file may have grown beyond what is mapped
+        limit = min(limit, _AHEAD)
+        while len(found) < limit and HEADER <= record <= top:
+            try:
+                found.append(self._open(words, record, words[record + SEQ]))
+            except (BadItem, OSError):
+                break  # gone meanwhile, or damaged: the locked step will see which
+            record = words[record + NEXT]
+        if len(found) > 1:
+            found.reverse()
+        return found
+
+    def _open(self, words: Words, record: int, seq: int) -> Opened:
+        """Map or read an item's file. Raises BadItem, UnknownVersion, OSError."""
+        name, items, mappings = f"{seq:020d}.npy", self.session.directories.items, self._recycler.mappings
+        try:
+            status = fs.stat_at(name, dir_fd=items)
+        except FileNotFoundError:
+            fs.check_present(self.session.directories.root, self.path)
+            raise BadItem("its file is missing") from None
+        size, generation = status[6], words[record + GENERATION]
+        kept = mappings.kept.get(generation)
+        if kept is not None and kept.identity == status[1:3] and kept.size == size:
+            buffer: Buffer = kept.buffer
+        else:
+            check_regular(status)
+            if not size:
+                raise BadItem("the file is empty")
+            if size <= SMALL and not mappings.wants(generation):
+                with ItemFile(items, name) as file:
+                    buffer = file.read(size)
+            else:
+                buffer = mappings.of(items, name, status, generation, record)
+        blocks, tail = parse(buffer, size)
+        if self._verify:
+            verify(buffer, tail)
+        pinned = tail.data_end > SMALL
+        copied = not pinned and kept is not None
+        return Opened(seq, message(buffer, blocks, tail, copy=copied), pinned, status[3] == 1)
+
+    def _take(self, limit: int, ahead: list[Opened]) -> tuple[tuple[list[Message], bool], int, int]:
+        """Take items that are the next; and whether nothing can come any more. A step.
+
+        What was taken is returned, whatever fails later: the next call meets it again.
+        """
+        journal, recycler = self.session.journal, self._recycler
+        items, space = self._begin()
+        words = journal.words
+        got: list[Message] = []
+        try:
+            while len(got) < limit:
+                record = first(words)
+                if not record or words[SHUTDOWN] == DISCARDED:
+                    break
+                seq = words[record + SEQ]
+                if ahead and ahead[-1].seq == seq:
+                    opened = ahead.pop()
+                else:
+                    try:
+                        opened = self._open(words, record, seq)
+                    except BadItem as error:
+                        recycler.mappings.forget(words[record + GENERATION])
+                        set_aside(self.session.directories, journal, record, self._who, f"damaged: {error}")
+                        space += 1
+                        continue
+                pin = Pin(journal.identity, record, seq) if opened.pinned else None
+                if self._consume(record, opened.single, pin) and pin is not None:
+                    recycler.pins.add(pin, opened.message.arrays)
+                got.append(opened.message)
+        except Exception:
+            if not got:
+                raise
+        space += len(got)
+        return (got, not got and self._has_ended()), items + self._pass_on(space), space
+
+    def _begin(self) -> tuple[int, int]:
+        """What every step of a reader does first: keep house when it is due, let go of files nobody shows any more."""
+        session, recycler = self.session, self._recycler
+        words = session.journal.words
+        items = space = 0
+        if is_due(words[HOUSEKEPT], words[NEXT_DUE]):
+            _, items, space = housekeeping.round_of(session, False)
+            words = session.journal.words
+        if recycler.pins.pending:
+            recycler.reclaim()
+        if words[HOUSEKEPT] != recycler.mappings.swept:
+            recycler.mappings.sweep(words)
+        return items, space
+
+    def _pass_on(self, done: int) -> int:
+        """How many who wait for items are to look, after a step that took `done` items off: another one when items are
+        left, as two puts may have woken one; all when the spool was shut down, as it may have ended."""
+        words = self.session.journal.words
+        if words[SHUTDOWN] and done:
+            return MEMBERS
+        return 1 if words[READY.head] or words[REDELIVERY.head] else 0
+
+    def _has_ended(self) -> bool:
+        """Whether nothing can come any more: nothing waits, and no other reader may requeue anything. A step."""
+        words = self.session.journal.words
+        if not words[SHUTDOWN]:
+            return False
+        token = self.session.token
+        self._own = sum(
+            words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token for record in active(words)
+        )
+        return _ended(words, self._own)
+
+    def _consume(self, record: int, single: bool, pin: Pin | None) -> bool:
+        """The item at `record` leaves the spool for good; whether its file is kept. A step."""
+        journal = self.session.journal
+        words = journal.words
+        attempt, before = words[record + ATTEMPT], 0 if words[record + STATE] == WAITING else 1
+        # Whoever had the item in flight before may still show its file.
+        keep = (
+            single
+            and attempt == before
+            and not words[record + FLAGS] & NEVER_AGAIN
+            and may_pool(words, words[record + BYTES])
+        )
+        if not keep:
+            self._recycler.mappings.forget(words[record + GENERATION])
+        seq = words[record + SEQ]
+        owner = words[record + LOAN] if pin is None else self.session.token
+        try:
+            journal.commit(transitions.consume(words, record, owner, keep))
+        except OSError as error:
+            if not keep or not fs.is_shortage(error):
+                raise
+            # A full file system has no block for another name in free/; taking items must make room all the same.
+            keep = False
+            journal.commit(transitions.consume(words, record, 0, False))
+        if attempt > before:
+            forget_history(self.session.directories, seq)
+        return keep
+
+    def _take_verified(self, limit: int, sure: bool) -> list[Message]:
+        """Claim, read every byte without the lock, acknowledge; a damaged item is dead-lettered and another claimed."""
+        while True:
+            got: list[Message] = []
+            claimed = self._claim_some(limit, None)
+            try:
+                for delivery in list(claimed):
+                    try:
+                        got.append(self._load(delivery))
+                    except BadItem:  # in failed/ now, and logged
+                        claimed.remove(delivery)
+                self.session.step(self._ack, claimed)
+            except BaseException:
+                self.session.step(self._requeue, claimed)
+                raise
+            if got:
+                return got
+
+    # Claiming and settling
+
+    @operation
+    def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
+        """Take up to `limit` items in flight, for `lease` seconds or as long as this session lives."""
+        try:
+            if until != NOW:
+                self._expect_something(self.session.look())
+            return self._claim_some(limit, lease)
+        except Empty:
+            if until == NOW:
+                raise
+        return retry(lambda: self._claim_some(limit, lease), self._wait, until)
+
+    def _claim_some(self, limit: int, lease: float | None) -> list[Delivery]:
+        due = _due_in(lease) if lease is not None else 0
+        taken: list[
+            Delivery
+        ] = []  # filled by the step, so that an interrupt leaves nothing in flight unknown
+        try:
+            ended = self.session.step(self._claim, limit, due, taken)
+        except BaseException:
+            if taken:
+                self.session.step(self._requeue, taken)
+            raise
+        if not taken:
+            raise self._nothing(ended)
+        return taken
+
+    def _claim(self, limit: int, due: int, taken: list[Delivery]) -> tuple[bool, int, int]:
+        """Take items in flight until `due` (monotonic ns, 0: no lease); whether nothing can come any more. A step."""
+        journal, token = self.session.journal, self.session.token
+        items, space = self._begin()
+        words = journal.words
+        taken.clear()  # what was taken before the index proved damaged is in flight no more
+        while len(taken) < limit:
+            record = first(words)
+            if not record or words[SHUTDOWN] == DISCARDED:
+                break
+            taken.append(
+                self._delivery(record, 1)
+            )  # first, so that whoever requeues it after an interrupt finds it
+            journal.commit(transitions.claim(words, record, token, due))
+        space += len(taken)
+        return not taken and self._has_ended(), items + self._pass_on(0), space
+
+    def _delivery(self, record: int, more: int) -> Delivery:
+        journal = self.session.journal
+        words = journal.words
+        seq, data_end = words[record + SEQ], words[record + DATA_END]
+        put_time = words[record + PUT_TIME] if data_end else 0
+        handle = Claim(journal.identity, record, seq, data_end)
+        return Delivery(seq, words[record + ATTEMPT] + more, put_time, words[record + BYTES], handle)
+
+    def _requeue(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
+        """Requeue what a call claimed that was interrupted before anybody had it. A step."""
+        journal, done = self.session.journal, 0
+        for delivery in deliveries:
+            record = self._find(delivery)
+            if record:
+                journal.commit(transitions.requeue(journal.words, record, 0))
+                done += 1
+        return None, done, 0
+
+    @operation
+    def load(self, delivery: Delivery) -> Message:
+        """The whole of an item in flight here; its arrays are read-only. Raises BadItem, having dead-lettered it;
+        LeaseExpired."""
+        return self._load(delivery)
+
+    def _load(self, delivery: Delivery) -> Message:
+        claim: Claim = delivery.handle
+        words = self.session.look()
+        record, table = claim.record, self.session.journal.identity
+        if claim.table is not table or words[record + SEQ] != claim.seq:
+            record = self.session.step(self._record_of, delivery)
+            words, table = self.session.look(), self.session.journal.identity
+        try:
+            opened = self._open(words, record, claim.seq)
+        except BadItem as error:
+            self.session.step(self._reject, [delivery], f"damaged: {error}")
+            raise
+        claim.single = opened.single
+        if opened.pinned:
+            if claim.pin is None:
+                claim.pin = Pin(table, record, claim.seq)
+            self._recycler.pins.add(claim.pin, opened.message.arrays)
+        return opened.message
+
+    @operation
+    def describe(self, delivery: Delivery) -> Contents:
+        """What an item in flight here says of itself; its arrays are not mapped. Raises what `load` raises."""
+        claim: Claim = delivery.handle
+        try:
+            with ItemFile(self.session.directories.items, item_name(claim.seq)) as file:
+                return file.contents(claim.data_end)
+        except FileNotFoundError:
+            fs.check_present(self.session.directories.root, self.path)
+            raise self._expired(claim.seq) from None
+        except BadItem as error:
+            self.session.step(self._reject, [delivery], f"damaged: {error}")
+            raise
+
+    @operation
+    def settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
+        """Decide what becomes of items in flight here. Raises LeaseExpired for one that is not any more."""
+        if isinstance(verdict, Ack):
+            self.session.step(self._ack, deliveries)
+        elif isinstance(verdict, Nack):
+            due = _due_in(verdict.delay) if verdict.delay > 0 else 0
+            self.session.step(self._nack, deliveries, due, verdict.reason)
+        elif isinstance(verdict, Extend):
+            self.session.step(self._extend, deliveries, _due_in(verdict.lease))
+        else:
+            self.session.step(self._reject, deliveries, verdict.reason)
+
+    def _find(self, delivery: Delivery) -> int:
+        """The record of an item that is still in flight here, 0 when it is not. A step."""
+        claim: Claim = delivery.handle
+        journal, token = self.session.journal, self.session.token
+        words = journal.words
+        known = (claim.record,) if claim.table is journal.identity else active(words)
+        for record in known:  # after a rebuild its record is another one
+            if (
+                words[record + SEQ] == claim.seq
+                and words[record + STATE] == IN_FLIGHT
+                and words[record + OWNER] == token
+                and words[record + ATTEMPT] == delivery.attempt
+            ):
+                return record
+        return 0
+
+    def _record_of(self, delivery: Delivery) -> tuple[int, int, int]:
+        return self._still_ours(delivery), 0, 0
+
+    def _still_ours(self, delivery: Delivery) -> int:
+        """The record of an item in flight here. Raises LeaseExpired. A step."""
+        record = self._find(delivery)
+        if not record:
+            raise self._expired(delivery.seq)
+        words = self.session.journal.words
+        if 0 < words[record + DUE] <= time.monotonic_ns():
+            housekeeping.redeliver(self.session, record, "its lease ended", 0)
+            raise self._expired(delivery.seq)
+        return record
+
+    def _expired(self, seq: int) -> LeaseExpired:
+        return LeaseExpired(
+            f"item {seq} of {self.path} is not in flight at this reader any more: its lease ended, or it was settled"
+            " already; it may have been delivered again"
+        )
+
+    def _ack(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
+        """Take items in flight off the spool. A step."""
+        self._recycler.reclaim()
+        done = 0
+        for delivery in deliveries:
+            claim: Claim = delivery.handle
+            record, pin = self._still_ours(delivery), claim.pin
+            shown = pin is not None and (pin.left > 0 or not pin.alone)
+            single = self._is_single(delivery.seq) if claim.single is None else claim.single
+            if self._consume(record, single, pin if shown else None) and shown:
+                assert pin is not None
+                if not pin.left:
+                    self._recycler.pins.pending.append(pin)
+            done += 1
+        return None, self._pass_on(done) if self.session.journal.words[SHUTDOWN] else 0, done
+
+    def _is_single(self, seq: int) -> bool:
+        """Whether an item's file is a regular one that has no other name."""
+        try:
+            status = fs.stat_at(item_name(seq), dir_fd=self.session.directories.items)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+    def _nack(self, deliveries: Sequence[Delivery], due: int, reason: str) -> tuple[None, int, int]:
+        """Requeue items, or dead-letter those whose last attempt that was. A step."""
+        items = space = 0
+        for delivery in deliveries:
+            wake = housekeeping.redeliver(self.session, self._still_ours(delivery), reason, due)
+            items, space = items + wake[1], space + wake[2]
+        return None, items, space
+
+    def _reject(self, deliveries: Sequence[Delivery], reason: str) -> tuple[None, int, int]:
+        """Dead-letter items. A step."""
+        journal = self.session.journal
+        for delivery in deliveries:
+            record = self._still_ours(delivery)
+            self._recycler.mappings.forget(journal.words[record + GENERATION])
+            set_aside(self.session.directories, journal, record, self._who, reason)
+        return None, self._pass_on(len(deliveries)), len(deliveries)
+
+    def _extend(self, deliveries: Sequence[Delivery], due: int) -> tuple[None, int, int]:
+        for delivery in deliveries:
+            record = self._still_ours(delivery)
+            self.session.journal.commit(transitions.extend(self.session.journal.words, record, due))
+        return None, 0, 0
+
+    # Looking and waiting
+
+    @operation
+    def peek(self, until: Deadline) -> Peeked:
+        """The next item, left where it is; a damaged one is dead-lettered and passed over. Raises Empty, ShutDown."""
+        return retry(self._peek_one, self._wait, until)
+
+    def _peek_one(self) -> Peeked:
+        items = self.session.directories.items
+        while True:
+            delivery, ended = self.session.step(self._peek)
+            if delivery is None:
+                raise self._nothing(ended)
+            name = item_name(delivery.seq)
+            try:
+                with ItemFile(items, name) as file:
+                    said = file.contents(delivery.handle.data_end)
+                if fs.exists(items, name):  # else its file may have been written again while it was read
+                    return Peeked(
+                        delivery.seq,
+                        delivery.attempt,
+                        said.put_time / 1e9,
+                        delivery.size,
+                        said.names,
+                        said.meta,
+                    )
+            except FileNotFoundError:
+                fs.check_present(self.session.directories.root, self.path)
+                self.session.step(self._set_peeked_aside, delivery.seq, "its file is missing")
+            except BadItem as error:
+                self.session.step(self._set_peeked_aside, delivery.seq, f"damaged: {error}")
+
+    def _peek(self) -> tuple[tuple[Delivery | None, bool], int, int]:
+        items, space = self._begin()
+        words = self.session.journal.words
+        record = first(words)
+        if not record or words[SHUTDOWN] == DISCARDED:
+            return (None, self._has_ended()), items, space
+        return (self._delivery(record, 0), False), items, space
+
+    def _set_peeked_aside(self, seq: int, why: str) -> tuple[None, int, int]:
+        """Dead-letter an item that was peeked at, if it is still the next. A step."""
+        journal = self.session.journal
+        record = first(journal.words)
+        if not record or journal.words[record + SEQ] != seq:
+            return None, 0, 0
+        self._recycler.mappings.forget(journal.words[record + GENERATION])
+        set_aside(self.session.directories, journal, record, self._who, why)
+        return None, self._pass_on(1), 1
+
+    def _wait(self, until: Deadline) -> bool:
+        """Wait until there may be an item, or the end; false when the deadline is past."""
+        if self._recycler.pins.pending:
+            self.session.step(self._reclaim)
+        own = self._own
+        return self.session.wait(
+            lambda words: bool(words[REDELIVERY.head] or words[READY.head]) or _ended(words, own),
+            until,
+            self._each_second,
+        )
+
+    def _each_second(self) -> None:
+        housekeeping.round_if_due(self.session)
+        if self._recycler.mappings.is_sweep_due(self.session.look()):
+            self.session.step(self._reclaim)
+
+    def _reclaim(self) -> tuple[None, int, int]:
+        self._recycler.reclaim()
+        self._recycler.mappings.sweep(self.session.journal.words)
+        return None, 0, 0
+
+    def watch(self, kind: Kind) -> SessionWatch:
+        """A watch for items, for an event loop."""
+        return self.session.doorbell.watch()
+
+    def close(self) -> None:
+        """Leave: what is in flight is requeued; files that arrays still show lose their names."""
+        self.session.close(self._leave)
+        self._recycler.forget()
+
+    def _leave(self) -> tuple[None, int, int]:
+        session, items, space = self.session, 0, 0
+        self._recycler.reclaim()
+        for record in reversed(active(session.journal.words)):
+            words = session.journal.words
+            if words[record + OWNER] != session.token:
+                continue
+            if words[record + STATE] == IN_FLIGHT:
+                _, more, room = housekeeping.redeliver(session, record, "its reader left", 0)
+                items, space = items + more, space + room
+            elif words[record + STATE] == PINNED:
+                session.journal.commit(transitions.drop(words, record))
+        return None, items, space
+
+
+def _ended(words: Words, own: int) -> bool:
+    """Whether nothing can come any more to a reader that has `own` items in flight."""
+    state = words[SHUTDOWN]
+    return state == DISCARDED or (
+        state == DRAINING and words[IN_FLIGHT_COUNT] <= own and not words[DELAYED_COUNT]
+    )
+
+
+def _due_in(seconds: float) -> int:
+    """So many seconds from now, in monotonic ns."""
+    return time.monotonic_ns() + int(min(seconds, _LONGEST) * 1e9)

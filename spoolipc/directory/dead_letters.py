@@ -1,0 +1,194 @@
+"""Dead letters: what lies in `failed/`, why, and what to do with it.
+
+A dead letter is `failed/SEQ.npy`, an item that was rejected, failed in every attempt or was damaged, with its history
+in `failed/SEQ.jsonl`. To retry one is a put whose file is there already: one transition that renames the file into
+`items/` under a new number. To drop one is a transition that renames it into `free/`, where `gc` finds it if the
+unlinking that follows is never reached. Either way the count of dead letters changes with the rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterable
+
+from ..errors import BadItem, NoSuchItem, ShutDown, SpoolError, StorageError
+from ..format.footer import Footer
+from ..message import DeadLetter, Limits, Retried, StoredArray
+from . import fs, transitions
+from .itemfile import ItemFile
+from .layout import Directories, item_name
+from .quarantine import failed_numbers, forget_history, read_history
+from .session import Session, Visitor, owns_nothing
+from .table import HAS_METADATA, ITEM, ITEM_AT, NEVER_AGAIN, SHUTDOWN, WORD
+
+_log = logging.getLogger("spoolipc")
+
+
+def failed_list(path: str | os.PathLike[str]) -> list[DeadLetter]:
+    """The dead letters of the spool at `path`, in the order in which they were put. Changes nothing.
+
+    Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
+    """
+    with Visitor(path) as visitor:
+        numbers = failed_numbers(visitor.directories)
+        return [letter for number in numbers if (letter := _letter(visitor.directories, number))]
+
+
+def failed_show(path: str | os.PathLike[str], seq: int) -> DeadLetter:
+    """One dead letter of the spool at `path`. Raises NoSuchItem, and what `failed_list` raises."""
+    with Visitor(path) as visitor:
+        letter = _letter(visitor.directories, seq)
+        if letter is None:
+            raise _no_such_item(visitor.directories, seq)
+        return letter
+
+
+def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None = None) -> Retried:
+    """Requeue dead letters at the end of the queue, as new puts: new numbers, no attempts, no history.
+
+    seqs: their numbers, None for all. `maxsize` and `max_bytes` do not hold them back: their bytes are there
+    already. Those that cannot be read stay. Crash-safe: a dead letter is in one place or the other.
+
+    Raises NoSuchItem, before anything is done, for a number that is no dead letter; ShutDown when the spool
+    takes no puts; and what SpoolWriter raises.
+    """
+    done: dict[int, int] = {}
+    damaged: dict[int, str] = {}
+
+    def retry(session: Session, number: int) -> None:
+        try:
+            with ItemFile(session.directories.failed, item_name(number)) as file:
+                _, tail = file.parse()
+        except FileNotFoundError:
+            return  # somebody else was first
+        except BadItem as error:
+            damaged[number] = str(error)
+            _log.warning("%s: item %d stays in failed/: %s", session.path, number, error)
+            return
+        seq = session.step(_requeue, session, number, file.size, tail)
+        if seq is not None:
+            done[number] = seq
+
+    _each(path, seqs, retry, lambda session: fs.sync(session.directories.items) if done else None)
+    return Retried(done, damaged)
+
+
+def failed_drop(path: str | os.PathLike[str], seqs: Iterable[int] | None = None) -> list[int]:
+    """Remove dead letters and their histories for good; returns their numbers.
+
+    seqs: their numbers, None for all. Raises NoSuchItem, before anything is done, for a number that is no
+    dead letter; StorageError for a directory that somebody has planted; and what SpoolReader raises.
+    """
+    done: list[int] = []
+
+    def drop(session: Session, number: int) -> None:
+        if session.step(_drop, session, number):
+            done.append(number)
+
+    _each(path, seqs, drop, lambda _: None)
+    return done
+
+
+def _each(
+    path: str | os.PathLike[str],
+    seqs: Iterable[int] | None,
+    work: Callable[[Session, int], None],
+    last: Callable[[Session], None],
+) -> None:
+    """Do `work` for each of `seqs` that are all there, or for every dead letter, and then `last`."""
+    session = Session(path, Limits(), "admin", create=False)
+    try:
+        there = failed_numbers(session.directories)
+        wanted = there if seqs is None else sorted(set(seqs))
+        if missing := sorted(set(wanted) - set(there)):
+            raise _no_such_item(session.directories, missing[0])
+        for number in wanted:
+            work(session, number)
+        last(session)
+    except OSError as error:
+        if isinstance(error, SpoolError):
+            raise
+        raise session.explained(error) from error
+    finally:
+        session.close(owns_nothing)
+
+
+def _no_such_item(directories: Directories, seq: int) -> NoSuchItem:
+    return NoSuchItem(f"{directories.path} has no dead letter {seq}; failed_list() tells those it has")
+
+
+def _letter(directories: Directories, number: int) -> DeadLetter | None:
+    """A dead letter as the files tell it; None when it is gone."""
+    name = item_name(number)
+    try:
+        size = fs.stat_at(name, dir_fd=directories.failed).st_size
+        failures = read_history(directories, number)
+        arrays: tuple[StoredArray, ...] = ()
+        meta, put_time, damage = None, None, ""
+        try:
+            with ItemFile(directories.failed, name) as file:
+                blocks, tail = file.parse()
+            names = tail.names or (None,) * len(blocks)
+            arrays = tuple(
+                StoredArray(name, str(block.dtype), block.shape, block.nbytes)
+                for name, block in zip(names, blocks, strict=True)
+            )
+            meta, put_time = tail.meta, tail.put_time / 1e9
+        except BadItem as error:
+            damage = str(error)
+    except FileNotFoundError:
+        return None
+    return DeadLetter(
+        seq=number,
+        path=str(directories.path / "failed" / name),
+        bytes=size,
+        reason=failures[-1].why if failures else "unknown: its history is lost",
+        attempts=max((failure.attempt for failure in failures), default=0),
+        history=failures,
+        arrays=arrays,
+        meta=meta,
+        put_time=put_time,
+        damage=damage,
+    )
+
+
+def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[int | None, int, int]:
+    """Put a dead letter; None when it is gone. A crash after the transition leaves the old history, which belongs to
+    no item any more: `gc` removes it. A step."""
+    journal, directories = session.journal, session.directories
+    if journal.words[SHUTDOWN]:
+        what = f"the spool {session.path} was shut down; SpoolWriter(path, reopen=True) opens it again"
+        raise ShutDown(what)
+    name = item_name(number)
+    if not fs.exists(directories.failed, name):
+        return None, 0, 0
+    record = journal.unused_record()
+    words = journal.words
+    seq = transitions.next_seq(words)
+    # Whether its file survives power loss is not known any more: it is never written again, as one that does.
+    flags = NEVER_AGAIN | (0 if tail.names is None and tail.meta is None else HAS_METADATA)
+    at = (record + ITEM_AT) * WORD
+    ITEM.pack_into(journal.map, at, seq, max(0, tail.put_time), 0, flags, tail.data_end, 0, 0, 0, 0)
+    journal.commit(transitions.put_new(words, record, size, "failed", name))
+    forget_history(directories, number)
+    return seq, 1, 0
+
+
+def _drop(session: Session, number: int) -> tuple[bool, int, int]:
+    """Remove a dead letter; false when it is gone already. A step."""
+    journal, directories = session.journal, session.directories
+    name = item_name(number)
+    try:
+        mode = fs.stat_at(name, dir_fd=directories.failed).st_mode
+    except FileNotFoundError:
+        return False, 0, 0
+    if stat.S_ISDIR(mode):
+        where = str(directories.path / "failed" / name)
+        raise StorageError(errno.EISDIR, "is a directory, which spoolipc did not make; remove it", where)
+    journal.commit(transitions.drop_letter(journal.words, number))
+    fs.unlink_missing_ok(directories.free, name)
+    forget_history(directories, number)
+    return True, 0, 0

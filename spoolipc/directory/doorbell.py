@@ -1,0 +1,448 @@
+"""The doorbell: how a session waits for an item, or for space, without polling.
+
+The table names up to 32 waiting sessions: token, what for, since when. A waiting session watches its own file in
+`alive/` and sleeps until somebody writes to it. Whoever makes an item available rings for as many sessions as there are
+items, those first that have waited longest and live. Nobody waiting means no system call.
+
+    waiter: since = now; barrier; look; sleep until the file is written to
+    ringer: item visible; barrier; since seen; since = 0; write
+
+Either the waiter's look sees the item or the ringer sees that it waits; and `since` cleared is always followed by a
+write that the waiter hears. One that was rung and no longer waits rings for the next.
+
+A ring is a hint: a waiter looks once a second in any case, and says again that it waits. So an entry older than that
+is nobody's who sleeps: a session that was stopped, or went on to other work. It is rung beside the others and takes no
+other's wake-up, and neither does that of a crashed session, whose file says that it is one. A session that finds no
+place among the 32 looks at intervals.
+
+No thread is started: of the threads of a process that wait, one reads the descriptor of inotify for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, Literal, Protocol
+
+from ..engine import Kind
+from ..errors import SpoolError
+from . import fs
+from .liveness import ring, token_name
+from .lock import no_fork
+from .table import FOR_ITEMS, FOR_SPACE, WAITERS, Token, Waiter, Words
+
+_log = logging.getLogger("spoolipc")
+
+LOOK_EVERY: Final = {"items": 1.0, "space": 0.05}
+"""Seconds a sleeper waits before it looks again unasked; for space less, as not every single place is rung for."""
+FRESH: Final = 1_500_000_000  # ns: a sleeper's `since` is never older, a look each second and some delay
+SHORT_LOOK: Final = (5e-6, 200e-6)  # seconds of looking before sleeping: least and most
+CROWDED: Final = 50e-6  # seconds: a look that takes longer gave the core to somebody with work to do
+SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have been a longer look
+TRIAL: Final = 0.1  # seconds within which a new watch must hear its own ring
+POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where nothing can be heard: first and longest
+_EVENT: Final = struct.Struct("iIII")
+_BUFFER: Final = 4096
+_CODES: Final[dict[Kind, int]] = {"items": FOR_ITEMS, "space": FOR_SPACE}
+
+
+class Host(Protocol):
+    """What a doorbell needs of its session."""
+
+    path: str
+    token: Token
+
+    def peek_words(self) -> Words | None:
+        """The table's words, to be looked at without the lock; None where they cannot be."""
+
+    def take_place(self, kind: int) -> int:
+        """A place among those who wait, -1 where there is none: a locked step."""
+
+    @property
+    def alive_directory(self) -> int:
+        """The descriptor of `alive/`."""
+
+
+class Doorbell:
+    """One session's place among those who wait, and its way to wake others. Threads may share it."""
+
+    def __init__(self, host: Host, kind: Kind) -> None:
+        self._host = weakref.ref(host)
+        self.kind: Kind = kind
+        self.reset()
+
+    def reset(self) -> None:
+        """Start afresh: the table is another, or this is a forked child."""
+        self._place = -1
+        self.tickets = 0  # rings heard
+        self._waiting = 0  # threads
+        self._lock = threading.Lock()  # around the two above
+        self._spin = SHORT_LOOK[1]
+        self.closed = False
+        self.number = -1  # of its watch
+
+    def forget_place(self) -> None:
+        """The table was built again: take a place in the new one when the next wait begins."""
+        self._place = -1
+
+    @property
+    def file(self) -> str:
+        """The path of the file that is written to."""
+        host = self._host()
+        return os.path.join(host.path, "alive", token_name(host.token)) if host is not None else ""
+
+    # Ringing
+
+    def ring(self, kind: Kind, count: int) -> None:
+        """Wake `count` waiting sessions, for so many items (or places) that others can see already.
+
+        Call it after the index lock was let go: that is the memory barrier between making the item visible and reading
+        who waits.
+        """
+        host = self._host()
+        words = host.peek_words() if host is not None else None
+        if host is None or words is None:
+            return
+        code = _CODES[kind]
+        asleep = sorted((words[w.since], w) for w in WAITERS if words[w.since] and words[w.kind] == code)
+        fresh = time.monotonic_ns() - FRESH
+        for since, waiter in asleep:
+            if count <= 0:
+                return
+            token = words[waiter.token]
+            words[waiter.since] = 0  # before the write: a `since` set after this is for the next ring
+            if token and ring(host.alive_directory, token) and since > fresh:
+                count -= 1
+
+    def ring_all(self) -> None:
+        """Wake everybody: for what concerns all, such as a shutdown."""
+        self.ring("items", len(WAITERS))
+        self.ring("space", len(WAITERS))
+
+    # Waiting
+
+    def wait(self, look: Callable[[], bool], seconds: float) -> bool:
+        """Wait until `look()` is true, at most so many seconds; returns whether it is.
+
+        look: called often, at least once; its exceptions pass through. After a true answer the caller rings again if
+        more than it takes is left.
+        """
+        if look():
+            return True
+        if seconds <= 0:
+            return False
+        until = time.monotonic() + seconds
+        if self._look_briefly(look, until):
+            return True
+        began = time.monotonic()
+        with self._lock:
+            self._waiting += 1
+        found = False
+        try:
+            found = self._sleep_until(look, until)
+            return found
+        finally:
+            if time.monotonic() - began < SOON:
+                self._spin = SHORT_LOOK[1]
+            self._leave(None if found else look)
+
+    def _sleep_until(self, look: Callable[[], bool], until: float) -> bool:
+        ears = listen(self)
+        pause = POLL[0]
+        while True:
+            ticket = self.tickets
+            armed = self.arm()
+            if look():
+                return True
+            nap = LOOK_EVERY[self.kind]
+            if ears is None or not armed:
+                nap, pause = min(nap, pause), min(2 * pause, POLL[1])
+            now = time.monotonic()
+            if now >= until:
+                return False
+            if ears is None:
+                fs.sleep(min(nap, until - now))
+            else:
+                ears.sleep(self, ticket, min(now + nap, until))
+            if (
+                self.tickets != ticket and look()
+            ):  # before saying again that we wait, which is most often for nothing
+                return True
+
+    def _look_briefly(self, look: Callable[[], bool], until: float) -> bool:
+        """Look for a moment, for less time the less it helped: a look costs 1 us, a wake-up over 50.
+
+        A wait that was short all the same brings the full moment back: two sessions that answer each other would else
+        sleep for ever because they slept once.
+        """
+        least, most = SHORT_LOOK
+        now = time.monotonic()
+        end = min(now + self._spin, until)
+        while now < end:
+            fs.yield_core()  # whoever has something to put may need this core
+            if look():
+                self._spin = most
+                return True
+            before, now = now, time.monotonic()
+            if now - before > CROWDED:
+                break
+        self._spin = max(self._spin / 2, least)
+        return False
+
+    def arm(self) -> bool:
+        """Say that this session waits; false where there is no place to say it. Look at the spool after this."""
+        waiter, words = self._own_place()
+        if waiter is None or words is None:
+            return False
+        words[waiter.since] = time.monotonic_ns()
+        # This store must reach memory before the look that follows reads: entering the scheduler is a full barrier,
+        # which a plain store followed by a plain load is not.
+        fs.yield_core()
+        return True
+
+    def _own_place(self) -> tuple[Waiter | None, Words | None]:
+        host = self._host()
+        words = host.peek_words() if host is not None else None
+        if host is None or words is None:
+            return None, None
+        if self._place < 0 or words[WAITERS[self._place].token] != host.token:
+            self._place = host.take_place(_CODES[self.kind])
+            words = host.peek_words()
+            if self._place < 0 or words is None:
+                return None, None
+        return WAITERS[self._place], words
+
+    def _leave(self, look: Callable[[], bool] | None) -> None:
+        """One thread waits no longer; the last one takes back that the session does.
+
+        look: of one that leaves without what it waited for. It may have been rung since it looked last, so if there is
+        something now, another is woken for it.
+        """
+        with self._lock:
+            self._waiting -= 1
+            last = not self._waiting
+        host = self._host()
+        with suppress(SpoolError, OSError):
+            words = host.peek_words() if host is not None and self._place >= 0 else None
+            if last and host is not None and words is not None:
+                waiter = WAITERS[self._place]
+                if words[waiter.token] == host.token:
+                    words[waiter.since] = 0
+            if look is not None:
+                fs.yield_core()  # a barrier, as in `arm`
+                if look():
+                    self.ring(self.kind, 1)
+
+    def heard(self) -> None:
+        """Called by whoever read that our file was written to."""
+        with self._lock:
+            self.tickets += 1
+
+    def close(self) -> None:
+        """Wait no more: who still does goes on at intervals, and finds the session closed."""
+        self.closed = True
+        ears = _ears
+        if ears is not None:
+            ears.remove(self)
+
+    def watch(self) -> SessionWatch:
+        """A watch of its own for an event loop."""
+        return SessionWatch(self)
+
+
+class SessionWatch:
+    """A doorbell as an event loop waits for it: one descriptor, no thread. Keeps `spoolipc.engine.Watch`."""
+
+    def __init__(self, doorbell: Doorbell) -> None:
+        self._doorbell = doorbell
+        self._fd = -1
+        try:
+            self._fd = fs.watch_open()
+            fs.watch_add(self._fd, doorbell.file)
+        except OSError as error:
+            self.close()
+            _complain(str(error))
+
+    def fileno(self) -> int:
+        """The descriptor, readable when there may be news; -1 where inotify is not to be had: look at intervals."""
+        return self._fd
+
+    def arm(self) -> None:
+        """Ask to be woken by the next news; look at the spool after this, then wait."""
+        self._doorbell.arm()
+
+    def drain(self) -> None:
+        """Take note of what made the descriptor readable."""
+        if self._fd >= 0:
+            with suppress(BlockingIOError):
+                fs.read(self._fd, _BUFFER)
+
+    def close(self) -> None:
+        """Ask for nothing more; harmless when repeated."""
+        if self._fd >= 0:
+            fs.close(self._fd)
+            self._fd = -1
+
+
+class _Ears:
+    """What this process hears: one descriptor of inotify, read by one of the threads that wait, for all of them."""
+
+    def __init__(self) -> None:
+        self.fd = fs.watch_open()
+        self._lock = threading.Lock()  # around all below; held for a few stores
+        self._doorbells: dict[int, weakref.ref[Doorbell]] = {}
+        self._sleepers: dict[int, tuple[threading.Lock, Doorbell]] = {}
+        self._is_read = False
+
+    def add(self, doorbell: Doorbell) -> None:
+        """Listen for a doorbell, and hear a first ring of our own: a file system may report nothing."""
+        if doorbell.number >= 0:
+            return
+        number = fs.watch_add(self.fd, doorbell.file)
+        doorbell.number = number
+        with self._lock:
+            self._doorbells[number] = weakref.ref(doorbell)
+
+    def remove(self, doorbell: Doorbell) -> None:
+        """Listen for it no more, and wake its threads. The watch itself goes with the file."""
+        with self._lock:
+            self._doorbells.pop(doorbell.number, None)
+            doorbell.number = -1
+            self._wake(lambda other: other is doorbell)
+
+    def sleep(self, doorbell: Doorbell, ticket: int, until: float) -> None:
+        """Sleep until a ring later than `ticket` is heard, or until then (monotonic seconds)."""
+        while doorbell.tickets == ticket and not doorbell.closed:
+            seconds = until - time.monotonic()
+            if seconds <= 0:
+                return
+            with self._lock:
+                reads = not self._is_read
+                sleeper = threading.Lock()
+                if reads:
+                    self._is_read = True
+                else:
+                    sleeper.acquire()
+                    self._sleepers[id(sleeper)] = sleeper, doorbell
+            try:
+                if reads:
+                    self._read(seconds)
+                else:
+                    sleeper.acquire(timeout=seconds)
+            finally:
+                with self._lock:
+                    self._sleepers.pop(id(sleeper), None)
+                    if reads:
+                        self._is_read = False
+                        for other, _ in list(self._sleepers.values())[:1]:  # it reads now
+                            other.release()
+                            self._sleepers.pop(id(other))
+
+    def _read(self, seconds: float) -> None:
+        if not fs.poll(self.fd, seconds):
+            return
+        try:
+            events = fs.read(self.fd, _BUFFER)
+        except BlockingIOError:
+            return
+        numbers = {number for number, _, _, _ in _EVENT.iter_unpack(events[: len(events) // 16 * 16])}
+        with self._lock:
+            for number, ref in list(self._doorbells.items()):
+                doorbell = ref()
+                if doorbell is None:
+                    del self._doorbells[number]
+                elif number in numbers or -1 in numbers:  # -1: the kernel's queue overflowed
+                    doorbell.heard()
+            self._wake(lambda other: other.number in numbers or -1 in numbers)
+
+    def _wake(self, concerned: Callable[[Doorbell], bool]) -> None:
+        for key, (sleeper, doorbell) in list(self._sleepers.items()):
+            if concerned(doorbell):
+                del self._sleepers[key]
+                sleeper.release()
+
+
+_ears: _Ears | None = None
+_ears_lock = threading.Lock()
+_deaf = False  # the last attempt to listen failed
+_warned = False
+
+
+def listen(doorbell: Doorbell) -> _Ears | None:
+    """Have the process hear a doorbell; None where it cannot: look at intervals. The log says so once."""
+    global _ears, _deaf
+    if _is_forced():
+        return None
+    try:
+        with no_fork, _ears_lock:
+            if _ears is None:
+                _ears = _Ears()
+            ears = _ears
+        if doorbell.number < 0:
+            ears.add(doorbell)
+            _try_out(ears, doorbell)
+        _deaf = False
+        return ears
+    except FileNotFoundError:
+        return None  # the spool is gone, which says nothing about inotify
+    except OSError as error:
+        _deaf = True
+        _complain(str(error))
+        return None
+
+
+def _try_out(ears: _Ears, doorbell: Doorbell) -> None:
+    """Ring ourselves: a local file system has the event ready when the write returns. Raises OSError."""
+    heard = doorbell.tickets
+    fd = fs.open_at(doorbell.file, os.O_WRONLY | fs.CAREFUL)
+    try:
+        fs.pwrite(fd, b"\n", 0)
+    finally:
+        fs.close(fd)
+    until = time.monotonic() + TRIAL
+    while not fs.poll(ears.fd, 0) and doorbell.tickets == heard:  # another thread may have read it
+        if time.monotonic() > until:
+            ears.remove(doorbell)
+            raise OSError(f"no event arrived from {doorbell.file}")
+        fs.sleep(POLL[0])
+
+
+def mode() -> Literal["inotify", "polling"]:
+    """How this process waits, or would: found out without a ring, which would wake somebody."""
+    if _is_forced() or _deaf:
+        return "polling"
+    if _ears is None:
+        try:
+            fs.close(fs.watch_open())
+        except OSError:
+            return "polling"
+    return "inotify"
+
+
+def _is_forced() -> bool:
+    return os.environ.get("SPOOLIPC_WATCH") == "polling"
+
+
+def _complain(reason: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        _log.warning("inotify is unavailable (%s): waiting falls back to polling", reason)
+
+
+def _after_fork_in_child() -> None:
+    global _ears, _ears_lock, _deaf
+    if _ears is not None:
+        with contextlib.suppress(OSError):
+            fs.close(_ears.fd)
+    _ears, _ears_lock, _deaf = None, threading.Lock(), False
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

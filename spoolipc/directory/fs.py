@@ -1,0 +1,287 @@
+"""The one door to the system: every system call of the engine is made through the names of this module.
+
+The names in `CALLS` are the calls themselves; the functions below them are made of these. A test of the syntax trees
+allows no other module of the package to make one, so whoever exchanges a name here (`tests/support/faults.py`: kill
+before or after call N, fail it, interrupt it, let another session act, forget what was not synced) reaches all of
+them. Descriptors are opened relative to the spool's directories, never follow a link and are never inherited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import select
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+from filelock import lock_descriptor, unlock_descriptor
+
+from ..errors import SpoolGone, StorageError, UnsafeSpool
+from ..format.item import Layout, parts, savable
+from ..message import Array
+
+CALLS: Final = tuple(
+    "open_at close replace_descriptor stat_at fstat statvfs rename unlink mkdir fchmod read pread write pwrite truncate"
+    " allocate sync list_names scan map_file save lock unlock make_parents nearest read_text poll sleep yield_core"
+    " watch_open watch_add".split()
+)
+"""The names that are system calls (`save` is one `np.save` and the writes that go with it)."""
+
+CAREFUL: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Flags of every open: no link is followed, no FIFO waited for, nothing inherited."""
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+
+# The calls. Bare names where nothing is to be added: a function around each would cost a tenth of a put.
+open_at = os.open
+close = os.close
+replace_descriptor = partial(os.dup2, inheritable=False)
+stat_at: Callable[..., os.stat_result] = partial(os.stat, follow_symlinks=False)
+fstat = os.fstat
+statvfs = os.fstatvfs
+rename = os.rename
+unlink = os.unlink
+mkdir = os.mkdir
+fchmod = os.fchmod
+read = os.read
+pread = os.pread
+write = os.write
+pwrite = os.pwrite
+truncate = os.ftruncate
+allocate = os.posix_fallocate
+sync = os.fsync
+list_names = os.listdir
+scan = os.scandir
+map_file = mmap.mmap
+lock: Callable[[int], bool] = partial(lock_descriptor, blocking=False)
+unlock = unlock_descriptor
+sleep = time.sleep
+yield_core = os.sched_yield
+
+
+def make_parents(path: Path) -> None:
+    """Make the directories that lead to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """A file of the kernel's (`/proc`), whole."""
+    return path.read_text(errors="surrogateescape")
+
+
+def nearest(path: Path) -> str:
+    """The real path of `path`, or of its nearest parent that exists."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return os.path.realpath(path)
+
+
+def poll(fd: int, seconds: float) -> bool:
+    """Whether a descriptor is readable within so many seconds."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(max(0, int(seconds * 1000 + 0.999))))
+
+
+def watch_open() -> int:
+    """A descriptor of inotify, by watchdog's own calls: reading it needs none of watchdog's threads.
+
+    Raises OSError where there is no inotify or its limits are used up.
+    """
+    try:
+        from watchdog.observers.inotify_c import inotify_init
+    except ImportError as error:
+        raise OSError(errno.ENOSYS, f"watchdog has no inotify here ({error})") from error
+    fd = inotify_init()
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, False)
+    return fd
+
+
+def watch_add(fd: int, path: str) -> int:
+    """Let the descriptor of inotify tell of each write to the file `path`; returns the number its events bear."""
+    from watchdog.observers.inotify_c import InotifyConstants, inotify_add_watch
+
+    number = inotify_add_watch(fd, os.fsencode(path), InotifyConstants.IN_MODIFY)
+    if number < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    return int(number)
+
+
+def save(fd: int, arrays: Sequence[Array], layout: Layout, tail: bytes) -> None:
+    """Write a new item file: its first array by `np.save`, then the other blocks, then `tail`. Raises OSError.
+
+    fd: of an empty file.
+    """
+    with open(fd, "wb", closefd=False) as file:
+        first = savable(layout, arrays)
+        if first:
+            _save_first(file, arrays[0], layout)
+        for part in parts(layout, arrays, skip_first=first):
+            _write_all(file, part)
+        _write_all(file, tail)
+
+
+def _save_first(file: BinaryIO, array: Array, layout: Layout) -> None:
+    """`np.save`, and what it leaves out of a full disk's account.
+
+    numpy writes data through a C stream. It reports a short write without an errno, and one in the last few KiB not at
+    all, leaving the file's position after bytes that are not there. Writing the rest again either completes the file
+    or raises what stood in the way.
+    """
+    block, header = layout.blocks[0], layout.headers[0]
+    end = block.offset + block.nbytes
+    failure: OSError | None = None
+    try:
+        np.save(file, array.view(block.dtype), allow_pickle=False)
+        file.flush()
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        failure = error
+    written = os.fstat(file.fileno()).st_size
+    if written < end:
+        file.seek(written)
+        _write_all(file, header[written:])
+        flat = array if array.flags.c_contiguous else array.T
+        _write_all(file, flat.reshape(-1).view(np.uint8).data[max(0, written - block.offset) :])
+        file.flush()
+    elif failure is not None:
+        raise failure
+    file.seek(end)
+
+
+def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+# What is made of the calls.
+
+
+def open_own(directory: int, name: str, flags: int, mode: int = 0o600, *, linked: bool = False) -> int:
+    """Open a file of the spool's own; with O_CREAT in `flags`, make it where there is none.
+
+    mode: permission bits, whatever the umask. linked: it may have other names, as in a backup by hard links. Raises
+    UnsafeSpool for anything but a regular file: what stands at the names of a spool is not trusted.
+    """
+    try:
+        fd = open_at(name, flags | CAREFUL, mode, dir_fd=directory)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise _planted(directory, name) from None
+        raise
+    try:
+        status = fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or (status.st_nlink > 1 and not linked):
+            raise _planted(directory, name)
+        if flags & os.O_CREAT and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != mode:
+            fchmod(fd, mode)
+    except BaseException:
+        close(fd)
+        raise
+    return fd
+
+
+def make_own(directory: int, name: str, mode: int = 0o600) -> int:
+    """Make a file of the spool's own anew, in the place of one that a crash left. Open for reading and writing."""
+    unlink_missing_ok(directory, name)
+    return open_own(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+
+
+def read_own(directory: int, name: str, most: int, *, linked: bool = False) -> bytes:
+    """Up to `most` bytes of a file of the spool's own. Raises UnsafeSpool, FileNotFoundError, OSError."""
+    fd = open_own(directory, name, os.O_RDONLY, linked=linked)
+    try:
+        found = b""
+        while len(found) < most and (more := read(fd, most - len(found))):
+            found += more
+        return found
+    finally:
+        close(fd)
+
+
+def open_directory(name: str | Path, directory: int | None = None) -> int:
+    """A descriptor of a directory, no link followed."""
+    return open_at(name, DIRECTORY, dir_fd=directory)
+
+
+def exists(directory: int, name: str) -> bool:
+    """Whether the directory holds the name."""
+    try:
+        stat_at(name, dir_fd=directory)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def unlink_missing_ok(directory: int, name: str) -> None:
+    """Remove a name that a predecessor may have removed already. A directory is none of ours and stays."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        unlink(name, dir_fd=directory)
+
+
+def batches(directory: int, size: int = 256) -> Iterator[list[str]]:
+    """The names in a directory, `size` at a time. Those removed meanwhile may come or not.
+
+    directory: a descriptor; its own offset is not used, so others may list it meanwhile.
+    """
+    fd = open_directory(".", directory)
+    try:
+        with scan(fd) as entries:
+            while names := [entry.name for entry in islice(entries, size)]:
+                yield names
+    finally:
+        close(fd)
+
+
+def write_whole(fd: int, data: bytes) -> None:
+    """Write all of it at the descriptor's position."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[write(fd, rest) :]
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether an error says that the file system or a quota is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def storage_error(error: OSError, path: str) -> StorageError:
+    """The StorageError for one of a system call on something in the spool at `path`."""
+    what = error.strerror or str(error)
+    if error.filename is None:
+        return StorageError(error.errno, what, path)
+    named: Any = error.filename
+    name = os.fsdecode(named) if isinstance(named, (str, bytes)) else str(named)
+    if name.startswith(path):
+        return StorageError(error.errno, what, name)
+    return StorageError(error.errno, f"{what} ({name})", path)
+
+
+def check_present(root: int, path: str) -> None:
+    """Raise SpoolGone when the directory was deleted or replaced under its users."""
+    if not exists(root, "spool.json"):
+        raise SpoolGone(
+            errno.ENOENT, "the spool was deleted while in use; close this and open a new one", path
+        )
+
+
+def _planted(directory: int, name: str) -> UnsafeSpool:
+    try:
+        place = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), name)
+    except OSError:
+        place = name
+    return UnsafeSpool(errno.EPERM, "is not a file of its own; this spool was tampered with", place)

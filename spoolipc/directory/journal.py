@@ -1,0 +1,334 @@
+"""The index: the mapped table, and how one transition is made without ever tearing it.
+
+    1. the transition's stores go into the journal, in the header
+    2. MARK names its kind, SUBJECT its file
+    3. the file is renamed or unlinked
+    4. the stores are made
+    5. MARK is cleared
+
+A process can end, or be interrupted, between any two of these. The next holder of the lock sees MARK and asks the
+directory whether step 3 happened: if so it makes the stores (again), else it forgets them. The index holds no truth
+that the directories do not: it is never synced, and one that is lost, damaged or of an earlier boot is built again
+from a listing of `items/` (`rebuild.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from ..errors import StorageError, UnknownVersion, UnsafeSpool
+from . import fs
+from .layout import Directories, item_name, read_shutdown, write_shutdown
+from .table import (
+    ALL_BITS,
+    BOOT,
+    CAPACITY,
+    EDGE,
+    FIRST_SEQ,
+    GUARD,
+    HEADER,
+    HOLDER,
+    JOURNAL,
+    JOURNAL_ROOM,
+    MAGIC,
+    MAGIC_VALUE,
+    MARK,
+    NEXT_SEQ,
+    NEXT_SEQ_CHECK,
+    NOTHING,
+    RECORD,
+    SHUTDOWN,
+    STORES,
+    SUBJECT,
+    UNUSED,
+    VERSION,
+    VERSION_VALUE,
+    WAITERS_BYTES,
+    WORD,
+    IndexDamaged,
+    Words,
+    known,
+    record_in,
+    violations,
+)
+from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, MEMORY, Stores, Transition
+
+NAME: Final = "index"
+NEW: Final = "index.new"
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+FIRST_RECORDS: Final = 240
+_NOBODY: Final = bytes(WAITERS_BYTES.stop - WAITERS_BYTES.start)
+_VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
+"""Check the whole table after every commit: for tests."""
+_MOST_VERIFIED: Final = 512  # records, so that a long backlog is not checked in quadratic time
+
+
+@functools.cache
+def _row(count: int) -> struct.Struct:
+    """So many words in a row."""
+    return struct.Struct(f"={count}Q")
+
+
+@functools.cache
+def boot_words() -> tuple[int, int]:
+    """The identity of the running boot, as two words."""
+    number = int(fs.read_text(BOOT_ID).strip().replace("-", ""), 16)
+    return number >> 64, number & ALL_BITS
+
+
+class Journal:
+    """One mapping of the index file. All but reading single words needs the index lock.
+
+    identity: stands for this mapping where something must not keep it alive.
+    """
+
+    def __init__(self, directories: Directories, name: str = NAME) -> None:
+        """Map the index. Raises IndexDamaged, UnknownVersion, UnsafeSpool."""
+        self._directories = directories
+        self._known = False  # seen to belong to this spool
+        self._guard = b""  # the first words as they are in a whole index with no transition under way
+        self.identity = object()
+        self._map(name)
+
+    def _map(self, name: str) -> None:
+        root = self._directories.root
+        try:
+            fd = fs.open_own(root, name, os.O_RDWR)
+        except FileNotFoundError:
+            raise IndexDamaged("the index is missing") from None
+        try:
+            status = fs.fstat(fd)
+            if status.st_size < HEADER * WORD:
+                raise IndexDamaged("the index is too short")
+            self.size = status.st_size // WORD * WORD
+            self._inode = status.st_ino
+            self.map = fs.map_file(fd, self.size)
+        finally:
+            fs.close(fd)
+        self.words: Words = memoryview(self.map).cast("Q")
+        if name == NEW:
+            return
+        words = self.words
+        if words[MAGIC] != MAGIC_VALUE:
+            raise IndexDamaged("the index does not begin with its magic number")
+        if words[VERSION] != VERSION_VALUE:
+            what = f"the index has version {words[VERSION]}, this release knows version {VERSION_VALUE}"
+            raise UnknownVersion(errno.EINVAL, what, str(self._directories.path))
+        if (words[BOOT], words[BOOT + 1]) != boot_words():
+            raise IndexDamaged("the index is of an earlier boot")
+
+    def is_whole(self) -> bool:
+        """Whether the mapping can be looked at without the lock: false when its file was removed or truncated."""
+        try:
+            status = fs.stat_at(NAME, dir_fd=self._directories.root)
+        except OSError:
+            return False
+        return status.st_size >= self.size and status.st_ino == self._inode
+
+    def holds_what_it_says(self) -> bool:
+        """Whether the file is as long as its capacity says."""
+        return self.words[CAPACITY] * WORD <= self.size
+
+    def is_same_file(self, other: Journal) -> bool:
+        """Whether two mappings are of one file."""
+        return self._inode == other._inode
+
+    def check(self, token: int) -> None:
+        """Begin a step of the session `token`: make sure that the mapping is still the spool's index, whole.
+
+        A transition that its maker did not finish is finished or forgotten. The caller holds the lock.
+        Raises IndexDamaged.
+        """
+        try:
+            status = fs.stat_at(NAME, dir_fd=self._directories.root)
+        except FileNotFoundError:
+            raise IndexDamaged("the index was deleted") from None
+        if status[1] != self._inode or status[3] != 1 or status[6] < self.size:
+            raise IndexDamaged("the index was replaced or truncated")
+        if self.map[:GUARD] != self._guard:
+            self._check(status[6])
+        self.words[HOLDER] = token
+
+    def _check(self, size: int) -> None:
+        words = self.words
+        if words[MAGIC] != MAGIC_VALUE or words[VERSION] != VERSION_VALUE:
+            raise IndexDamaged("the index was overwritten")
+        if words[CAPACITY] * WORD > self.size:
+            if words[CAPACITY] * WORD > size:
+                raise IndexDamaged("the index is shorter than it says")
+            self._map(NAME)
+        if self.words[MARK]:
+            self.recover()
+        if not self._known:
+            if fs.exists(self._directories.items, item_name(self.words[NEXT_SEQ])):
+                raise IndexDamaged("the next item is there already: the index is another spool's")
+            self._known = True
+        self._guard = self.map[:GUARD]
+
+    def is_awaited(self) -> bool:
+        """Whether any session has a place among those who wait."""
+        return self.map[WAITERS_BYTES] != _NOBODY
+
+    def commit(self, transition: Transition) -> None:
+        """Make one transition; the caller holds the lock.
+
+        Raises what the move raises, having made no store, and IndexDamaged, having moved nothing.
+        """
+        kind, subject, stores, move = transition
+        words = self.words
+        count = len(stores)
+        if max(stores) >= len(words):
+            raise IndexDamaged("the index links to no record")
+        try:
+            _row(2 * count).pack_into(self.map, JOURNAL * WORD, *stores, *stores.values())
+        except struct.error:  # a sum of damaged words
+            raise IndexDamaged("a number of the index is beyond 64 bits") from None
+        words[STORES] = count
+        words[SUBJECT] = subject
+        words[MARK] = kind
+        # A crash until here leaves stores that recovery forgets, as the file is where it was.
+        if move is not None:
+            parts = self._directories.parts
+            try:
+                if move.target:
+                    fs.rename(
+                        move.name, move.new_name, src_dir_fd=parts[move.source], dst_dir_fd=parts[move.target]
+                    )
+                else:
+                    fs.unlink_missing_ok(parts[move.source], move.name)
+            except OSError:
+                self.recover()
+                raise
+        elif kind == FOLLOW:
+            write_shutdown(self._directories.root, subject, self._directories.file_mode)
+        # A crash from here on leaves stores that recovery makes again.
+        any(map(words.__setitem__, stores, stores.values()))  # a loop in C: each store is None
+        words[MARK] = CLEAN
+        if _VERIFY:
+            self._verify(transition)
+
+    def _verify(self, transition: Transition) -> None:
+        if self.words[EDGE] > HEADER + _MOST_VERIFIED * RECORD:
+            return
+        found = violations(self.words)
+        if found:
+            raise AssertionError(f"{transition} left the table with {found}")
+
+    def recover(self) -> None:
+        """Finish or forget the transition whose maker ended in it, from what the directory says."""
+        words = self.words
+        kind, subject = words[MARK], words[SUBJECT]
+        if words[STORES] > JOURNAL_ROOM or kind > FOLLOW:
+            raise IndexDamaged("the journal is damaged")
+        if kind == FOLLOW:
+            with contextlib.suppress(UnsafeSpool):  # something planted in its place says nothing
+                words[SHUTDOWN] = read_shutdown(self._directories.root)
+        elif kind != CLEAN:
+            stores = journalled(words)
+            if any(position >= words[CAPACITY] for position in stores):
+                raise IndexDamaged("the journal is damaged")
+            if happened(self._directories, kind, subject, finish=True):
+                for position, value in stores.items():
+                    words[position] = value
+        words[MARK] = CLEAN
+
+    def unused_record(self) -> int:
+        """Position of a record that stands for nothing, growing the file where none is left.
+
+        The transition takes it. Raises StorageError when the file system is full.
+        """
+        words = self.words
+        if words[UNUSED]:
+            return record_in(words, words[UNUSED], NOTHING)
+        if words[EDGE] + RECORD > words[CAPACITY]:
+            self._grow()
+        return known(self.words, self.words[EDGE])
+
+    def _grow(self) -> None:
+        """Double the file. A crash leaves a longer file and an unchanged capacity."""
+        records = (self.words[CAPACITY] - HEADER) // RECORD * 2
+        capacity = HEADER + records * RECORD
+        fd = fs.open_own(self._directories.root, NAME, os.O_RDWR)
+        try:
+            fs.allocate(fd, 0, capacity * WORD)
+        except OSError as error:
+            where = str(self._directories.path / NAME)
+            raise StorageError(error.errno, "the index cannot grow", where) from error
+        finally:
+            fs.close(fd)
+        self._map(NAME)
+        self.words[CAPACITY] = capacity
+        self._guard = b""
+
+
+def journalled(words: Words) -> Stores:
+    """The stores of the transition under way, by position."""
+    count = min(words[STORES], JOURNAL_ROOM)
+    positions = words[JOURNAL : JOURNAL + count].tolist()
+    values = words[JOURNAL + count : JOURNAL + 2 * count].tolist()
+    return dict(zip(positions, values, strict=True))
+
+
+def happened(directories: Directories, kind: int, subject: int, *, finish: bool) -> bool:
+    """Whether a transition under way took place. finish: remove what one of UNLINK was about to."""
+    name = item_name(subject)
+    if kind == MEMORY:
+        return True
+    if kind == ARRIVE:
+        return fs.exists(directories.items, name)
+    if kind == LEAVE:
+        return not fs.exists(directories.items, name)
+    if kind == DONATE:
+        return fs.exists(directories.free, name)
+    if finish:
+        fs.unlink_missing_ok(directories.free, name)
+    return True
+
+
+def holder(directories: Directories) -> int:
+    """The token of the last to take the lock, 0 where the index does not tell. Needs no mapping and no lock."""
+    try:
+        fd = fs.open_own(directories.root, NAME, os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        return int.from_bytes(fs.pread(fd, WORD, HOLDER * WORD), "little")
+    finally:
+        fs.close(fd)
+
+
+def create(directories: Directories, records: int) -> Journal:
+    """Make a new, empty index with room for `records`, not yet in place: `install` puts it there.
+
+    Every block is allocated, so that no store can meet a full file system.
+    """
+    capacity = HEADER + max(records, FIRST_RECORDS) * RECORD
+    fd = fs.make_own(directories.root, NEW, directories.file_mode)
+    try:
+        fs.allocate(fd, 0, capacity * WORD)
+    except BaseException:
+        fs.unlink_missing_ok(directories.root, NEW)
+        raise
+    finally:
+        fs.close(fd)
+    journal = Journal(directories, NEW)
+    words = journal.words
+    words[VERSION] = VERSION_VALUE
+    words[BOOT], words[BOOT + 1] = boot_words()
+    words[CAPACITY] = capacity
+    words[EDGE] = HEADER
+    words[NEXT_SEQ] = words[FIRST_SEQ] = 1
+    words[NEXT_SEQ_CHECK] = 1 ^ ALL_BITS
+    return journal
+
+
+def install(directories: Directories, journal: Journal) -> None:
+    """Put a new index in the place of the old: the magic number, then the rename that makes it the spool's."""
+    journal.words[MAGIC] = MAGIC_VALUE
+    fs.rename(NEW, NAME, src_dir_fd=directories.root, dst_dir_fd=directories.root)

@@ -1,0 +1,411 @@
+"""The spool's directory: its names, how it is made, and what is checked before it is trusted.
+
+    SPOOL/
+      spool.json     format version and the limits fixed at creation; its presence makes the directory a spool
+      index          state of every item (`table.py`, `journal.py`)
+      tmp/           files being written, named TOKEN-N.npy by the session that writes them
+      items/         one SEQ.npy per item, from commit to acknowledgement; its descriptor bears the index lock
+      free/          consumed files, pinned, reserved, or pooled to be written again
+      failed/        dead letters and quarantined items SEQ.npy, each with its history in SEQ.jsonl
+      alive/         one locked file per session (`liveness.py`)
+      shutdown       there once the spool was shut down
+      sources.json   the last item id taken from each spool that forwards to this one
+
+Everything is opened relative to the spool's descriptor and without following links, so nothing planted at a name can
+lead out of the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import stat
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import (
+    LimitMismatch,
+    NetworkFileSystem,
+    NotASpool,
+    SpoolError,
+    UnknownVersion,
+    UnsafeSpool,
+)
+from ..message import DEFAULTS, Limits
+from . import fs
+from .lock import exclusively
+from .table import DISCARDED, DRAINING, OPEN
+
+FORMAT: Final = 2
+PARTS: Final = ("items", "free", "tmp", "failed", "alive")
+FILES: Final = (
+    "spool.json", "spool.json.new", "index", "index.new", "shutdown", "sources.json",
+)  # fmt: skip
+NUMBERS: Final = 2**64
+"""Numbers of files are below this, as the table holds them in 64 bits."""
+_ITEM: Final = re.compile(r"(\d{20})\.npy")
+_TEMPORARY: Final = re.compile(r"([0-9a-f]{16})-\d+\.npy")
+_LONGEST_JSON: Final = 65536
+_MARKS: Final = {DRAINING: b"draining", DISCARDED: b"discarded"}
+MOUNTINFO: Final = Path("/proc/self/mountinfo")
+NETWORK: Final = frozenset(
+    "nfs nfs4 cifs smb3 smbfs ncpfs afs ceph lustre gfs2 ocfs2 glusterfs 9p beegfs gpfs pvfs2 orangefs coda"
+    " fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.rclone fuse.gcsfuse fuse.juicefs".split()
+)
+MEMORY: Final = frozenset({"tmpfs", "ramfs"})
+
+
+def item_name(number: int) -> str:
+    """The file name of an item (or of a consumed file) by its number."""
+    return f"{number:020d}.npy"
+
+
+def item_number(name: str) -> int | None:
+    """The number in an item's file name, or None for any other name."""
+    match = _ITEM.fullmatch(name)
+    number = int(match[1]) if match else NUMBERS
+    return number if number < NUMBERS else None
+
+
+def temporary_owner(name: str) -> int:
+    """The token in a temporary file's name, 0 for any other name."""
+    match = _TEMPORARY.fullmatch(name)
+    return int(match[1], 16) if match else 0
+
+
+class Directories:
+    """Open descriptors of one spool's directories, `root` among them; close() lets them go."""
+
+    def __init__(self, path: Path, root: int, mode: int) -> None:
+        self.path = path
+        self.mode = mode
+        self.root = root
+        self.file_mode = mode & 0o666
+        self.parts: dict[str, int] = {}
+        try:
+            for name in PARTS:
+                self.parts[name] = _open_part(path, root, name, mode)
+        except BaseException:
+            for fd in self.parts.values():
+                fs.close(fd)
+            raise
+        self.items = self.parts["items"]
+        self.free = self.parts["free"]
+        self.tmp = self.parts["tmp"]
+        self.failed = self.parts["failed"]
+        self.alive = self.parts["alive"]
+
+    def descriptors(self) -> list[int]:
+        """All descriptors held, for closing them in a forked child or at the end."""
+        return [self.root, *self.parts.values()]
+
+    def close(self) -> None:
+        """Close every descriptor; harmless when repeated."""
+        for fd in self.descriptors():
+            if fd >= 0:
+                fs.close(fd)
+        self.root = -1
+        self.parts = dict.fromkeys(self.parts, -1)
+
+    def sync(self) -> None:
+        """Write the names of the spool's directories, and of those that lead to it, to the device.
+
+        Raises StorageError.
+        """
+        place = self.path
+        try:
+            fs.sync(self.root)
+            while place != place.parent:
+                place = place.parent
+                try:
+                    fd = fs.open_at(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except PermissionError:
+                    continue  # not of our making
+                try:
+                    if fs.fstat(fd).st_dev != fs.fstat(self.root).st_dev:
+                        return
+                    fs.sync(fd)
+                finally:
+                    fs.close(fd)
+        except OSError as error:
+            raise fs.storage_error(error, str(place)) from error
+
+
+def open_directories(path: str | os.PathLike[str], asked: Limits, *, create: bool = True) -> Directories:
+    """Open the spool at `path`, making it first where it does not exist and `create` is true.
+
+    Raises LimitMismatch, NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion, StorageError.
+    """
+    place = Path(os.path.abspath(os.fspath(path)))
+    _check_asked(asked)
+    _refuse_network(place)
+    try:
+        return _opened(place, asked, create)
+    except SpoolError:
+        raise
+    except OSError as error:
+        raise fs.storage_error(error, str(place)) from error
+
+
+def _opened(place: Path, asked: Limits, create: bool) -> Directories:
+    if create:
+        _make_root(place, asked.mode or 0o700)
+    root = open_root(place)
+    try:
+        found = read_limits(place, root)
+        if found is None:
+            if not create:
+                raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
+            found = _make_spool(place, root, asked)
+        _compare(place, found, asked)
+        mode = found.mode or 0o700
+        _check_private(place, fs.fstat(root), mode)
+        return Directories(place, root, mode)
+    except BaseException:
+        fs.close(root)
+        raise
+
+
+def agree(directories: Directories, asked: Limits) -> Limits:
+    """Decide the limits that nobody had asked for before; the caller holds the index lock.
+
+    Returns the limits in force, the undecided ones as their defaults. Raises LimitMismatch.
+    """
+    path, root = directories.path, directories.root
+    found = read_limits(path, root)
+    if found is None:
+        fs.check_present(root, str(path))
+        raise NotASpool(errno.ENOENT, "has lost its spool.json", str(path))
+    _compare(path, found, asked)
+    decided = _merged(found, asked)
+    if decided != found:
+        _write_limits(root, decided)
+    return _merged(decided, DEFAULTS)
+
+
+def _merged(first: Limits, second: Limits) -> Limits:
+    """The limits of `first`, and those of `second` where the first has none."""
+    return replace(
+        first, **{name: value for name, value in asdict(second).items() if getattr(first, name) is None}
+    )
+
+
+def _check_asked(asked: Limits) -> None:
+    for name, value in asdict(asked).items():
+        if value is not None:
+            _whole(name, value)
+    if asked.mode is not None and (asked.mode & 0o700 != 0o700 or asked.mode & ~0o770):
+        raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {asked.mode:#o}")
+
+
+def _make_root(place: Path, mode: int) -> None:
+    try:
+        fs.make_parents(place)
+        fs.mkdir(place, 0o700)
+    except FileExistsError:
+        return
+    except NotADirectoryError as error:
+        raise NotASpool(errno.ENOTDIR, "a part of the path is not a directory", str(place)) from error
+    if mode != 0o700:
+        root = fs.open_directory(place)
+        try:
+            fs.fchmod(root, mode)
+        finally:
+            fs.close(root)
+
+
+def open_root(place: Path) -> int:
+    """A descriptor of the spool's directory. Raises NotASpool."""
+    try:
+        return fs.open_directory(place)
+    except FileNotFoundError:
+        raise NotASpool(errno.ENOENT, "there is no spool here", str(place)) from None
+    except NotADirectoryError:
+        link = stat.S_ISLNK(fs.stat_at(place).st_mode)
+        what = "is a symbolic link; give the directory itself" if link else "is not a directory"
+        raise NotASpool(errno.ENOTDIR, what, str(place)) from None
+
+
+def read_limits(place: Path, root: int) -> Limits | None:
+    """The limits in spool.json, None where there is none. Raises NotASpool, UnsafeSpool, UnknownVersion."""
+    try:
+        text = fs.read_own(root, "spool.json", _LONGEST_JSON, linked=True)
+    except FileNotFoundError:
+        return None
+    try:
+        said = json.loads(text)
+        version = said["format"]
+        if not isinstance(version, int):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        what = "spool.json is damaged; restore it or move the directory away"
+        raise NotASpool(errno.EINVAL, what, str(place)) from None
+    if version != FORMAT:
+        what = f"the spool has format {version}, this release knows format {FORMAT}"
+        raise UnknownVersion(errno.EINVAL, what, str(place))
+    try:
+        return Limits(**{n: None if said[n] is None else _whole(n, said[n]) for n in asdict(DEFAULTS)})
+    except (KeyError, TypeError, ValueError):
+        raise NotASpool(errno.EINVAL, "spool.json lacks a limit or has a bad one", str(place)) from None
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number of zero or more, not {value!r}")
+    return value
+
+
+def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
+    """Fill an empty directory. spool.json comes last and by rename: a crash before it leaves a directory holding none
+    but our own names, which the next caller fills again."""
+    foreign = sorted(set(fs.list_names(root)) - set(PARTS) - set(FILES))
+    if foreign:
+        what = f"is not empty (it holds {foreign[0]!r}) and not a spool; give a new path"
+        raise NotASpool(errno.ENOTEMPTY, what, str(place))
+    limits = replace(asked, mode=asked.mode or 0o700)
+    mode = limits.mode or 0o700
+    status = fs.fstat(root)
+    if status.st_uid != os.geteuid():
+        raise UnsafeSpool(errno.EPERM, "belongs to another user", str(place))
+    if stat.S_IMODE(status.st_mode) & 0o777 != mode:
+        fs.fchmod(root, mode)
+    for name in PARTS:
+        make_part(root, name, mode)
+    with exclusively(root):
+        found = read_limits(place, root)
+        if found is not None:
+            return found
+        fs.sync(root)  # no spool.json without its directories, whatever a loss of power leaves
+        _write_limits(root, limits)
+    return limits
+
+
+def _write_limits(root: int, limits: Limits) -> None:
+    """Put a new spool.json in place, whole and synced; the caller holds the index lock."""
+    fd = fs.make_own(root, "spool.json.new", (limits.mode or 0o700) & 0o666)
+    try:
+        fs.write_whole(fd, json.dumps({"format": FORMAT, **asdict(limits)}).encode("ascii"))
+        fs.sync(fd)
+    finally:
+        fs.close(fd)
+    fs.rename("spool.json.new", "spool.json", src_dir_fd=root, dst_dir_fd=root)
+    fs.sync(root)
+
+
+def make_part(root: int, name: str, mode: int) -> None:
+    """Make a directory of the spool. One that is there, left by a crash perhaps of somebody who wanted another mode,
+    gets this mode; what is no directory is refused when the spool is opened."""
+    with contextlib.suppress(FileExistsError):
+        fs.mkdir(name, 0o700, dir_fd=root)
+    try:
+        fd = fs.open_directory(name, root)
+    except NotADirectoryError:
+        return
+    try:
+        status = fs.fstat(fd)
+        if stat.S_IMODE(status.st_mode) & 0o777 != mode and status.st_uid == os.geteuid():
+            fs.fchmod(fd, mode)
+    finally:
+        fs.close(fd)
+
+
+def _open_part(place: Path, root: int, name: str, mode: int) -> int:
+    try:
+        fd = fs.open_directory(name, root)
+    except (NotADirectoryError, FileNotFoundError):
+        what = f"{name}/ is missing or not a directory of its own; run: spoolipc fsck --repair {place}"
+        raise UnsafeSpool(errno.EPERM, what, str(place)) from None
+    try:
+        _check_private(place / name, fs.fstat(fd), mode)
+    except BaseException:
+        fs.close(fd)
+        raise
+    return fd
+
+
+def _check_private(place: Path, status: os.stat_result, mode: int) -> None:
+    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
+        raise UnsafeSpool(errno.EPERM, "belongs to another user; use a path of your own", str(place))
+    if stat.S_IMODE(status.st_mode) & 0o777 & ~mode:
+        what = f"is open to others (mode {stat.S_IMODE(status.st_mode):o}); run: chmod {mode:o} {place}"
+        raise UnsafeSpool(errno.EPERM, what, str(place))
+
+
+def _compare(place: Path, found: Limits, asked: Limits) -> None:
+    for name, value in asdict(asked).items():
+        there = getattr(found, name)
+        if value is not None and there is not None and there != value:
+            raise LimitMismatch(
+                f"the spool at {place} has {name}={there}, not {value}; leave {name} out to take what is there,"
+                " or use another path"
+            )
+
+
+# The marker of a spool that was shut down: it outlives the processes and the table.
+
+
+def read_shutdown(root: int) -> int:
+    """The state of the spool as its marker file says it. Raises UnsafeSpool for anything planted in its place."""
+    try:
+        said = fs.read_own(root, "shutdown", 16)
+    except FileNotFoundError:
+        return OPEN
+    return DISCARDED if said == _MARKS[DISCARDED] else DRAINING
+
+
+def write_shutdown(root: int, state: int, mode: int) -> None:
+    """Make the marker file say `state`. A crash within may leave DRAINING where DISCARDED was meant."""
+    if state == OPEN:
+        fs.unlink_missing_ok(root, "shutdown")
+        return
+    fd = fs.open_own(root, "shutdown", os.O_WRONLY | os.O_CREAT, mode)
+    try:
+        fs.truncate(fd, 0)
+        fs.write(fd, _MARKS[state])
+    finally:
+        fs.close(fd)
+
+
+# File systems: a map of a file on a network file system is not coherent between machines.
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path` (or will: its nearest existing parent), e.g. "tmpfs".
+
+    Read from the kernel's mount table; "unknown" where that cannot be read.
+    """
+    real = fs.nearest(path)
+    best, kind = "", "unknown"
+    try:
+        table = fs.read_text(MOUNTINFO)
+    except OSError:
+        return kind
+    for line in table.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4]
+        if "\\" in point:
+            point = _unescaped(point)
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return kind
+
+
+def _unescaped(text: str) -> str:
+    """A path as the mount table writes it, with blanks and backslashes as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _refuse_network(path: Path) -> None:
+    kind = file_system(path)
+    if kind in NETWORK:
+        raise NetworkFileSystem(
+            errno.ENOTSUP,
+            f"lies on a network file system ({kind}), where processes on two machines would see different data;"
+            " use a local directory such as /dev/shm, or the NATS engine between machines",
+            str(path),
+        )

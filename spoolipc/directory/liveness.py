@@ -1,0 +1,112 @@
+"""Who is alive: each session holds a lock on `alive/TOKEN` until it ends.
+
+A session has crashed exactly when that lock can be taken or the file is gone. The kernel releases the lock at death,
+so there is no pid to be reused, no clock and no heartbeat, and it holds between containers that share the directory.
+Files are made and judged under the index lock only: nobody sees one between making and locking.
+
+The file begins with a newline, and a session is woken by writing that newline again (`doorbell.py`); then a line of
+JSON says who it is, for messages only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from typing import Any, Final, Literal
+
+from . import fs
+from .table import Token
+
+Role = Literal["writer", "reader", "admin"]
+_HEX: Final = frozenset("0123456789abcdef")
+_PLANTED: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+
+
+def new_token() -> Token:
+    """A random token of 63 bits, never zero."""
+    return Token(secrets.randbits(62) + 1)
+
+
+def token_name(token: int) -> str:
+    """The file name of a token in `alive/`."""
+    return f"{token:016x}"
+
+
+def token_of(name: str) -> int:
+    """The token in a name of `alive/`, 0 for any other name."""
+    return int(name, 16) if len(name) == 16 and _HEX.issuperset(name) else 0
+
+
+def announce(alive: int, token: Token, role: Role, mode: int) -> int:
+    """Make and lock the file of `token`; the caller holds the index lock. Returns the locked descriptor.
+
+    A crash after the open leaves an unlocked file: a crashed session that owns nothing.
+    """
+    fd = fs.open_own(alive, token_name(token), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        said = json.dumps({"pid": os.getpid(), "role": role})
+        with contextlib.suppress(OSError):  # only told in messages, and a full disk must keep no reader away
+            fs.write(fd, f"\n{said}\n".encode())
+        if not fs.lock(fd):
+            raise OSError(errno.EWOULDBLOCK, "a file just made is locked by somebody else", token_name(token))
+    except BaseException:
+        fs.close(fd)
+        fs.unlink_missing_ok(alive, token_name(token))
+        raise
+    return fd
+
+
+def has_crashed(alive: int, token: int) -> bool:
+    """Whether the session of `token` has ended without leaving; the caller holds the index lock."""
+    try:
+        fd = fs.open_at(token_name(token), os.O_RDWR | fs.CAREFUL, dir_fd=alive)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno in _PLANTED:
+            return True  # no session has such a file
+        raise
+    try:
+        return fs.lock(fd)
+    finally:
+        fs.close(fd)
+
+
+def crashed_among(alive: int, tokens: set[int]) -> set[int]:
+    """Which of `tokens` are of sessions that have crashed, for good; the caller holds the index lock."""
+    return {token for token in tokens if has_crashed(alive, token)}
+
+
+def ring(alive: int, token: int) -> bool:
+    """Wake the session of `token`; false when it has crashed or its file is gone, so that another can be woken."""
+    try:
+        fd = fs.open_own(alive, token_name(token), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        if fs.lock(fd):
+            return False
+        fs.pwrite(fd, b"\n", 0)  # over the same byte: no block is needed, even on a full file system
+        return True
+    except OSError:
+        return False
+    finally:
+        fs.close(fd)
+
+
+def process_of(alive: int, token: int) -> str:
+    """The pid written by the session of `token`, for messages only; "unknown" where there is none."""
+    try:
+        fd = fs.open_at(token_name(token), os.O_RDONLY | fs.CAREFUL, dir_fd=alive)
+    except OSError:
+        return "unknown"
+    try:
+        said: Any = json.loads(fs.read(fd, 256))
+        return str(int(said["pid"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return "unknown"
+    finally:
+        fs.close(fd)

@@ -1,0 +1,688 @@
+"""The putting side: room, the file, and the commit that makes it an item.
+
+A put goes: is there room (a look without the lock); stage a file; commit. The file is one that was consumed before,
+written through a mapping kept from last time, or a new one in `tmp/`. The commit is one transition: a rename into
+`items/` and the stores that go with it. A crash before the rename leaves a file that only housekeeping and `gc` see; a
+crash after it leaves an item.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+from ..engine import ProducerOptions, retry
+from ..errors import BadItem, Full, ShutDown, SpoolClosed, StorageError, TooLarge
+from ..format import footer
+from ..format.item import ALIGN, Layout, checksum_of, layout_of, layout_of_spec, store, to_bytes, view
+from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
+from . import fs, housekeeping, transitions
+from .itemfile import ItemFile, check_regular
+from .liveness import token_name
+from .recycling import MOST_RESERVED, NO_FILE, PAGE, SMALL, Pin, Recycler, Reserved, rounded
+from .session import Session, operation
+from .table import (
+    DELIVERED_TOTAL,
+    DISCARDED,
+    DRAINING,
+    FIRST_DONATED,
+    HAS_METADATA,
+    HOUSEKEPT,
+    ITEM,
+    ITEM_AT,
+    MAX_BYTES,
+    MAXSIZE,
+    NEVER_AGAIN,
+    OPEN,
+    OWNER,
+    PINNED,
+    POOL_BYTES,
+    POOL_COUNT,
+    RECYCLE_BYTES,
+    SHUTDOWN,
+    STATE,
+    WORD,
+    Words,
+    active,
+    bucket,
+)
+from .transitions import find_pooled, has_room, places
+
+T = TypeVar("T")
+RETRY_AFTER: Final = 1.0
+"""Seconds after which a write that the file system refused is tried again."""
+
+
+class Staged:
+    """A message in a file not yet in `items/`: a reserved file, or `name` in `tmp/`.
+
+    need: bytes written. size: bytes of the file. loan: the array is the file's own memory; pin: who shows that.
+    """
+
+    __slots__ = (
+        "arrays", "buffer", "file", "flags", "id", "layout", "loan", "meta", "name", "names", "need", "pin", "put_time",
+        "size", "status", "tail",
+    )  # fmt: skip
+
+    def __init__(self, message: Message, layout: Layout, said: bytes) -> None:
+        self.arrays, names, meta = message[0], message[1], message[2]
+        self.names, self.meta = names, meta
+        self.id = said
+        self.layout = layout
+        self.put_time = time.time_ns()
+        self.tail = footer.pack(layout.end, self.put_time, said, names, meta)
+        self.need = layout.end + len(self.tail)
+        self.flags = 0 if names is None and meta is None else HAS_METADATA
+        self.file: Reserved | None = None
+        self.name = ""
+        self.size = 0
+        self.loan = False
+        self.pin: Pin | None = None
+        self.buffer: mmap.mmap | None = None
+        self.status: os.stat_result | None = None
+
+
+class DirectoryProducer:
+    """A writer's session in a spool directory. Keeps `spoolipc.engine.Producer`, `Lender` and `Preallocator`.
+
+    durability: "none" survives the crash of any process, "fsync" also the loss of power: then no consumed file is
+    written again, as after the loss of power an older name could show the new bytes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], options: ProducerOptions) -> None:
+        self.session = Session(path, options.limits, "writer")
+        self._durable = options.durability == "fsync"
+        self._checksum = options.checksum
+        self._numbers = itertools.count()
+        self._recycler = Recycler(self.session, writable=True)
+        self._places = 0  # for how many more items there was room when the last was put
+        self._limits_bytes = False
+        self._last_size = PAGE
+        self._no_space: tuple[int, int] | None = None  # what the spool was like when the file system refused
+        try:
+            self.session.step(housekeeping.round_of, self.session, True)
+            if self._durable:
+                self.session.directories.sync()  # whoever made the spool may not have
+            if options.reopen:
+                self.session.step(self._set_state, OPEN)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute."""
+        return self.session.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self.session.look()[MAXSIZE]
+
+    def qsize(self) -> int:
+        """How many items wait, delayed ones included."""
+        return self.session.qsize()
+
+    def full(self) -> bool:
+        """Whether a put would have to wait for the spool's own limits."""
+        return not has_room(self.session.look(), 0)
+
+    # Putting
+
+    @operation
+    def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
+        """Put messages in order, each whole and at once; returns their sequence numbers."""
+        seqs: list[int] = []
+        staged: list[Staged] = []
+        try:
+            try:
+                self._put_some(messages, staged, seqs)
+            except Full:
+                if until == NOW:
+                    raise
+            while len(seqs) < len(messages):
+                retry(
+                    lambda: self._put_some(messages, staged, seqs),
+                    lambda until: self._wait_for_room(_need(messages[len(seqs)]), until),
+                    until,
+                )
+        except (Full, ShutDown) as error:
+            error.seqs = tuple(seqs)
+            raise
+        finally:
+            for left in staged:
+                self._unstage(left)
+        return seqs
+
+    def _put_some(self, messages: Sequence[Message], staged: list[Staged], seqs: list[int]) -> None:
+        """Put as many of the messages not yet in `seqs` as there is room for, at most 64; `staged` are the next of
+        them already. Raises Full when there is room for none, ShutDown, TooLarge, UnsupportedArray."""
+        start = len(seqs)
+        if not staged:
+            if self._places <= 0:
+                self._look_for_room(_need(messages[start]))
+            batch = messages[start : start + min(MOST_RESERVED, self._places)]
+            if len(batch) > 1 and not self._durable:
+                needs = [_need(message) for message in batch]
+                self._recycler.stock_up([(need, self._most(need)) for need in needs])
+            try:
+                for message in batch:
+                    staged.append(self._stage(message))
+            except Full:
+                if not staged:
+                    raise  # else what is staged goes first: nobody could make room by taking it otherwise
+        while self.session.step(self._commit_all, staged, seqs):
+            self._write_new(staged[0])  # its file was lost with the table, or removed by hand
+        if self._durable and len(seqs) > start:
+            self._make_durable(seqs[start:])
+        if len(seqs) == start:
+            raise Full(f"the spool {self.path} has no room now")
+
+    def _most(self, need: int) -> int:
+        """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
+        return rounded(need) if self._limits_bytes else max(PAGE, 2 * need)
+
+    def _look_for_room(self, need: int) -> None:
+        """Learn how many items of `need` bytes there is room for. Raises Full, ShutDown, TooLarge."""
+        need = rounded(need)
+        words = self.session.look()
+        limit = words[MAX_BYTES]
+        self._limits_bytes = limit > 0
+        if words[SHUTDOWN]:
+            raise self._shut_down()
+        self._places = places(words, need)
+        if (limit and need > limit) or (not self._recycler.reserved and not self._recycler.fits(need)):
+            self._refuse_impossible(need, limit)
+            if not self.session.step(self._recycler.make_room, need):
+                self._places = 0
+        if self._places <= 0:
+            raise Full(f"the spool {self.path} has no room now")
+
+    def _refuse_impossible(self, need: int, limit: int) -> None:
+        status = fs.statvfs(self.session.directories.root)
+        total = status.f_blocks * status.f_frsize
+        if (limit and need > limit) or need > total:
+            raise TooLarge(
+                f"an item of {need} bytes can never fit into {self.path}: max_bytes is {limit or 'not set'} and the"
+                f" file system has {total} bytes ({status.f_bavail * status.f_frsize} free)"
+            )
+
+    def _shut_down(self) -> ShutDown:
+        return ShutDown(f"the spool {self.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
+
+    def _wait_for_room(self, need: int, until: Deadline) -> bool:
+        """Wait until there may be room for an item of `need` bytes; false when the deadline is past.
+
+        When the file system refused to store it although it seemed to have room (a quota does that), any change of its
+        free space or any item taken is reason to try again, and so is a second gone by.
+        """
+        need = rounded(need)
+        before, self._no_space = self._no_space, None
+        self._places = 0
+
+        def look(words: Words) -> bool:
+            if words[SHUTDOWN]:
+                return True
+            if before is not None:
+                return before != self._space(words)
+            return has_room(words, need) and (self._recycler.fits(need) or bool(words[POOL_COUNT]))
+
+        soon = until
+        if before is not None:
+            retry_at = time.monotonic() + RETRY_AFTER
+            soon = retry_at if until is None else min(retry_at, until)
+        if self.session.wait(look, soon, self._each_second):
+            return True
+        return soon != until and (until is None or time.monotonic() < until)
+
+    def _each_second(self) -> None:
+        housekeeping.round_if_due(self.session)
+        if self._recycler.mappings.is_sweep_due(self.session.look()):
+            self.session.step(self._sweep)
+
+    def _sweep(self) -> tuple[None, int, int]:
+        self._recycler.mappings.sweep(self.session.journal.words)
+        return None, 0, 0
+
+    def _space(self, words: Words) -> tuple[int, int]:
+        return words[DELIVERED_TOTAL], fs.statvfs(self.session.directories.root).f_bavail
+
+    # Staging
+
+    def _stage(self, message: Message) -> Staged:
+        """Write a message to a file that nobody sees yet. Raises Full when the file system is full."""
+        said = bytes.fromhex(message.id) if message.id else self._new_id()
+        staged = Staged(message, layout_of(message[0]), said)
+        if not self._durable:
+            most = self._most(staged.need)
+            while (file := self._recycler.pick(staged.need, most)) is not None:
+                if self._fill(file, staged):
+                    return staged
+        self._write_new(staged)
+        return staged
+
+    def _new_id(self) -> bytes:
+        """An id that no other item has: the session's random number and one that counts."""
+        return self.session.token.to_bytes(8, "big") + next(self._numbers).to_bytes(8, "big")
+
+    def _fill(self, file: Reserved, staged: Staged) -> bool:
+        """Write into a consumed file through its mapping, or a small one with one write; false when it is not as it
+        should be any more, and was discarded."""
+        mappings, free, name = self._recycler.mappings, self.session.directories.free, file.name
+        layout, end, need = staged.layout, staged.layout.end, staged.need
+        try:
+            if file.size <= SMALL and not mappings.wants(file.generation):
+                data = to_bytes(layout, staged.arrays)
+                if self._checksum:
+                    staged.tail = self._sealed(staged, data)
+                with ItemFile(free, name, writable=True) as opened:
+                    if opened.status.st_nlink != 1 or opened.size != file.size:
+                        raise BadItem("the file is linked elsewhere or has changed its size")
+                    opened.write(data + staged.tail)
+            else:
+                status = fs.stat_at(name, dir_fd=free)
+                if status[3] != 1 or status[6] != file.size:
+                    raise BadItem("the file is linked elsewhere or has changed its size")
+                kept = mappings.kept.get(file.generation)
+                if kept is not None and kept.identity == status[1:3] and kept.size == status[6]:
+                    buffer = kept.buffer
+                else:
+                    check_regular(status)
+                    buffer = mappings.of(free, name, status, file.generation, file.record)
+                store(buffer, layout, staged.arrays)
+                if self._checksum:
+                    staged.tail = self._sealed(staged, buffer)
+                buffer[end:need] = staged.tail
+        except (BadItem, FileNotFoundError):
+            self._recycler.discard(file)
+            return False
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                self._recycler.discard(file)
+                return False
+            self._recycler.put_aside(file)
+            where = str(self.session.directories.path / "free" / name)
+            raise StorageError(error.errno, error.strerror, where) from error
+        except BaseException:
+            self._recycler.put_aside(file)
+            raise
+        staged.file, staged.size = file, file.size
+        return True
+
+    def _sealed(self, staged: Staged, buffer: mmap.mmap | bytes) -> bytes:
+        """The footer with the checksum of the blocks in `buffer`; it is as long as without."""
+        end = staged.layout.end
+        return footer.pack(
+            end, staged.put_time, staged.id, staged.names, staged.meta, checksum_of(buffer, end)
+        )
+
+    def _write_new(self, staged: Staged) -> None:
+        """Write it to a new file in `tmp/`. A crash leaves it there under a crashed session's token."""
+        staged.file, staged.loan = None, False
+        layout, arrays, end = staged.layout, staged.arrays, staged.layout.end
+        size = rounded(staged.need)
+
+        def fill(fd: int) -> None:
+            tail = staged.tail + bytes(size - staged.need)
+            if size <= SMALL:
+                fs.write_whole(fd, to_bytes(layout, arrays) + tail)
+            else:
+                fs.save(fd, arrays, layout, tail)
+            if self._checksum:
+                with fs.map_file(fd, end, access=mmap.ACCESS_READ) as written:
+                    staged.tail = self._sealed(staged, written)
+                fs.pwrite(fd, staged.tail[: footer.SIZE], end)
+            if self._durable:
+                fs.sync(fd)
+
+        staged.name, _ = self._make_file(size, fill)
+        staged.size = size
+
+    def _make_file(self, size: int, fill: Callable[[int], T]) -> tuple[str, T]:
+        """A new file in `tmp/`, filled; its name, and what `fill` returned.
+
+        Raises Full when the file system or a quota is full, StorageError for any other failure; the file is then
+        removed.
+        """
+        directories = self.session.directories
+        name = f"{token_name(self.session.token)}-{next(self._numbers)}.npy"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | fs.CAREFUL
+        try:
+            fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
+            try:
+                if directories.file_mode != 0o600:
+                    fs.fchmod(fd, directories.file_mode)
+                return name, fill(fd)
+            except BaseException:
+                fs.unlink_missing_ok(directories.tmp, name)
+                raise
+            finally:
+                fs.close(fd)
+        except OSError as error:
+            if fs.is_shortage(error):
+                self.session.step(self._recycler.make_room, size)
+                self._no_space = self._space(self.session.look())
+                what = f"the file system of {self.path} is full: {size} bytes do not fit now"
+                raise Full(what) from error
+            fs.check_present(directories.root, self.path)
+            where = str(directories.path / "tmp" / name)
+            raise StorageError(error.errno, error.strerror or str(error), where) from error
+
+    def _make_mapped(self, size: int) -> tuple[str, mmap.mmap, os.stat_result]:
+        """A new file of `size` bytes in `tmp/`, mapped to be written. Raises what `_make_file` does.
+
+        Its blocks are allocated first: a store to a hole of a full file system would end the process.
+        """
+
+        def fill(fd: int) -> tuple[mmap.mmap, os.stat_result]:
+            fs.allocate(fd, 0, size)
+            return fs.map_file(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), fs.fstat(fd)
+
+        name, (buffer, status) = self._make_file(size, fill)
+        return name, buffer, status
+
+    def _unstage(self, staged: Staged) -> None:
+        """Remove what was staged and not committed. What a close meanwhile leaves is a crashed session's."""
+        try:
+            if staged.file is not None and staged.loan:
+                self._recycler.discard(staged.file)  # whoever filled it may still write to it
+            elif staged.file is not None:
+                self._recycler.put_aside(staged.file)
+            elif staged.name:
+                fs.unlink_missing_ok(self.session.directories.tmp, staged.name)
+        except SpoolClosed:
+            pass
+
+    # Committing
+
+    def _commit_all(self, staged: list[Staged], seqs: list[int]) -> tuple[bool, int, int]:
+        """Make items of what is staged, from the first on as far as there is room, moving it from `staged` to `seqs`;
+        true when the next one's file is not there any more. A step."""
+        recycler, journal, put = self._recycler, self.session.journal, 0
+        words = journal.words
+        if words[SHUTDOWN]:
+            raise self._shut_down()
+        if recycler.pins.pending:
+            recycler.reclaim()
+        if words[HOUSEKEPT] != recycler.mappings.swept:
+            recycler.mappings.sweep(words)
+        try:
+            while staged:
+                seq = self._commit(staged[0])
+                if seq is None:
+                    return True, put, 0
+                if seq == 0:
+                    break
+                seqs.append(seq)
+                del staged[0]
+                put += 1
+        except OSError as error:
+            if put:
+                pass  # those are put; what stands in the way of the next is told when it is tried again
+            elif fs.is_shortage(error):
+                self._no_space = self._space(words)
+                raise Full(f"the file system of {self.path} is full: {error.strerror}") from error
+            else:
+                raise
+        self._places = places(journal.words, staged[0].size if staged else self._last_size)
+        return False, put, 0
+
+    def _commit(self, staged: Staged) -> int | None:
+        """Make one item; its sequence number, 0 when there is no room, None when its file is not there any more.
+
+        A crash before the rename leaves a reserved or a temporary file, after it an item.
+        """
+        session, recycler = self.session, self._recycler
+        journal, file, size = session.journal, staged.file, staged.size
+        words = journal.words
+        if not has_room(words, size):
+            return 0
+        loan = session.token if staged.loan else 0
+        flags = staged.flags | (NEVER_AGAIN if self._durable else 0)
+        if file is None:
+            record = journal.unused_record()
+            words = journal.words
+        else:
+            record = file.record
+            if not recycler.is_ours(file):
+                return None
+        seq = transitions.next_seq(words)
+        ITEM.pack_into(
+            journal.map,
+            (record + ITEM_AT) * WORD,
+            seq,
+            staged.put_time,
+            0,
+            flags,
+            staged.layout.end,
+            0,
+            0,
+            0,
+            loan,
+        )
+        successor = link = 0
+        try:
+            if file is None:
+                journal.commit(transitions.put_new(words, record, size, "tmp", staged.name))
+            else:
+                if len(recycler.reserved) < MOST_RESERVED:
+                    need = staged.need
+                    successor, link = find_pooled(
+                        words, need, size, recycler.mappings.kept, only_mapped=recycler.keeps_to_mapped(need)
+                    )
+                journal.commit(transitions.put(words, record, file.name, successor, link))
+        except FileNotFoundError:
+            fs.check_present(session.directories.root, self.path)
+            if file is not None:
+                journal.commit(transitions.drop(words, record))
+            return None
+        if successor:
+            recycler.reserved.append(recycler.reserved_at(successor))
+        elif file is not None and not words[bucket(staged.need)]:
+            recycler.fell_short(staged.need)
+        self._last_size = size
+        if loan:
+            self._remember_loan(staged, record, seq)
+        return seq
+
+    def _remember_loan(self, staged: Staged, record: int, seq: int) -> None:
+        """Whoever filled a lent array may still show the item's file; a new file is mapped already. A step."""
+        journal, pin = self.session.journal, staged.pin
+        assert pin is not None
+        if pin.table is not journal.identity:
+            pin = Pin(journal.identity, record, seq)
+            self._recycler.pins.add(pin, staged.arrays)
+        pin.record, pin.number = record, seq
+        if staged.status is not None and staged.buffer is not None:
+            self._recycler.mappings.keep(staged.buffer, staged.status, seq, record)
+
+    def _make_durable(self, seqs: list[int]) -> None:
+        try:
+            fs.sync(self.session.directories.items)
+        except OSError as error:
+            what = f"items {seqs[0]} to {seqs[-1]} are in the spool, but not known to be durable"
+            raise StorageError(error.errno, f"{what}: {error.strerror}", self.path) from error
+
+    # Loans
+
+    @operation
+    def loan(self, spec: ArraySpec, meta: Json, until: Deadline) -> DirectoryLoan:
+        """Lend an array over the next file itself, its contents undefined. Raises what `put` raises."""
+        message, layout = Message((), None, meta), layout_of_spec(spec)
+        need = layout.end + footer.SIZE + footer.json_size(None, meta)
+        return retry(
+            lambda: self._lend(message, layout, need), lambda until: self._wait_for_room(need, until), until
+        )
+
+    def _lend(self, message: Message, layout: Layout, need: int) -> DirectoryLoan:
+        """Raises Full, ShutDown, TooLarge."""
+        self._look_for_room(need)
+        staged = Staged(message, layout, self._new_id())
+        staged.loan = True
+        buffer = None if self._durable else self._map_reserved(staged)
+        if buffer is None:
+            staged.size = rounded(need)
+            staged.name, buffer, staged.status = self._make_mapped(staged.size)
+        staged.buffer = buffer
+        array = view(buffer, layout.blocks[0], writeable=True)
+        staged.arrays = (array,)
+        staged.pin = Pin(self.session.journal.identity, 0, NO_FILE)
+        self._recycler.pins.add(staged.pin, staged.arrays)  # now, so that a fork meanwhile is known
+        return DirectoryLoan(self, staged)
+
+    def _map_reserved(self, staged: Staged) -> mmap.mmap | None:
+        """The mapping of a consumed file to be lent, None where there is none."""
+        free, mappings = self.session.directories.free, self._recycler.mappings
+        while (file := self._recycler.pick(staged.need, self._most(staged.need))) is not None:
+            try:
+                status = fs.stat_at(file.name, dir_fd=free)
+                check_regular(status)
+                if status.st_nlink == 1 and status.st_size == file.size:
+                    buffer = mappings.of(free, file.name, status, file.generation, file.record)
+                    staged.file, staged.size = file, file.size
+                    return buffer
+            except (BadItem, FileNotFoundError):
+                pass  # not as it should be any more
+            except BaseException:
+                self._recycler.put_aside(file)
+                raise
+            self._recycler.discard(file)
+        return None
+
+    @operation
+    def commit_loan(self, staged: Staged, until: Deadline) -> int:
+        """Make an item of a lent array, whose contents are final. Raises Full, ShutDown; it then stays a loan."""
+        buffer, layout = staged.buffer, staged.layout
+        assert buffer is not None
+        (header,), (block,) = layout.headers, layout.blocks
+        staged.put_time = time.time_ns()
+        staged.tail = footer.pack(layout.end, staged.put_time, staged.id, None, staged.meta)
+        if self._checksum:
+            buffer[block.offset - len(header) : block.offset] = header
+            staged.tail = self._sealed(staged, buffer)
+        buffer[block.offset - len(header) : block.offset] = header
+        buffer[layout.end : staged.need] = staged.tail
+        if self._durable:
+            with ItemFile(self.session.directories.tmp, staged.name, writable=True) as file:
+                fs.sync(file.fd)
+        seqs: list[int] = []
+        rest = [staged]
+        retry(
+            lambda: self._put_some((), rest, seqs),
+            lambda until: self._wait_for_room(staged.need, until),
+            until,
+        )
+        return seqs[0]
+
+    @operation
+    def discard_loan(self, staged: Staged) -> None:
+        """Put nothing."""
+        self._unstage(staged)
+
+    @operation
+    def preallocate(self, count: int, nbytes: int) -> None:
+        """Fill the pool up to `count` files that each hold an array of `nbytes` bytes, their pages entered.
+
+        Raises Full when the file system is full, ValueError when the pool may not hold so much.
+        """
+        if count < 0 or nbytes < 0:
+            raise ValueError(f"preallocate takes a count and a number of bytes, not ({count!r}, {nbytes!r})")
+        size = rounded(ALIGN * 4 + nbytes + footer.SIZE)
+        limit = self.session.look()[RECYCLE_BYTES]
+        if count * size > limit:
+            raise ValueError(
+                f"preallocate asks for {count} files of {size} bytes, but the spool keeps at most"
+                f" recycle_bytes={limit}; give a new spool a larger recycle_bytes"
+            )
+        while self.session.look()[POOL_BYTES] < count * size:
+            name, buffer, status = self._make_mapped(size)
+            try:
+                number, record = self.session.step(self._donate, name, size)
+            except BaseException:
+                fs.unlink_missing_ok(self.session.directories.tmp, name)
+                raise
+            self._recycler.mappings.keep(buffer, status, number, record)
+
+    def _donate(self, name: str, size: int) -> tuple[tuple[int, int], int, int]:
+        """The file goes to `free/` under a number of its own, and into the pool. A step."""
+        journal = self.session.journal
+        number = FIRST_DONATED + secrets.randbits(62)
+        record = journal.unused_record()
+        journal.commit(transitions.donate(journal.words, record, number, size, name))
+        return (number, record), 0, 0
+
+    # The end
+
+    @operation
+    def shutdown(self, immediate: bool) -> None:
+        """End the spool for all: no more puts; with `immediate` no more gets either, and what waits is removed."""
+        self.session.step(self._set_state, DISCARDED if immediate else DRAINING)
+        self.session.doorbell.ring_all()
+        if immediate:
+            while self.session.step(housekeeping.discard_some, self.session):
+                pass
+
+    def _set_state(self, state: int) -> tuple[None, int, int]:
+        """DISCARDED is not taken back by a later DRAINING, only by OPEN. A step."""
+        session = self.session
+        now = session.journal.words[SHUTDOWN]
+        if now == state or (now == DISCARDED and state == DRAINING):
+            return None, 0, 0
+        while now == DISCARDED and housekeeping.discard_some(session)[0]:
+            pass  # whoever shut down ended before all was removed
+        session.journal.commit(transitions.set_shutdown(state))
+        return None, 0, 0
+
+    def close(self) -> None:
+        """Leave; reserved files go back to the pool, and files that a lent array may still show lose their names."""
+        self.session.close(self._leave)
+        self._recycler.forget()
+
+    def _leave(self) -> tuple[None, int, int]:
+        journal, token = self.session.journal, self.session.token
+        self._recycler.release_all()
+        for record in active(journal.words):
+            words = journal.words
+            if words[record + OWNER] == token and words[record + STATE] == PINNED:
+                journal.commit(transitions.drop(words, record))
+        return None, 0, 0
+
+
+class DirectoryLoan:
+    """An array over a file that is not yet an item. Keeps `spoolipc.engine.Loan`."""
+
+    def __init__(self, producer: DirectoryProducer, staged: Staged) -> None:
+        self._producer = producer
+        self._staged: Staged | None = staged
+        self.array: Array = staged.arrays[0]
+
+    def commit(self, until: Deadline) -> int:
+        """Put it; returns its sequence number. The array is read-only from now on. Raises Full, ShutDown."""
+        staged = self._staged
+        if staged is None:
+            raise ValueError("this loan was committed or discarded before")
+        self.array.flags.writeable = False
+        seq = self._producer.commit_loan(staged, until)
+        self._forget()
+        return seq
+
+    def discard(self) -> None:
+        """Put nothing. Harmless when repeated, and after the commit."""
+        if self._staged is not None:
+            self._producer.discard_loan(self._staged)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._staged = None
+        del self.array  # the producer writes the file again when nobody has it any more
+
+
+def _need(message: Message) -> int:
+    """Bytes that a message takes."""
+    return layout_of(message.arrays).end + footer.SIZE + footer.json_size(message.names, message.meta)

@@ -1,0 +1,395 @@
+"""Files that go round: mappings kept, files reserved to be written again, and who still shows a file.
+
+A consumed file is written again only when nobody can see it change: no array over it is left (every view of an array
+keeps the array alive), and no fork happened while there was one, as the child has the views too. Otherwise it is
+unlinked, and whoever mapped it keeps the pages.
+
+A lent array's writer may still have it after the commit. Its file then bears the writer's token in LOAN; a reader that
+is done with such a file does not pool it but passes it to that writer, who pools it when it can.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from ..errors import BadItem
+from . import fs, transitions
+from .itemfile import ItemFile
+from .session import Session
+from .table import (
+    BYTES,
+    FILE,
+    FLAGS,
+    GENERATION,
+    HOUSEKEPT,
+    LOAN,
+    NEVER_AGAIN,
+    OWNER,
+    PINNED,
+    POOL_COUNT,
+    RESERVED,
+    STATE,
+    Words,
+    bucket,
+)
+from .transitions import LARGE, find_pooled, largest_pooled, may_pool
+
+PAGE: Final = 4096
+SMALL: Final = 16384
+"""Bytes up to which one read or write beats a map, and a copy beats pinning the file."""
+MOST_RESERVED: Final = 64
+"""Files that one writer has reserved at most."""
+_MOST_KINDS: Final = 8  # reserved files kept for arrays of other sizes than the one being put
+_MOST_MAPPED: Final = 128  # mappings kept: each holds a descriptor
+_MOST_MAPPED_BYTES: Final = 1 << 33
+_MOST_SEEN: Final = 1024  # small files seen once and not worth a map yet
+_ENOUGH: Final = 4  # mapped files with which one is most likely free when the next is reserved
+_CHEAP: Final = 4 << 20  # bytes up to which a new file costs less than a put that finds none reserved
+NO_FILE: Final = 2**64 - 1
+"""Stands for the number of a file that is not an item yet."""
+
+
+def rounded(size: int) -> int:
+    """The size of the file for `size` bytes: whole pages, so that a later item of nearly the size fits too."""
+    return (size + PAGE - 1) & -PAGE
+
+
+class Pin:
+    """One file with arrays over it. table, record, number: where it is known; alone: nobody forked meanwhile."""
+
+    __slots__ = ("alone", "left", "number", "record", "table")
+
+    def __init__(self, table: object, record: int, number: int) -> None:
+        self.table = table
+        self.record = record
+        self.number = number
+        self.left = 0
+        self.alone = True
+
+
+class _Watched(weakref.ref[Any]):
+    __slots__ = ("pin", "pins")
+    pin: Pin
+    pins: Pins
+
+
+def _gone(watched: weakref.ref[Any]) -> None:
+    # Runs at any moment, on any thread, even inside the lock: it only takes note.
+    assert isinstance(watched, _Watched)
+    pin, pins = watched.pin, watched.pins
+    pins.watched.pop(id(watched), None)
+    pin.left -= 1
+    if not pin.left:
+        pins.pending.append(pin)
+
+
+class Pins:
+    """The files that a session's arrays show. `pending` are those that no array shows any more."""
+
+    def __init__(self) -> None:
+        self.pending: deque[Pin] = deque()
+        self.watched: dict[int, _Watched] = {}
+        _all_pins.add(self)
+
+    def add(self, pin: Pin, arrays: Sequence[Any]) -> None:
+        """Watch the arrays over a file."""
+        pin.left += len(arrays)
+        for array in arrays:
+            watched = _Watched(array, _gone)
+            watched.pin = pin
+            watched.pins = self
+            self.watched[id(watched)] = watched
+
+
+_all_pins: weakref.WeakSet[Pins] = weakref.WeakSet()
+
+
+def _no_longer_alone() -> None:
+    for pins in list(_all_pins):
+        for watched in list(pins.watched.values()):
+            watched.pin.alone = False
+
+
+os.register_at_fork(before=_no_longer_alone)
+
+
+class Mapping(NamedTuple):
+    """One mapped file. identity: its inode and device, in the order of `os.stat_result`."""
+
+    buffer: mmap.mmap
+    identity: tuple[int, ...]
+    size: int
+    record: int
+
+
+class Mappings:
+    """Mappings kept: a file that comes back is already mapped, its pages already entered.
+
+    Kept under the file's generation, which no other file ever has, and used again only when the file at hand is the
+    same one (device, inode, size). Bounded in number and in bytes; threads may share it.
+    """
+
+    def __init__(self, *, writable: bool) -> None:
+        self._writable = writable
+        self.kept: dict[int, Mapping] = {}
+        self._bytes = 0
+        self.swept = 0
+        self._seen: set[int] = set()
+        self._mutex = threading.Lock()
+
+    def wants(self, generation: int) -> bool:
+        """Whether a small file is better mapped than read or written: when it is mapped, or comes back while there is
+        room. One that is seen once, as in a long backlog, is not worth a map."""
+        if generation in self.kept:
+            return True
+        if generation in self._seen:
+            return len(self.kept) < _MOST_MAPPED
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        self._seen.add(generation)
+        return False
+
+    def of(
+        self, directory: int, name: str, status: os.stat_result, generation: int, record: int
+    ) -> mmap.mmap:
+        """The mapping of the file that `status` was just read from.
+
+        Raises BadItem when another file stands at the name now, OSError when it cannot be opened.
+        """
+        kept = self.kept.get(generation)
+        if kept is not None:
+            if kept.identity == status[1:3] and kept.size == status[6]:
+                return kept.buffer
+            self.forget(generation)
+        with ItemFile(directory, name, writable=self._writable) as file:
+            if not file.is_the_one(status):
+                raise BadItem("the file was replaced while it was opened")
+            buffer = file.map(writable=self._writable)
+        self.keep(buffer, status, generation, record)
+        return buffer
+
+    def keep(self, buffer: mmap.mmap, status: os.stat_result, generation: int, record: int) -> None:
+        """Keep the mapping of a file for the next time it is seen."""
+        if status.st_size > _MOST_MAPPED_BYTES:
+            return
+        with self._mutex:
+            self.kept[generation] = Mapping(buffer, status[1:3], status.st_size, record)
+            self._bytes += status.st_size
+            while len(self.kept) > _MOST_MAPPED or self._bytes > _MOST_MAPPED_BYTES:
+                self._bytes -= self.kept.pop(next(iter(self.kept))).size
+
+    def forget(self, generation: int) -> None:
+        """Let go of a mapping; views of it keep their pages."""
+        with self._mutex:
+            gone = self.kept.pop(generation, None)
+            if gone is not None:
+                self._bytes -= gone.size
+
+    def is_sweep_due(self, words: Words) -> bool:
+        """Whether `sweep` has something to look at."""
+        return bool(self.kept) and words[HOUSEKEPT] != self.swept
+
+    def sweep(self, words: Words) -> None:
+        """Let go of the mappings of files that are no more, once after each round of housekeeping; the caller holds the
+        index lock. A file that was unlinked would otherwise keep its memory for as long as it is mapped here."""
+        if words[HOUSEKEPT] == self.swept:
+            return
+        self.swept = words[HOUSEKEPT]
+        for generation, mapping in list(self.kept.items()):
+            if words[mapping.record + GENERATION] != generation:
+                self.forget(generation)
+
+
+class Reserved(NamedTuple):
+    """A consumed file that this writer may write. table: in which it is known."""
+
+    table: object
+    record: int
+    name: str
+    number: int
+    size: int
+    generation: int
+
+
+class Recycler:
+    """What one session keeps of the files that go round. All methods are safe for threads; those said to be of a step
+    belong into one."""
+
+    def __init__(self, session: Session, *, writable: bool) -> None:
+        self.session = session
+        self._writable = writable
+        self.forget()
+        session.on_adopt = self.forget
+
+    def forget(self) -> None:
+        """Start afresh: the table is another, or this is a forked child."""
+        self.pins = Pins()
+        self.mappings = Mappings(writable=self._writable)
+        self.reserved: list[Reserved] = []
+        self._short: dict[int, int] = {}
+
+    # Of a step
+
+    def reclaim(self) -> None:
+        """Files that no array shows any more go to the pool, to the writer that lent them, or away when the pool is
+        full or a forked child may show them. A step."""
+        pending, journal, token = self.pins.pending, self.session.journal, self.session.token
+        while pending:
+            pin = pending.popleft()
+            words, record = journal.words, pin.record
+            if pin.table is not journal.identity or words[record + FILE] != pin.number:
+                continue
+            if words[record + LOAN] == token:
+                journal.commit(transitions.end_loan(words, record, shared=not pin.alone))
+            elif words[record + STATE] == PINNED and words[record + OWNER] == token:
+                shared = not pin.alone or words[record + FLAGS] & NEVER_AGAIN
+                if shared or not may_pool(words, words[record + BYTES]):
+                    self.mappings.forget(words[record + GENERATION])
+                    journal.commit(transitions.drop(words, record))
+                elif words[record + LOAN]:
+                    journal.commit(transitions.pass_to_lender(words, record))
+                else:
+                    journal.commit(transitions.release(words, record))
+
+    def reserve(self, need: int, most: int) -> Reserved | None:
+        """Reserve a pooled file of `need` to `most` bytes, if there is one. A step."""
+        journal = self.session.journal
+        record, link = find_pooled(journal.words, need, most, self.mappings.kept)
+        if not record:
+            return None
+        journal.commit(transitions.reserve(journal.words, record, link, self.session.token))
+        return self.reserved_at(record)
+
+    def reserved_at(self, record: int) -> Reserved:
+        """A reserved file as its writer knows it. A step."""
+        journal = self.session.journal
+        words = journal.words
+        number = words[record + FILE]
+        return Reserved(
+            journal.identity,
+            record,
+            f"{number:020d}.npy",
+            number,
+            words[record + BYTES],
+            words[record + GENERATION],
+        )
+
+    def is_ours(self, file: Reserved) -> bool:
+        """Whether a file is still this session's to write: not committed, not lost with the table. A step."""
+        journal = self.session.journal
+        words, record = journal.words, file.record
+        return (
+            file.table is journal.identity
+            and words[record + STATE] == RESERVED
+            and words[record + OWNER] == self.session.token
+            and words[record + FILE] == file.number
+        )
+
+    def release_all(self) -> None:
+        """Put all reserved files back into the pool. A step."""
+        journal = self.session.journal
+        while self.reserved:
+            file = self.reserved.pop()
+            if self.is_ours(file):
+                journal.commit(transitions.release(journal.words, file.record))
+
+    def make_room(self, need: int) -> tuple[bool, int, int]:
+        """Evict pooled files until the file system has `need` bytes; false when that is not enough. A step."""
+        journal = self.session.journal
+        while not self.fits(need):
+            record, link = largest_pooled(journal.words)
+            if not record:
+                return False, 0, 0
+            journal.commit(transitions.evict(journal.words, record, link))
+        return True, 0, 0
+
+    # Without the lock
+
+    def fits(self, need: int) -> bool:
+        """Whether the file system has `need` bytes free."""
+        status = fs.statvfs(self.session.directories.root)
+        return need <= status.f_bavail * status.f_frsize
+
+    def keeps_to_mapped(self, need: int) -> bool:
+        """Whether only a file that is mapped is worth being reserved ahead: each is large, and some go round."""
+        return need >= LARGE and len(self.mappings.kept) >= _ENOUGH
+
+    def fell_short(self, need: int) -> None:
+        """A commit found no file to reserve for the next put: let there be one more, where that is cheap."""
+        if need < _CHEAP:
+            size = bucket(need)
+            self._short[size] = min(self._short.get(size, 0) + 1, MOST_RESERVED if need <= SMALL else 1)
+
+    def pick(self, need: int, most: int) -> Reserved | None:
+        """A consumed file of the right size that is ours to write, None where a new one is to be made."""
+        for file in reversed(self.reserved):
+            if need <= file.size <= most and self._take(file):
+                return file
+        kind = bucket(need)
+        short = self._short.get(kind, 0)
+        if short:
+            # One file more in circulation, so that the next commit finds one to reserve in the same step.
+            self._short[kind] = short - 1
+            return None
+        if not self.session.look()[POOL_COUNT]:
+            return None
+        return self.session.step(self._reserve_one, need, most)
+
+    def _take(self, file: Reserved) -> bool:
+        try:
+            self.reserved.remove(file)
+        except ValueError:  # another thread has it
+            return False
+        return True
+
+    def _reserve_one(self, need: int, most: int) -> tuple[Reserved | None, int, int]:
+        if len(self.reserved) >= _MOST_KINDS:  # of sizes that nobody puts any more
+            self.release_all()
+        return self.reserve(need, most), 0, 0
+
+    def stock_up(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Reserve a file for each (need, most) in one step, if there are not enough yet."""
+        fresh = self._short.get(bucket(wanted[0][0]), 0) if wanted else 0
+        wanted = wanted[fresh:MOST_RESERVED]
+        sizes = [file.size for file in self.reserved]
+        for need, most in wanted:
+            fit = next((position for position, size in enumerate(sizes) if need <= size <= most), None)
+            if fit is None:
+                if self.session.look()[POOL_COUNT]:
+                    self.session.step(self._restock, wanted)
+                return
+            del sizes[fit]
+
+    def _restock(self, wanted: Sequence[tuple[int, int]]) -> tuple[None, int, int]:
+        self.release_all()
+        for need, most in wanted:
+            file = self.reserve(need, most)
+            if file is not None:
+                self.reserved.append(file)
+        return None, 0, 0
+
+    def discard(self, file: Reserved) -> None:
+        """Unlink a reserved file that is not fit to be written."""
+        self.mappings.forget(file.generation)
+        self.session.step(self._discard, file)
+
+    def _discard(self, file: Reserved) -> tuple[None, int, int]:
+        journal = self.session.journal
+        if self.is_ours(file):
+            journal.commit(transitions.drop(journal.words, file.record))
+        return None, 0, 0
+
+    def put_aside(self, file: Reserved) -> None:
+        """Keep a reserved file after all, unless an interrupted commit has made it an item."""
+        self.session.step(self._put_aside, file)
+
+    def _put_aside(self, file: Reserved) -> tuple[None, int, int]:
+        if self.is_ours(file):
+            self.reserved.append(file)
+        return None, 0, 0

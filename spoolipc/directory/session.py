@@ -1,0 +1,538 @@
+"""An open spool: how it is entered and left, what a fork does to it, and the locked step in which everything happens.
+
+`Session.step` takes the lock, makes sure that the index is the spool's and whole, does one piece of work, lets go, and
+only then wakes whom the work says. A session is a member: it holds `alive/TOKEN`. A forked child inherits nothing: it
+closes what it got and opens the spool again as a session of its own. A `Visitor` only looks: it announces nothing,
+writes nothing and builds nothing again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, cast
+
+from ..errors import LockTimeout, SpoolClosed, SpoolError, SpoolGone, StorageError
+from ..message import Deadline, Limits
+from . import fs, liveness
+from .doorbell import Doorbell
+from .journal import Journal, happened, holder, journalled
+from .layout import Directories, agree, open_directories, read_shutdown
+from .lock import TIMEOUT, IndexLock, no_fork
+from .rebuild import rebuild, set_limits
+from .table import (
+    EDGE,
+    HEADER,
+    HOUSEKEPT,
+    MARK,
+    NEXT_DUE,
+    SHUTDOWN,
+    SUBJECT,
+    WAITERS,
+    IndexDamaged,
+    Token,
+    Words,
+)
+from .transitions import CLEAN, FOLLOW, is_worth_waking, waiting
+
+P = ParamSpec("P")
+T = TypeVar("T")
+CLOSED: Final = "this was closed; open a new one"
+EVERY: Final = 1.0
+"""Seconds between two rounds of housekeeping."""
+_EVERY_NS: Final = int(EVERY * 1e9)
+MEMBERS: Final = len(WAITERS)
+"""How many to wake so that all are."""
+
+
+class HasSession(Protocol):
+    """One side of an engine."""
+
+    session: Session
+
+
+S = TypeVar("S", bound=HasSession)
+
+
+def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """An operation of one side: the descriptors stay open until it ends, whoever closes the session meanwhile.
+
+    Raises SpoolClosed, and for an error of a system call StorageError or SpoolGone, which name the path.
+    """
+
+    @functools.wraps(method)
+    def run(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+        session = self.session
+        if session.closed or session.is_forked:
+            session.ready()
+        users = session.users
+        users.append(None)
+        try:
+            if session.closed:
+                raise SpoolClosed(CLOSED)
+            return method(self, *args, **kwargs)
+        except SpoolError:
+            raise
+        except OSError as error:
+            raise session.explained(error) from error
+        finally:
+            users.pop()
+            if session.closed and not users:
+                session.let_go()
+
+    return cast(Callable[Concatenate[S, P], T], run)
+
+
+def is_due(housekept: int, due: int) -> bool:
+    """Whether nobody has kept house within the second, or a lease or delay has ended.
+
+    housekept, due: the words HOUSEKEPT and NEXT_DUE.
+    """
+    now = time.monotonic_ns()
+    return not now - _EVERY_NS <= housekept <= now or 0 < due <= now
+
+
+class Session:
+    """An open spool. Threads may share one.
+
+    path: the spool's directory. asked: limits, None for what is there. create: make the spool where there is none.
+    users: one entry for each operation under way. journal: the index, inside a step.
+    """
+
+    directories: Directories
+    token: Token
+    lock: IndexLock
+    doorbell: Doorbell
+
+    def __init__(
+        self, path: str | os.PathLike[str], asked: Limits, role: liveness.Role, *, create: bool = True
+    ) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.closed = False
+        self.is_forked = False
+        self.users: list[None] = []
+        self.on_adopt: Callable[[], None] = lambda: None
+        self._role: liveness.Role = role
+        self._is_opening = False
+        self._in_child = threading.RLock()
+        self._held: list[int] = []
+        self._journal: Journal | None = None
+        self.doorbell = Doorbell(self, "space" if role == "writer" else "items")
+        _sessions.add(self)  # now, so that a fork meanwhile finds the descriptors
+        self._open(asked, create)
+
+    # Entering
+
+    def _open(self, asked: Limits, create: bool) -> None:
+        try:
+            self.directories = open_directories(self.path, asked, create=create)
+            self.token = liveness.new_token()
+            self._held = self.directories.descriptors()
+            self.let_go = weakref.finalize(
+                self, _abandon, os.getpid(), self.directories.alive, self.token, self._held
+            )
+            self.lock = IndexLock(self.directories.items, self._holder)
+            self._journal = None
+            self.step(self._join, asked)
+        except SpoolError:
+            raise
+        except OSError as error:
+            raise fs.storage_error(error, self.path) from error
+
+    def _join(self, asked: Limits) -> tuple[None, int, int]:
+        set_limits(self.journal.words, agree(self.directories, asked))
+        with no_fork:  # a child that has the locked file unawares would hide our death
+            fd = liveness.announce(self.directories.alive, self.token, self._role, self.directories.file_mode)
+            self._held.append(fd)
+        return None, 0, 0
+
+    def _holder(self) -> str:
+        token = holder(self.directories)
+        if not token:
+            return "an unknown process"
+        process = liveness.process_of(self.directories.alive, token)
+        return f"process {process} (alive/{liveness.token_name(token)})"
+
+    # The locked step
+
+    @property
+    def journal(self) -> Journal:
+        """The index; belongs into a step."""
+        assert self._journal is not None
+        return self._journal
+
+    def step(self, work: Callable[P, tuple[T, int, int]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do `work` under the lock, with an index that is whole; returns the first of what it returns.
+
+        work: returns its result, and how many of those who wait for items and for space to wake. It is begun again
+        when it finds the index damaged, so it must not do one thing twice.
+        Raises LockTimeout, SpoolGone, SpoolClosed, StorageError, OSError, and what `work` raises.
+        """
+        if self.closed or self.is_forked:
+            self.ready()
+        lock = self.lock
+        with lock.mutex:
+            if self.closed:
+                raise SpoolClosed(CLOSED)
+            try:
+                try:
+                    if not fs.lock(lock.fd):
+                        lock.take()
+                    journal = self._journal
+                    if journal is None:
+                        done = self._with_new_index(work, *args, **kwargs)
+                    else:
+                        try:
+                            journal.check(self.token)
+                            done = work(*args, **kwargs)
+                        except IndexDamaged as damage:
+                            self._rebuild(str(damage))
+                            done = self._with_new_index(work, *args, **kwargs)
+                finally:
+                    lock.release()
+            except BaseException:
+                lock.release()  # an interrupt may have come before the other
+                raise
+        result, items, space = done
+        if items or space:
+            journal = self._journal
+            if journal is not None and journal.is_awaited():
+                self.wake(items, space)
+        return result
+
+    def _with_new_index(
+        self, work: Callable[P, tuple[T, int, int]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, int, int]:
+        """Do the work with an index that was lost or damaged just now."""
+        found = ""
+        for _ in range(2):
+            try:
+                if self._journal is None:
+                    self._adopt(Journal(self.directories))
+                self.journal.check(self.token)
+                return work(*args, **kwargs)
+            except IndexDamaged as damage:
+                found = str(damage)
+                self._rebuild(found)
+        what = f"the index is damaged again as soon as it is built ({found})"
+        raise StorageError(errno.EIO, what, self.path)
+
+    def _rebuild(self, why: str) -> None:
+        """Adopt the index that somebody else has built since, or build it."""
+        damaged, self._journal = self._journal, None
+        try:
+            journal = Journal(self.directories)
+            if damaged is not None and damaged.is_same_file(journal):
+                raise IndexDamaged(why)
+            journal.check(self.token)
+        except IndexDamaged:
+            journal = rebuild(self.directories, why)
+        self._adopt(journal)
+
+    def _adopt(self, journal: Journal) -> None:
+        self._journal = journal
+        self.doorbell.forget_place()
+        self.on_adopt()
+
+    def wake(self, items: int, space: int) -> None:
+        """Wake so many of those who wait, after the step that made the items or the room."""
+        if items:
+            self.doorbell.ring("items", items)
+        if space and self._journal is not None and is_worth_waking(self._journal.words):
+            self.doorbell.ring("space", space)
+
+    def explained(self, error: OSError) -> OSError:
+        """The error to raise for one of a system call: it names the path, and a deleted spool is called so."""
+        try:
+            fs.check_present(self.directories.root, self.path)
+        except SpoolGone as gone:
+            return gone
+        except OSError:
+            pass  # the error at hand says more
+        return fs.storage_error(error, self.path)
+
+    # Looking without the lock
+
+    def look(self) -> Words:
+        """The table's words, to be looked at without the lock: what they say is a hint."""
+        if self.closed or self.is_forked:
+            self.ready()
+        journal = self._journal
+        if journal is None or not journal.is_whole():
+            self.step(_nothing)
+            journal = self.journal
+        return journal.words
+
+    def peek_words(self) -> Words | None:
+        """As `look`, but None where there is nothing whole to look at."""
+        journal = self._journal
+        if self.closed or journal is None or not journal.is_whole():
+            return None
+        return journal.words
+
+    def qsize(self) -> int:
+        """How many items wait, delayed ones included."""
+        return waiting(self.look())
+
+    # Waiting
+
+    @property
+    def alive_directory(self) -> int:
+        """The descriptor of `alive/`."""
+        return self.directories.alive
+
+    def take_place(self, kind: int) -> int:
+        """A place among those who wait, -1 where there is none."""
+        return self.step(self._take_place, kind)
+
+    def _take_place(self, kind: int) -> tuple[int, int, int]:
+        words = self.journal.words
+        free = -1
+        for place, waiter in enumerate(WAITERS):
+            if words[waiter.token] == self.token:
+                return place, 0, 0
+            if free < 0 and not words[waiter.token]:
+                free = place
+        if free < 0:
+            tokens = {words[waiter.token] for waiter in WAITERS}
+            crashed = liveness.crashed_among(self.directories.alive, tokens)
+            places = [place for place, waiter in enumerate(WAITERS) if words[waiter.token] in crashed]
+            free = places[0] if places else -1
+        if free >= 0:
+            words[WAITERS[free].since] = 0
+            words[WAITERS[free].kind] = kind
+            words[WAITERS[free].token] = self.token
+        return free, 0, 0
+
+    def wait(self, look: Callable[[Words], bool], until: Deadline, each_second: Callable[[], None]) -> bool:
+        """Wait until `look(words)` is true (True) or the deadline is past (False).
+
+        look: sees the words without the lock, so what it says is a hint. each_second: keeps house; called at once, and
+        whenever a second went by or a lease or delay has ended.
+        """
+        while True:
+            each_second()
+            now = time.monotonic()
+            event = now + EVERY
+            words = self.look()
+            if words[NEXT_DUE]:
+                event = min(event, words[NEXT_DUE] / 1e9)
+            if until is not None:
+                event = min(event, until)
+            if self.doorbell.wait(self._glance(look, int(event * 1e9)), max(0.0, event - now)):
+                found = self.peek_words()
+                if found is None or look(found):
+                    return True
+            if until is not None and time.monotonic() >= until:
+                return False
+
+    def _glance(self, look: Callable[[Words], bool], until_ns: int) -> Callable[[], bool]:
+        """A look that also ends the wait for what the step that follows must see: damage, or an earlier lease."""
+
+        def glance() -> bool:
+            if self.closed:
+                raise SpoolClosed("this was closed while it waited")
+            words = self.peek_words()
+            return words is None or look(words) or 0 < words[NEXT_DUE] < until_ns
+
+        return glance
+
+    def is_housekeeping_due(self) -> bool:
+        """Whether nobody has kept house within the second, or a lease or delay has ended; a hint."""
+        words = self.look()
+        return is_due(words[HOUSEKEPT], words[NEXT_DUE])
+
+    # Leaving, and forks
+
+    def ready(self) -> None:
+        """Make this usable in a forked child. Raises SpoolClosed."""
+        if self.closed:
+            raise SpoolClosed(CLOSED)
+        if self.is_forked:
+            with self._in_child:
+                if self.is_forked and not self._is_opening:
+                    self._is_opening = True
+                    try:
+                        self.is_forked = False
+                        self._open(Limits(), create=False)
+                    except BaseException:
+                        self.is_forked = True
+                        raise
+                    finally:
+                        self._is_opening = False
+
+    def close(self, last: Callable[[], tuple[None, int, int]]) -> None:
+        """Do the `last` step and leave; harmless when repeated.
+
+        A spool that was deleted meanwhile is simply left.
+        """
+        if self.closed:
+            return
+        if self.is_forked:
+            self.closed = True
+            return
+        try:
+            with contextlib.suppress(SpoolGone, SpoolClosed):
+                try:
+                    self.step(self._leave, last)
+                except OSError as error:
+                    raise self.explained(error) from error
+        finally:
+            with self.lock.mutex:
+                self.closed = True
+            self.doorbell.close()
+            if not self.users:
+                self.let_go()
+            _sessions.discard(self)
+
+    def _leave(self, last: Callable[[], tuple[None, int, int]]) -> tuple[None, int, int]:
+        words = self.journal.words
+        for waiter in WAITERS:
+            if words[waiter.token] == self.token:
+                words[waiter.since] = words[waiter.token] = 0
+        return last()
+
+    def forked(self) -> None:
+        """In a forked child: close what was inherited, so that the parent's death is not hidden by it."""
+        held, self._held = self._held, []
+        for fd in held:
+            with contextlib.suppress(OSError):
+                fs.close(fd)
+        if "let_go" in vars(self):
+            self.let_go.detach()
+        self._journal = None
+        self._in_child = threading.RLock()
+        self._is_opening = False
+        self.users = []
+        self.is_forked = True
+        self.doorbell.reset()
+        self.on_adopt()
+
+
+def _nothing() -> tuple[None, int, int]:
+    """A step that only makes sure of the index, or the last one of a session that owns nothing."""
+    return None, 0, 0
+
+
+owns_nothing = _nothing
+
+
+def _abandon(pid: int, alive: int, token: Token, held: list[int]) -> None:
+    """End a session by its descriptors alone; what it still owned is requeued or removed by whoever finds it gone."""
+    if os.getpid() != pid:
+        return
+    with contextlib.suppress(OSError):
+        fs.unlink(liveness.token_name(token), dir_fd=alive)
+    while held:  # a fork meanwhile closes what is left
+        with contextlib.suppress(OSError):
+            fs.close(held.pop())
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _forget_inherited() -> None:
+    for session in list(_sessions):
+        session.forked()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)
+
+
+class Visitor:
+    """A look at the spool at `path` from outside; a context manager.
+
+    journal: its index as of the last look, None when that is missing or damaged; `damage` says why. patience: seconds
+    to wait for the index lock. Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, patience: float = TIMEOUT) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.directories = open_directories(self.path, Limits(), create=False)
+        self.journal: Journal | None = None
+        self.damage = ""
+        self._patience = patience
+        self._lock = IndexLock(self.directories.items, lambda: "another process")
+
+    def step(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do `work`, which only looks, under the index lock. Raises LockTimeout, naming the holder."""
+        with self._lock.mutex:
+            try:
+                self._lock.take(self._patience)
+                self._refresh()
+                return work(*args, **kwargs)
+            finally:
+                self._lock.release()
+
+    def look(self) -> str:
+        """Look at the index, without the lock if need be; returns who held it too long, "" as a rule."""
+        try:
+            self.step(lambda: None)
+        except LockTimeout:
+            self._refresh()
+            return self.holder()
+        return ""
+
+    def holder(self) -> str:
+        """Who took the index lock last, for messages."""
+        token = holder(self.directories)
+        if not token:
+            return "an unknown process"
+        return f"process {liveness.process_of(self.directories.alive, token)}"
+
+    def _refresh(self) -> None:
+        self.journal, self.damage = None, ""
+        try:
+            journal = Journal(self.directories)
+            if not journal.holds_what_it_says():
+                raise IndexDamaged("the index is shorter than it says")
+        except IndexDamaged as damage:
+            self.damage = str(damage)
+        else:
+            self.journal = journal
+
+    def snapshot(self) -> Words | None:
+        """A copy of the words, up to the last record ever used, as they will be when a transition that its maker did
+        not finish is finished or forgotten; None without an index. Belongs into a step."""
+        if self.journal is None:
+            return None
+        words = self.journal.words
+        end = min(max(words[EDGE], HEADER), len(words))
+        copy: Words = memoryview(bytearray(words[:end])).cast("Q")
+        kind = copy[MARK]
+        if kind == FOLLOW:
+            copy[SHUTDOWN] = read_shutdown(self.directories.root)
+        elif kind != CLEAN and happened(self.directories, kind, copy[SUBJECT], finish=False):
+            for position, value in journalled(copy).items():
+                if position < end:
+                    copy[position] = value
+        return copy
+
+    def close(self) -> None:
+        """Close every descriptor; harmless when repeated."""
+        self.journal = None
+        self.directories.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises SpoolGone or StorageError for an error of a system call in the block."""
+        try:
+            if isinstance(error, OSError) and not isinstance(error, SpoolError):
+                fs.check_present(self.directories.root, self.path)
+                raise fs.storage_error(error, self.path) from error
+        finally:
+            self.close()
+
+
+AnySpool = Session | Visitor

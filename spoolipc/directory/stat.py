@@ -1,0 +1,138 @@
+"""`stat`: what is in a spool now, read without changing anything and without becoming a session of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import LockTimeout
+from ..message import Limits, SpoolStat, State
+from . import doorbell, fs, liveness
+from .layout import MEMORY, agree, file_system, item_number, read_shutdown
+from .session import Visitor
+from .table import (
+    BYTES,
+    DELAYED_COUNT,
+    DELIVERED_TOTAL,
+    DISCARDED,
+    DRAINING,
+    FAILED_COUNT,
+    FIRST_SEQ,
+    IN_FLIGHT_COUNT,
+    ITEM_BYTES,
+    NEXT_SEQ,
+    OPEN,
+    PINNED,
+    POOL_BYTES,
+    POOL_COUNT,
+    PUT_TIME,
+    READY,
+    RECORD,
+    REDELIVERY,
+    RESERVED,
+    SHUTDOWN,
+    STATE,
+    IndexDamaged,
+    Words,
+    active,
+)
+
+_STATES: Final[dict[int, State]] = {OPEN: "open", DRAINING: "draining", DISCARDED: "discarded"}
+_PATIENCE: Final = 1.0  # seconds to wait for the lock
+
+
+def stat(path: str | os.PathLike[str]) -> SpoolStat:
+    """What is in the spool at `path` now. Changes nothing, and is not counted as a session itself.
+
+    Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
+    """
+    with Visitor(path, patience=_PATIENCE) as visitor:
+        stuck_on = visitor.look()
+        damage = visitor.damage
+        counts = _listed(visitor) if visitor.journal is None else _counted(visitor.journal.words)
+        kind = file_system(Path(visitor.path))
+        pinned: tuple[int | None, int | None] = None, None
+        sessions = None
+        try:
+            if not stuck_on:
+                pinned = visitor.step(_pinned, visitor)
+                sessions = _live_sessions(visitor)
+        except LockTimeout:
+            stuck_on, pinned, sessions = visitor.holder(), (None, None), None
+        return SpoolStat(
+            path=visitor.path,
+            **counts,
+            pinned_files=pinned[0],
+            pinned_bytes=pinned[1],
+            live_sessions=sessions,
+            limits=agree(visitor.directories, Limits()),
+            file_system=kind,
+            in_memory=kind in MEMORY,
+            waiting_mode=doorbell.mode(),
+            index_damage=damage,
+            stuck_on=stuck_on,
+        )
+
+
+def _counted(words: Words) -> dict[str, Any]:
+    """What the table's header says; one transition may be half in it."""
+    return {
+        "state": _STATES.get(words[SHUTDOWN], "open"),
+        "depth": words[READY.length] + words[REDELIVERY.length],
+        "delayed": words[DELAYED_COUNT],
+        "in_flight": words[IN_FLIGHT_COUNT],
+        "bytes": words[ITEM_BYTES],
+        "oldest_age": _oldest_age(words),
+        "failed": words[FAILED_COUNT],
+        "puts": words[NEXT_SEQ] - words[FIRST_SEQ],
+        "gets": words[DELIVERED_TOTAL],
+        "free_files": words[POOL_COUNT],
+        "free_bytes": words[POOL_BYTES],
+    }
+
+
+def _listed(visitor: Visitor) -> dict[str, Any]:
+    """What the directories say, for a spool without an index."""
+    counts = dict.fromkeys(
+        ["depth", "bytes", "failed", "delayed", "in_flight", "puts", "gets", "free_files", "free_bytes"], 0
+    )
+    directories = visitor.directories
+    for names in fs.batches(directories.items):
+        for name in names:
+            with suppress(FileNotFoundError):
+                counts["bytes"] += fs.stat_at(name, dir_fd=directories.items).st_size
+                counts["depth"] += item_number(name) is not None
+    for names in fs.batches(directories.failed):
+        counts["failed"] += sum(item_number(name) is not None for name in names)
+    return {**counts, "state": _STATES[read_shutdown(directories.root)], "oldest_age": None}
+
+
+def _oldest_age(words: Words) -> float | None:
+    """Seconds since the first items to be delivered, requeued or never delivered, were put, at most; 0 when the wall
+    clock was set back."""
+    heads = [words[queue.head] for queue in (READY, REDELIVERY) if words[queue.head]]
+    times = [words[head + PUT_TIME] for head in heads if head + RECORD <= len(words)]
+    return max(0.0, (time.time_ns() - min(times)) / 1e9) if times else None
+
+
+def _pinned(visitor: Visitor) -> tuple[int, int]:
+    """How many files of `free/` are pinned or reserved, and their bytes: a step."""
+    if visitor.journal is None:
+        return 0, 0
+    words = visitor.journal.words
+    try:
+        pinned = [record for record in active(words) if words[record + STATE] in (PINNED, RESERVED)]
+    except IndexDamaged:
+        return 0, 0
+    return len(pinned), sum(words[record + BYTES] for record in pinned)
+
+
+def _live_sessions(visitor: Visitor) -> int:
+    alive, live = visitor.directories.alive, 0
+    for names in fs.batches(alive):
+        tokens = set(map(liveness.token_of, names)) - {0}
+        live += len(tokens) - len(visitor.step(liveness.crashed_among, alive, tokens))
+    return live

@@ -1,0 +1,541 @@
+"""Every arrow of the state machine, and what the pool may hold: pure functions of the table's words.
+
+A file's record goes round:
+
+    NOTHING --put_new--> WAITING --claim--> IN_FLIGHT --requeue--> WAITING or DELAYED
+                         WAITING, IN_FLIGHT --consume--> PINNED, POOLED or NOTHING
+                         WAITING, IN_FLIGHT, DELAYED --dead_letter--> NOTHING
+    PINNED, RESERVED --release--> POOLED --reserve--> RESERVED --put--> WAITING
+    PINNED, RESERVED --drop--> NOTHING <--evict-- POOLED
+
+A transition is a value: its kind, which says how to tell after a crash whether it happened; the number of the file it
+moves; its stores, new values by word position; and the move. `Journal.commit` makes it. The stores are computed from
+the words before it; where two list operations of one transition touch the same word, the later wins, and they are
+ordered so that this is right. Sums are not checked here: one that a damaged word makes negative or too large does not
+fit into the journal, and the commit refuses it before anything is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Final, NamedTuple, TypeAlias
+
+from .layout import item_name
+from .table import (
+    ACTIVE,
+    ALL_BITS,
+    ATTEMPT,
+    BUCKET_COUNT,
+    BUCKETS,
+    BYTES,
+    DELAYED,
+    DELAYED_COUNT,
+    DELIVERED_TOTAL,
+    DUE,
+    EDGE,
+    FAILED_COUNT,
+    FILE,
+    FLAGS,
+    GENERATION,
+    IN_FLIGHT,
+    IN_FLIGHT_COUNT,
+    ITEM_BYTES,
+    LOAN,
+    MAX_BYTES,
+    MAXSIZE,
+    NEVER_AGAIN,
+    NEXT,
+    NEXT_DUE,
+    NEXT_SEQ,
+    NEXT_SEQ_CHECK,
+    NOTHING,
+    OWNER,
+    PEAK_BYTES,
+    PINNED,
+    POOL_BYTES,
+    POOL_COUNT,
+    POOLED,
+    PREV,
+    READY,
+    RECORD,
+    RECYCLE_BYTES,
+    REDELIVERY,
+    RESERVED,
+    SEQ,
+    SHUTDOWN,
+    STATE,
+    UNUSED,
+    WAITING,
+    IndexDamaged,
+    Queue,
+    Words,
+    bucket,
+    record_in,
+)
+
+Stores: TypeAlias = dict[int, int]
+
+# Kinds: how to tell, after a crash, whether the transition happened
+CLEAN: Final = 0  # there is none
+MEMORY: Final = 1  # stores only: it happened
+ARRIVE: Final = 2  # it happened if items/SUBJECT exists
+LEAVE: Final = 3  # it happened if items/SUBJECT does not exist
+UNLINK: Final = 4  # free/SUBJECT is removed, now or before
+DONATE: Final = 5  # it happened if free/SUBJECT exists
+FOLLOW: Final = 6  # SHUTDOWN becomes what the marker file says
+
+
+class Move(NamedTuple):
+    """The one change of a name that goes with a transition: a rename from part to part of the spool, or, without a
+    target, an unlinking of what may be gone already."""
+
+    source: str
+    name: str
+    target: str
+    new_name: str
+
+
+class Transition(NamedTuple):
+    """One change of the table. kind, subject: see above. move: None for one in memory only."""
+
+    kind: int
+    subject: int
+    stores: Stores
+    move: Move | None
+
+
+# Lists
+
+
+def _append(words: Words, stores: Stores, queue: Queue, record: int) -> None:
+    tail = words[queue.tail]
+    stores[tail + NEXT if tail else queue.head] = record
+    stores[queue.tail] = record
+    stores[queue.length] = words[queue.length] + 1
+    stores[record + NEXT] = 0
+
+
+def _pop(words: Words, stores: Stores, record: int) -> None:
+    """Take a record off the queue that it heads."""
+    queue = REDELIVERY if words[REDELIVERY.head] == record else READY
+    following = words[record + NEXT]
+    stores[queue.head] = following
+    if not following:
+        stores[queue.tail] = 0
+    stores[queue.length] = words[queue.length] - 1
+
+
+def _activate(words: Words, stores: Stores, record: int) -> None:
+    head = words[ACTIVE]
+    stores[record + NEXT] = head
+    stores[record + PREV] = 0
+    if head:
+        stores[head + PREV] = record
+    stores[ACTIVE] = record
+
+
+def _deactivate(words: Words, stores: Stores, record: int) -> None:
+    following, previous = words[record + NEXT], words[record + PREV]
+    stores[previous + NEXT if previous else ACTIVE] = following
+    if following:
+        stores[following + PREV] = previous
+    stores[record + OWNER] = 0
+    stores[record + DUE] = 0
+
+
+def _pool(words: Words, stores: Stores, record: int, size: int) -> None:
+    head = bucket(size)
+    stores[record + STATE] = POOLED
+    stores[record + NEXT] = words[head]
+    stores[head] = record
+    stores[POOL_BYTES] = words[POOL_BYTES] + size
+    stores[POOL_COUNT] = words[POOL_COUNT] + 1
+
+
+def _unpool(words: Words, stores: Stores, record: int, link: int) -> None:
+    stores[link] = words[record + NEXT]
+    stores[POOL_BYTES] = words[POOL_BYTES] - words[record + BYTES]
+    stores[POOL_COUNT] = words[POOL_COUNT] - 1
+
+
+def _forget(words: Words, stores: Stores, record: int) -> None:
+    stores[record + STATE] = NOTHING
+    stores[record + NEXT] = words[UNUSED]
+    stores[record + OWNER] = 0
+    stores[record + GENERATION] = 0
+    stores[UNUSED] = record
+
+
+def _take_unused(words: Words, record: int) -> Stores:
+    """The stores that take a record given by `Journal.unused_record`."""
+    if words[UNUSED] == record:
+        return {UNUSED: words[record + NEXT]}
+    return {EDGE: record + RECORD}
+
+
+def _due_no_later(words: Words, stores: Stores, due: int) -> None:
+    if due and (not words[NEXT_DUE] or due < words[NEXT_DUE]):
+        stores[NEXT_DUE] = due
+
+
+# Putting
+
+
+def next_seq(words: Words) -> int:
+    """The next sequence number. Raises IndexDamaged when it cannot be trusted: a put would overwrite an item."""
+    seq = words[NEXT_SEQ]
+    if words[NEXT_SEQ_CHECK] != seq ^ ALL_BITS:
+        raise IndexDamaged("the next sequence number is damaged")
+    return seq
+
+
+def put(words: Words, record: int, name: str, successor: int, link: int) -> Transition:
+    """RESERVED becomes WAITING, last in order; the caller has described the item in its record.
+
+    name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its
+    stead, or zeros.
+    """
+    seq, tail, size = words[NEXT_SEQ], words[READY.tail], words[record + BYTES]
+    following, previous = words[record + NEXT], words[record + PREV]
+    stores = {
+        tail + NEXT if tail else READY.head: record,
+        READY.tail: record,
+        READY.length: words[READY.length] + 1,
+        NEXT_SEQ: seq + 1,
+        NEXT_SEQ_CHECK: seq + 1 ^ ALL_BITS,
+        ITEM_BYTES: words[ITEM_BYTES] + size,
+        record + STATE: WAITING,
+        record + FILE: seq,
+        record + OWNER: 0,
+        previous + NEXT if previous else ACTIVE: successor or following,
+    }
+    if following:
+        stores[following + PREV] = successor or previous
+    if successor:  # it takes the record's place in the ACTIVE list
+        stores[link] = words[successor + NEXT]
+        stores[successor + STATE] = RESERVED
+        stores[successor + OWNER] = words[record + OWNER]
+        stores[successor + NEXT] = following
+        stores[successor + PREV] = previous
+        stores[POOL_BYTES] = words[POOL_BYTES] - words[successor + BYTES]
+        stores[POOL_COUNT] = words[POOL_COUNT] - 1
+    stores[record + NEXT] = 0
+    return Transition(ARRIVE, seq, stores, Move("free", name, "items", item_name(seq)))
+
+
+def put_new(words: Words, record: int, size: int, source: str, name: str) -> Transition:
+    """NOTHING becomes WAITING: a file of `size` bytes that is `name` in the part `source`, tmp/ or failed/; the caller
+    has described the item in its record."""
+    seq = next_seq(words)
+    stores = _take_unused(words, record)
+    stores[record + STATE] = WAITING
+    stores[record + FILE] = stores[record + GENERATION] = seq
+    stores[record + BYTES] = size
+    stores[record + OWNER] = stores[record + DUE] = 0
+    _append(words, stores, READY, record)
+    stores[NEXT_SEQ] = seq + 1
+    stores[NEXT_SEQ_CHECK] = seq + 1 ^ ALL_BITS
+    stores[ITEM_BYTES] = words[ITEM_BYTES] + size
+    if source == "failed":
+        stores[FAILED_COUNT] = max(0, words[FAILED_COUNT] - 1)
+    return Transition(ARRIVE, seq, stores, Move(source, name, "items", item_name(seq)))
+
+
+# Getting
+
+
+def first(words: Words) -> int:
+    """The next record to deliver, 0 when nothing waits. Raises IndexDamaged."""
+    for queue in (REDELIVERY, READY):
+        if words[queue.head]:
+            return record_in(words, words[queue.head], WAITING)
+        if words[queue.length]:
+            raise IndexDamaged("a queue of the index counts records it does not link")
+    return 0
+
+
+def claim(words: Words, record: int, owner: int, due: int) -> Transition:
+    """WAITING, the first, becomes IN_FLIGHT at `owner`, until `due` (monotonic ns, 0 for no lease)."""
+    stores: Stores = {}
+    _pop(words, stores, record)
+    _activate(words, stores, record)
+    stores[record + STATE] = IN_FLIGHT
+    stores[record + OWNER] = owner
+    stores[record + DUE] = due
+    stores[record + ATTEMPT] = words[record + ATTEMPT] + 1
+    stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] + 1
+    _due_no_later(words, stores, due)
+    return Transition(MEMORY, 0, stores, None)
+
+
+def consume(words: Words, record: int, owner: int, keep: bool) -> Transition:
+    """WAITING, the first, or IN_FLIGHT leaves items/, delivered for good.
+
+    keep: its file moves to free/, PINNED by `owner`, or POOLED where that is 0; else it is unlinked (NOTHING).
+    """
+    seq, size, items = words[record + SEQ], words[record + BYTES], words[ITEM_BYTES]
+    stores: Stores = {ITEM_BYTES: items - size, DELIVERED_TOTAL: words[DELIVERED_TOTAL] + 1}
+    if items > words[PEAK_BYTES]:
+        stores[PEAK_BYTES] = items
+    if words[record + STATE] == WAITING:
+        _pop(words, stores, record)
+        if keep and owner:
+            _activate(words, stores, record)
+    else:
+        stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] - 1
+        if not (keep and owner):
+            _deactivate(words, stores, record)
+    name = item_name(seq)
+    if not keep:
+        _forget(words, stores, record)
+        return Transition(LEAVE, seq, stores, Move("items", name, "", ""))
+    if owner:
+        stores[record + STATE] = PINNED
+        stores[record + OWNER] = owner
+        stores[record + DUE] = 0
+    else:
+        stores[record + LOAN] = 0
+        _pool(words, stores, record, size)
+    return Transition(LEAVE, seq, stores, Move("items", name, "free", name))
+
+
+def requeue(words: Words, record: int, due: int) -> Transition:
+    """IN_FLIGHT or DELAYED becomes WAITING, before all never delivered, or DELAYED until `due` (monotonic ns)."""
+    stores: Stores = {}
+    if words[record + STATE] == IN_FLIGHT:
+        stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] - 1
+        delayed = words[DELAYED_COUNT]
+    else:
+        delayed = words[DELAYED_COUNT] - 1
+    if due:
+        stores[record + STATE] = DELAYED
+        stores[record + OWNER] = 0
+        stores[record + DUE] = due
+        stores[DELAYED_COUNT] = delayed + 1
+        _due_no_later(words, stores, due)
+    else:
+        stores[DELAYED_COUNT] = delayed
+        _deactivate(words, stores, record)
+        stores[record + STATE] = WAITING
+        _append(words, stores, REDELIVERY, record)
+    return Transition(MEMORY, 0, stores, None)
+
+
+def extend(words: Words, record: int, due: int) -> Transition:
+    """IN_FLIGHT stays so until `due` (monotonic ns)."""
+    stores = {record + DUE: due}
+    _due_no_later(words, stores, due)
+    return Transition(MEMORY, 0, stores, None)
+
+
+def _removal(words: Words, record: int) -> Stores:
+    """The stores by which WAITING, the first, IN_FLIGHT or DELAYED becomes NOTHING."""
+    stores: Stores = {ITEM_BYTES: words[ITEM_BYTES] - words[record + BYTES]}
+    state = words[record + STATE]
+    if state == WAITING:
+        _pop(words, stores, record)
+    else:
+        counter = IN_FLIGHT_COUNT if state == IN_FLIGHT else DELAYED_COUNT
+        stores[counter] = words[counter] - 1
+        _deactivate(words, stores, record)
+    _forget(words, stores, record)
+    return stores
+
+
+def dead_letter(words: Words, record: int, *, there: bool) -> Transition:
+    """WAITING, the first, IN_FLIGHT or DELAYED moves to failed/. there: its file is; else it is only forgotten."""
+    seq = words[record + SEQ]
+    stores = _removal(words, record)
+    stores[FAILED_COUNT] = words[FAILED_COUNT] + there
+    name = item_name(seq)
+    return Transition(LEAVE, seq, stores, Move("items", name, "failed", name) if there else None)
+
+
+def discard(words: Words, record: int) -> Transition:
+    """WAITING, the first, is removed, delivered to nobody."""
+    seq = words[record + SEQ]
+    return Transition(LEAVE, seq, _removal(words, record), Move("items", item_name(seq), "", ""))
+
+
+# Recycling
+
+
+def release(words: Words, record: int) -> Transition:
+    """PINNED or RESERVED becomes POOLED: no array shows the file and nobody writes it any more."""
+    stores: Stores = {}
+    _deactivate(words, stores, record)
+    stores[record + LOAN] = 0
+    _pool(words, stores, record, words[record + BYTES])
+    return Transition(MEMORY, 0, stores, None)
+
+
+def drop(words: Words, record: int) -> Transition:
+    """PINNED or RESERVED becomes NOTHING: the file is unlinked."""
+    stores: Stores = {}
+    _deactivate(words, stores, record)
+    _forget(words, stores, record)
+    return _unlinking(words, record, stores)
+
+
+def reserve(words: Words, record: int, link: int, owner: int) -> Transition:
+    """POOLED becomes RESERVED by the writer `owner`."""
+    stores: Stores = {}
+    _unpool(words, stores, record, link)
+    _activate(words, stores, record)
+    stores[record + STATE] = RESERVED
+    stores[record + OWNER] = owner
+    return Transition(MEMORY, 0, stores, None)
+
+
+def evict(words: Words, record: int, link: int) -> Transition:
+    """POOLED becomes NOTHING: the file is unlinked."""
+    stores: Stores = {}
+    _unpool(words, stores, record, link)
+    _forget(words, stores, record)
+    return _unlinking(words, record, stores)
+
+
+def _unlinking(words: Words, record: int, stores: Stores) -> Transition:
+    number = words[record + FILE]
+    return Transition(UNLINK, number, stores, Move("free", item_name(number), "", ""))
+
+
+def donate(words: Words, record: int, number: int, size: int, name: str) -> Transition:
+    """NOTHING becomes POOLED: a file of `size` bytes made ahead, `name` in tmp/."""
+    stores = _take_unused(words, record)
+    stores[record + FILE] = stores[record + GENERATION] = number
+    stores[record + BYTES] = size
+    stores[record + OWNER] = stores[record + LOAN] = stores[record + DUE] = 0
+    _pool(words, stores, record, size)
+    return Transition(DONATE, number, stores, Move("tmp", name, "free", item_name(number)))
+
+
+def end_loan(words: Words, record: int, *, shared: bool) -> Transition:
+    """The writer's array over an item's file is gone. shared: a child forked meanwhile may have it for ever."""
+    flags = words[record + FLAGS] | (NEVER_AGAIN if shared else 0)
+    return Transition(MEMORY, 0, {record + LOAN: 0, record + FLAGS: flags}, None)
+
+
+def pass_to_lender(words: Words, record: int) -> Transition:
+    """PINNED by its reader becomes PINNED by the writer that lent its array, and may still have it."""
+    return Transition(MEMORY, 0, {record + OWNER: words[record + LOAN], record + LOAN: 0}, None)
+
+
+# The spool as a whole
+
+
+def set_shutdown(state: int) -> Transition:
+    """The marker file and SHUTDOWN become `state`."""
+    return Transition(FOLLOW, state, {SHUTDOWN: state}, None)
+
+
+def drop_letter(words: Words, number: int) -> Transition:
+    """A dead letter's file moves to free/, where it is no item and no pooled file, to be unlinked."""
+    stores = {FAILED_COUNT: max(0, words[FAILED_COUNT] - 1)}
+    return Transition(DONATE, number, stores, Move("failed", item_name(number), "free", item_name(number)))
+
+
+# Decisions: room, and what the pool may hold
+
+LARGE: Final = 1 << 18
+"""Bytes from which mapping a file's pages costs more than looking for one already mapped."""
+_MANY: Final = 1 << 62  # more items than there will ever be
+_LOOKS: Final = 4  # files of a bucket differ by a fifth: the first or second nearly always fits
+_LOOKS_LARGE: Final = 64  # a look costs 0.3 us, the page faults of a large file not mapped yet 0.2 ms a MB
+
+
+def waiting(words: Words) -> int:
+    """How many items wait, delayed ones included."""
+    return words[READY.length] + words[REDELIVERY.length] + words[DELAYED_COUNT]
+
+
+def has_room(words: Words, need: int) -> bool:
+    """Whether the spool's own limits leave room for `need` bytes; without the lock, a hint."""
+    maxsize, max_bytes = words[MAXSIZE], words[MAX_BYTES]
+    if maxsize and words[READY.length] + words[REDELIVERY.length] + words[DELAYED_COUNT] >= maxsize:
+        return False
+    return not (max_bytes and words[ITEM_BYTES] + need > max_bytes)
+
+
+def places(words: Words, size: int) -> int:
+    """How many more items in files of `size` bytes the spool's own limits allow; without the lock, a hint."""
+    maxsize, max_bytes = words[MAXSIZE], words[MAX_BYTES]
+    left = _MANY
+    if maxsize:
+        left = maxsize - words[READY.length] - words[REDELIVERY.length] - words[DELAYED_COUNT]
+    return min(left, (max_bytes - words[ITEM_BYTES]) // size) if max_bytes else left
+
+
+def is_worth_waking(words: Words) -> bool:
+    """Whether there is room enough that a writer who waits for it should be woken: half of `maxsize`.
+
+    A wake-up costs more than a put. With 16 writers blocked, one for each single place took two thirds of all time; a
+    writer that is woken for some places fills them one after another. Who waits looks 20 times a second besides.
+    """
+    maxsize = words[MAXSIZE]
+    if not maxsize:  # who waits, waits for bytes
+        return True
+    return maxsize - waiting(words) >= maxsize >> 1
+
+
+def may_pool(words: Words, size: int) -> bool:
+    """Whether the pool may hold a file of `size` bytes more: up to `recycle_bytes`, or what a backlog of late took.
+
+    A backlog that comes and goes would otherwise have its files unlinked and made again, which takes 16 writers of
+    54 MB, with up to 100 items waiting, twice as long.
+    """
+    limit, pooled, items = words[RECYCLE_BYTES], words[POOL_BYTES], words[ITEM_BYTES]
+    return limit > 0 and (pooled + size <= limit or pooled + items <= max(words[PEAK_BYTES], items))
+
+
+def must_trim(words: Words) -> bool:
+    """Whether the pool holds more than it may."""
+    pooled = words[POOL_BYTES]
+    return pooled > words[RECYCLE_BYTES] and pooled + words[ITEM_BYTES] > words[PEAK_BYTES]
+
+
+def lower_peak(words: Words) -> int:
+    """What PEAK_BYTES is after a second: it halves in ten, but not below what is there."""
+    peak = words[PEAK_BYTES]
+    return max(words[ITEM_BYTES], peak - (peak >> 4) - 1) if peak else 0
+
+
+def find_pooled(
+    words: Words, size: int, most: int, mapped: Container[int], *, only_mapped: bool = False
+) -> tuple[int, int]:
+    """A pooled file of `size` to `most` bytes, as (record, the position that links to it).
+
+    Zeros when none is found in a constant number of looks. mapped: generations of the files whose pages the asker has
+    mapped; of large files, such a one is preferred, or with `only_mapped` asked for.
+    """
+    link = head = bucket(size)
+    found = (0, 0)
+    for _ in range(_LOOKS_LARGE if size >= LARGE else _LOOKS):
+        record = words[link]
+        if not record:
+            break
+        record_in(words, record, POOLED)
+        if size <= words[record + BYTES] <= most:
+            if size < LARGE or words[record + GENERATION] in mapped:
+                return record, link
+            if not found[0]:
+                found = record, link
+        link = record + NEXT
+    if only_mapped:
+        return 0, 0
+    if found[0]:
+        return found
+    for higher in range(head + 1, min(head + 5, BUCKETS + BUCKET_COUNT)):  # up to twice the size
+        record = words[higher]
+        if record and words[record_in(words, record, POOLED) + BYTES] <= most:
+            return record, higher
+    return 0, 0
+
+
+def largest_pooled(words: Words) -> tuple[int, int]:
+    """A pooled file to evict for space, the largest first: (record, link), or zeros."""
+    if words[POOL_COUNT]:
+        for head in range(BUCKETS + BUCKET_COUNT - 1, BUCKETS - 1, -1):
+            if words[head]:
+                return record_in(words, words[head], POOLED), head
+    return 0, 0

@@ -1,0 +1,230 @@
+"""The values that cross every floor: what is put and delivered, limits and deadlines, and what is told of a spool.
+
+Plain values without behaviour; every engine makes and takes them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Arrays: TypeAlias = Any
+"""An array, or a dict of named arrays: "Any" spares the callers who know which."""
+Json: TypeAlias = Any
+Deadline: TypeAlias = float | None
+"""Until when to wait, in seconds of the monotonic clock: None for ever, NOW not at all."""
+NOW: Final = 0.0
+
+
+def deadline_of(block: bool, timeout: float | None) -> Deadline:
+    """The deadline that `block` and `timeout` ask for. Raises ValueError for a negative timeout."""
+    if not block:
+        return NOW
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be a non-negative number of seconds, not {timeout!r}")
+    return time.monotonic() + timeout
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of a spool. None where nobody has asked for one yet; the first who does decides it.
+
+    maxsize: items waiting, 0 for no limit. max_bytes: bytes of items waiting or in flight, 0 for no limit.
+    recycle_bytes: bytes of consumed files kept to be written again, 0 to keep none; more are kept for some
+    seconds where more were waiting. max_attempts: deliveries before an item is a dead letter, 0 for no limit.
+    mode: permission bits of the directories; files have the same without execution.
+    """
+
+    maxsize: int | None = None
+    max_bytes: int | None = None
+    recycle_bytes: int | None = None
+    max_attempts: int | None = None
+    mode: int | None = None
+
+
+DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_attempts=5, mode=0o700)
+"""What is in force where nobody asked."""
+
+
+class Message(NamedTuple):
+    """One item as it is put and as it is delivered.
+
+    arrays: base ndarrays, in order; delivered ones are read-only. names: one for each, None for a single unnamed
+    array. meta: any JSON value. put_time: wall clock, ns; 0 before it is put. id: 32 hexadecimal digits that stay the
+    item's own when it is moved to another spool; "" lets the engine choose.
+    """
+
+    arrays: tuple[Array, ...]
+    names: tuple[str, ...] | None = None
+    meta: Json = None
+    put_time: int = 0
+    id: str = ""
+
+
+class ArraySpec(NamedTuple):
+    """What an array will be. order: "C" or "F"."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    order: Literal["C", "F"]
+
+
+class Contents(NamedTuple):
+    """What an item says of itself beside its arrays. put_time: wall clock, ns."""
+
+    names: tuple[str, ...] | None
+    meta: Json
+    put_time: int
+    id: str
+
+
+@dataclass(slots=True)
+class Delivery:
+    """An item in flight at this session.
+
+    seq: its sequence number. attempt: 1 at its first delivery. put_time: wall clock, ns; 0 when only the contents tell
+    it. size: bytes stored. handle: the engine's own, for settling.
+    """
+
+    seq: int
+    attempt: int
+    put_time: int
+    size: int
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """The next item as it waits. attempt: deliveries so far. put_time: wall clock in seconds. nbytes: bytes
+    stored. names: of its arrays, None for a single unnamed one."""
+
+    seq: int
+    attempt: int
+    put_time: float
+    nbytes: int
+    names: tuple[str, ...] | None
+    meta: Json
+
+
+class Ack(NamedTuple):
+    """Take the item off the spool for good."""
+
+
+class Nack(NamedTuple):
+    """Requeue the item, to be redelivered after `delay` seconds."""
+
+    delay: float
+    reason: str
+
+
+class Reject(NamedTuple):
+    """Make the item a dead letter."""
+
+    reason: str
+
+
+class Extend(NamedTuple):
+    """Let the lease end `lease` seconds from now."""
+
+    lease: float
+
+
+Verdict: TypeAlias = Ack | Nack | Reject | Extend
+State = Literal["open", "draining", "discarded"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolStat:
+    """A spool at one moment. Bytes are those of whole files.
+
+    path: absolute. state: "open"; "draining" after shutdown(); "discarded" after shutdown(immediate=True).
+    depth: items that wait to be delivered now. delayed: items requeued that are not due yet. in_flight: items
+    received and not settled. bytes: of all these. oldest_age: seconds since the first item to be delivered was put,
+    None when none waits. failed: dead letters. puts, gets: items ever put and ever delivered for good.
+    free_files, free_bytes: consumed files kept to be written again. pinned_files, pinned_bytes: consumed files that
+    a reader's arrays still show, or that a writer has reserved. live_sessions: readers and writers that have the spool
+    open. limits: as they are in force. file_system: its type; in_memory: whether that is RAM. waiting_mode: how this
+    process would wait, "inotify" or "polling", or "condition" in memory. index_damage: why the index cannot be used, ""
+    as a rule; then only items, dead letters and limits are counted, from the directories, and the next reader or writer
+    rebuilds it. stuck_on: the process that did not let go of the index lock for a second, "" as a rule; then what needs
+    the lock is None.
+    """
+
+    path: str
+    state: State
+    depth: int
+    delayed: int
+    in_flight: int
+    bytes: int
+    oldest_age: float | None
+    failed: int
+    puts: int
+    gets: int
+    free_files: int
+    free_bytes: int
+    pinned_files: int | None
+    pinned_bytes: int | None
+    live_sessions: int | None
+    limits: Limits
+    file_system: str
+    in_memory: bool
+    waiting_mode: Literal["inotify", "polling", "condition"]
+    index_damage: str
+    stuck_on: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed delivery. when: wall clock in seconds. who: the reader's process, where known."""
+
+    attempt: int
+    when: float
+    who: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array of an item. name: None unless the item was put as a dict. nbytes: of its data."""
+
+    name: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An item in `failed/`.
+
+    seq: the number it was put under. path: its file, which np.load reads if it is not damaged. bytes: of the
+    file. reason: why it was dead-lettered; attempts: how often it was delivered; history: every failure known,
+    oldest first. arrays, meta, put_time (wall clock, seconds): what the file says; none of it when `damage`
+    says why it cannot be read.
+    """
+
+    seq: int
+    path: str
+    bytes: int
+    reason: str
+    attempts: int
+    history: tuple[Failure, ...]
+    arrays: tuple[StoredArray, ...]
+    meta: Json
+    put_time: float | None
+    damage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What `failed_retry` did. seqs: the new number of each item requeued, by its old one.
+    damaged: why those that cannot be read were left where they are."""
+
+    seqs: dict[int, int]
+    damaged: dict[int, str]
