@@ -58,7 +58,7 @@ class _Item:
     attempt: int = 0
     place: _Place | None = None
     owner: Consumer | None = None
-    due: float = math.inf
+    due: float = 0.0
     history: list[values.Failure] = field(default_factory=list)
 
     def message(self) -> Message:
@@ -142,7 +142,7 @@ class _Spool:
             self.bytes -= len(item.image)
         if place is not None:
             place[item.seq] = item
-        item.place, item.owner, item.due = place, None, math.inf
+        item.place, item.owner = place, None
         self.changed.notify_all()
 
     def requeue(self, item: _Item, why: str, delay: float = 0.0) -> None:

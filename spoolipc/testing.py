@@ -22,6 +22,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import cached_property
 from multiprocessing.connection import Connection
+from threading import Thread
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -128,7 +129,15 @@ class Suite:
 
     def aside(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
         """A call in another thread, which was seen to wait."""
-        future = self.opened.enter_context(ThreadPoolExecutor(1)).submit(work, *args)
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=run, daemon=True).start()  # which no failed test has to wait for
         assert not wait([future], 0.05).done, "it should have waited"
         return future
 
@@ -511,6 +520,14 @@ class EngineSuite(SharedSuite):
         again = self.claim()
         assert time.monotonic() - began >= 0.2
         assert (again.seq, again.attempt) == (delivery.seq, 2)
+        self.settle(again, Nack(0.01, ""))
+        self.put(2)
+        deadline = soon()
+        while (
+            self.consumer.peek(NOW).seq != delivery.seq
+        ):  # until it is due, and before what was never delivered
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     @pytest.mark.parametrize("verdict", VERDICTS, ids=repr)
     def test_settled_item_is_in_flight_no_more(self, verdict: Verdict) -> None:
@@ -629,6 +646,8 @@ class EngineSuite(SharedSuite):
         assert found.bytes >= 3 * LARGE * 8
         assert found.oldest_age is not None
         assert 0 <= found.oldest_age < 3600
+        self.consumer.close()
+        assert self.admin.stat().live_sessions == 1
 
     # The end
 
