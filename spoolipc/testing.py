@@ -790,12 +790,12 @@ class LoanSuite(Suite):
     def test_loan_stays_one_while_there_is_no_room_to_commit_it(self) -> None:
         self.producer = self.open_producer(Limits(maxsize=1))
         loan = self.loan()
+        loan.array[:] = 1
         self.put(0)
         calls: list[Callable[[], Any]] = [self.loan, lambda: loan.commit(NOW)]
         for call in calls:
             with pytest.raises(Full):
                 call()
-        loan.array[:] = 1
         waiting = self.aside(loan.commit, soon())
         assert self.take(1) == [0]
         waiting.result(20)
