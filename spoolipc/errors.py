@@ -14,7 +14,12 @@ else:
 
 
 class SpoolError(Exception):
-    """Base of every error raised by spoolipc."""
+    """Base of every error raised by spoolipc.
+
+    seqs: the sequence numbers of what the failed call had put before.
+    """
+
+    seqs: tuple[int, ...] = ()
 
 
 class Empty(SpoolError, queue.Empty):
@@ -22,21 +27,11 @@ class Empty(SpoolError, queue.Empty):
 
 
 class Full(SpoolError, queue.Full):
-    """No room came within the time given: `maxsize`, `max_bytes` or the file system's free space.
-
-    seqs: the sequence numbers of what a `put_many` had put before.
-    """
-
-    seqs: tuple[int, ...] = ()
+    """No room came within the time given: `maxsize`, `max_bytes` or the file system's free space."""
 
 
 class ShutDown(SpoolError, _QueueShutDown):
-    """The spool was shut down: it takes no more items, and a reader has none left to get.
-
-    seqs: the sequence numbers of what a `put_many` had put before.
-    """
-
-    seqs: tuple[int, ...] = ()
+    """The spool was shut down: it takes no more items, and a reader has none left to get."""
 
 
 class SpoolClosed(SpoolError, ValueError):

@@ -401,11 +401,7 @@ class Admin:
 
     def stat(self) -> values.SpoolStat:
         with self._step() as spool:
-            heads = [
-                item.put_time
-                for place in (spool.waiting, spool.redelivered)
-                for item in [*place.values()][:1]
-            ]
+            first = next(iter((spool.redelivered or spool.waiting).values()), None)
             return values.SpoolStat(
                 path=spool.path,
                 state=spool.state,
@@ -413,7 +409,7 @@ class Admin:
                 delayed=len(spool.delayed),
                 in_flight=len(spool.in_flight),
                 bytes=spool.bytes,
-                oldest_age=max(0.0, (time.time_ns() - min(heads)) / 1e9) if heads else None,
+                oldest_age=max(0.0, (time.time_ns() - first.put_time) / 1e9) if first else None,
                 failed=len(spool.failed),
                 puts=spool.puts,
                 gets=spool.gets,

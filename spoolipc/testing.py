@@ -159,8 +159,8 @@ class SharedSuite(Suite):
         return self.open_consumer()
 
     def claim_other(self) -> Delivery:
-        """The next item in flight there, waiting for it."""
-        return self.other.claim(1, None, soon())[0]
+        """The next item in flight there, waiting for it without a deadline."""
+        return self.other.claim(1, None, None)[0]
 
     def test_item_in_flight_is_no_one_elses(self) -> None:
         seqs = self.put(0, 1, size=LARGE)
@@ -191,7 +191,7 @@ class SharedSuite(Suite):
         began = time.monotonic()
         delivery = self.claim(0.2)
         view = self.consumer.load(delivery)
-        again = self.claim_other()
+        again = self.aside(self.claim_other).result(20)
         assert time.monotonic() - began >= 0.2
         assert (again.seq, again.attempt) == (delivery.seq, 2)
         for verdict in (*VERDICTS, Extend(10)):
@@ -517,7 +517,7 @@ class EngineSuite(SharedSuite):
         self.settle(delivery, Nack(0.2, "later"))
         self.put(1)
         assert self.take() == [1]
-        again = self.claim()
+        (again,) = self.aside(self.consumer.claim, 1, None, None).result(20)
         assert time.monotonic() - began >= 0.2
         assert (again.seq, again.attempt) == (delivery.seq, 2)
         self.settle(again, Nack(0.01, ""))
@@ -614,7 +614,7 @@ class EngineSuite(SharedSuite):
         seqs = self.put(0, 1, 2)
         deliveries = self.consumer.claim(3, None, NOW)
         identity = self.consumer.load(deliveries[0]).id
-        self.consumer.settle(deliveries, Reject("on purpose"))
+        self.consumer.settle(deliveries[::-1], Reject("on purpose"))
         self.put(3)
         for call in (self.admin.failed_retry, self.admin.failed_drop):
             with pytest.raises(errors.NoSuchItem):
@@ -634,15 +634,16 @@ class EngineSuite(SharedSuite):
     def test_stat_counts_every_place(self) -> None:
         with pytest.raises(errors.NotASpool):
             self.admin.stat()
-        self.put(0, 1, 2, 3, 4, size=LARGE)
+        self.put(0, 1, 2, 3, 4, 5, size=LARGE)
         self.take(1)
-        rejected, delayed, _ = self.consumer.claim(3, None, NOW)
+        rejected, delayed, _, acknowledged = self.consumer.claim(4, None, NOW)
+        self.settle(acknowledged, Ack())
         self.settle(rejected, Reject(""))
         self.settle(delayed, Nack(30, ""))
         found = self.admin.stat()
         assert (found.path, found.state) == (self.producer.path, "open")
         assert (found.depth, found.delayed, found.in_flight, found.failed) == (1, 1, 1, 1)
-        assert (found.puts, found.gets, found.live_sessions) == (5, 1, 2)
+        assert (found.puts, found.gets, found.live_sessions) == (6, 2, 2)
         assert found.bytes >= 3 * LARGE * 8
         assert found.oldest_age is not None
         assert 0 <= found.oldest_age < 3600
@@ -666,6 +667,7 @@ class EngineSuite(SharedSuite):
     def test_immediate_shutdown_removes_what_waits(self) -> None:
         self.put(0, 1, 2)
         self.settle(self.claim(), Nack(0, ""))
+        self.settle(self.claim(), Nack(30, ""))
         for immediate in (True, False):  # the second changes nothing
             self.producer.shutdown(immediate)
             assert self.consumer.qsize() == 0

@@ -15,7 +15,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 from ..engine import ConsumerOptions, Kind, retry
 from ..errors import BadItem, Empty, LeaseExpired, ShutDown
@@ -62,20 +62,15 @@ from .table import (
     Words,
     active,
 )
-from .transitions import first, may_pool
+from .transitions import consume, first, may_pool
 
 _AHEAD: Final = 64  # items opened without the lock for one call
 _LONGEST: Final = 1e9  # seconds of a lease or delay
 
 
-class Opened(NamedTuple):
-    """An item's file, read. pinned: its arrays are views of the file's pages, not arrays of their own. single: the file
-    has no other name, so that it may be written again."""
-
-    seq: int
-    message: Message
-    pinned: bool
-    single: bool
+Opened: TypeAlias = tuple[int, Message, bool, bool]
+"""An item's file, read: its sequence number; its message; pinned, whether the arrays are views of the file's pages, not
+arrays of their own; single, whether the file has no other name, so that it may be written again."""
 
 
 class Claim:
@@ -163,15 +158,15 @@ class DirectoryConsumer:
         found: list[Opened] = []
         record = words[REDELIVERY.head] or words[READY.head]
         top = min(words[CAPACITY], len(words)) - RECORD  # the file may have grown beyond what is mapped
-        limit = min(limit, _AHEAD)
-        while len(found) < limit and HEADER <= record <= top:
+        while HEADER <= record <= top:
             try:
                 found.append(self._open(words, record, words[record + SEQ]))
             except (BadItem, OSError):
                 break  # gone meanwhile, or damaged: the locked step will see which
+            if len(found) == limit or len(found) == _AHEAD:
+                break
             record = words[record + NEXT]
-        if len(found) > 1:
-            found.reverse()
+        found.reverse()
         return found
 
     def _open(self, words: Words, record: int, seq: int) -> Opened:
@@ -200,15 +195,16 @@ class DirectoryConsumer:
             verify(buffer, tail)
         pinned = tail.data_end > SMALL
         copied = not pinned and kept is not None
-        return Opened(seq, message(buffer, blocks, tail, copy=copied), pinned, status[3] == 1)
+        return seq, message(buffer, blocks, tail, copy=copied), pinned, status[3] == 1
 
     def _take(self, limit: int, ahead: list[Opened]) -> tuple[tuple[list[Message], bool], int, int]:
         """Take items that are the next; and whether nothing can come any more. A step.
 
         What was taken is returned, whatever fails later: the next call meets it again.
         """
-        journal, recycler = self.session.journal, self._recycler
-        items, space = self._begin()
+        recycler = self._recycler
+        items, space = self._begin(1)
+        journal = self.session.journal
         words = journal.words
         got: list[Message] = []
         try:
@@ -217,36 +213,40 @@ class DirectoryConsumer:
                 if not record or words[SHUTDOWN] == DISCARDED:
                     break
                 seq = words[record + SEQ]
-                if ahead and ahead[-1].seq == seq:
-                    opened = ahead.pop()
+                if ahead and ahead[-1][0] == seq:
+                    _, found, pinned, single = ahead.pop()
                 else:
                     try:
-                        opened = self._open(words, record, seq)
+                        _, found, pinned, single = self._open(words, record, seq)
                     except BadItem as error:
                         recycler.mappings.forget(words[record + GENERATION])
                         set_aside(self.session.directories, journal, record, self._who, f"damaged: {error}")
                         space += 1
                         continue
-                pin = Pin(journal.identity, record, seq) if opened.pinned else None
-                if self._consume(record, opened.single, pin) and pin is not None:
-                    recycler.pins.add(pin, opened.message.arrays)
-                got.append(opened.message)
+                if pinned:
+                    pin = Pin(journal.identity, record, seq)
+                    if self._consume(record, single, pin):
+                        recycler.pins.add(pin, found.arrays)
+                else:
+                    self._consume(record, single, None)
+                got.append(found)
         except Exception:
             if not got:
                 raise
         space += len(got)
         return (got, not got and self._has_ended()), items + self._pass_on(space), space
 
-    def _begin(self) -> tuple[int, int]:
-        """What every step of a reader does first: keep house when it is due, let go of files nobody shows any more."""
+    def _begin(self, leave: int = 0) -> tuple[int, int]:
+        """What every step of a reader does first: keep house when it is due, let go of files that no array shows any
+        more, all but `leave`."""
         session, recycler = self.session, self._recycler
         words = session.journal.words
         items = space = 0
         if is_due(words[HOUSEKEPT], words[NEXT_DUE]):
             _, items, space = housekeeping.round_of(session, False)
             words = session.journal.words
-        if recycler.pins.pending:
-            recycler.reclaim()
+        if len(recycler.pins.pending) > leave:
+            recycler.reclaim(leave)
         if words[HOUSEKEPT] != recycler.mappings.swept:
             recycler.mappings.sweep(words)
         return items, space
@@ -272,9 +272,10 @@ class DirectoryConsumer:
 
     def _consume(self, record: int, single: bool, pin: Pin | None) -> bool:
         """The item at `record` leaves the spool for good; whether its file is kept. A step."""
-        journal = self.session.journal
+        journal, recycler = self.session.journal, self._recycler
         words = journal.words
-        attempt, before = words[record + ATTEMPT], 0 if words[record + STATE] == WAITING else 1
+        waits, attempt = words[record + STATE] == WAITING, words[record + ATTEMPT]
+        before = 0 if waits else 1
         # Whoever had the item in flight before may still show its file.
         keep = (
             single
@@ -283,19 +284,27 @@ class DirectoryConsumer:
             and may_pool(words, words[record + BYTES])
         )
         if not keep:
-            self._recycler.mappings.forget(words[record + GENERATION])
-        seq = words[record + SEQ]
+            recycler.mappings.forget(words[record + GENERATION])
+        released = 0
+        if waits and recycler.pins.pending:
+            if keep and pin is not None:
+                released = recycler.releasable()
+            if not released:
+                recycler.reclaim()
         owner = words[record + LOAN] if pin is None else self.session.token
         try:
-            journal.commit(transitions.consume(words, record, owner, keep))
+            journal.commit(consume(words, record, owner, keep, released))
         except OSError as error:
             if not keep or not fs.is_shortage(error):
                 raise
             # A full file system has no block for another name in free/; taking items must make room all the same.
             keep = False
-            journal.commit(transitions.consume(words, record, 0, False))
+            released = 0
+            journal.commit(consume(words, record, 0, False))
+        if released:
+            recycler.pins.pending.popleft()
         if attempt > before:
-            forget_history(self.session.directories, seq)
+            forget_history(self.session.directories, words[record + SEQ])
         return keep
 
     def _take_verified(self, limit: int, sure: bool) -> list[Message]:
@@ -347,8 +356,8 @@ class DirectoryConsumer:
 
     def _claim(self, limit: int, due: int, taken: list[Delivery]) -> tuple[bool, int, int]:
         """Take items in flight until `due` (monotonic ns, 0: no lease); whether nothing can come any more. A step."""
-        journal, token = self.session.journal, self.session.token
         items, space = self._begin()
+        journal, token = self.session.journal, self.session.token
         words = journal.words
         taken.clear()  # what was taken before the index proved damaged is in flight no more
         while len(taken) < limit:
@@ -388,29 +397,41 @@ class DirectoryConsumer:
 
     def _load(self, delivery: Delivery) -> Message:
         claim: Claim = delivery.handle
-        words = self.session.look()
-        record, table = claim.record, self.session.journal.identity
-        if claim.table is not table or words[record + SEQ] != claim.seq:
-            record = self.session.step(self._record_of, delivery)
-            words, table = self.session.look(), self.session.journal.identity
+        words, record, table = self._look_at(delivery)
         try:
-            opened = self._open(words, record, claim.seq)
+            _, found, pinned, claim.single = self._open(words, record, claim.seq)
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
             raise
-        claim.single = opened.single
-        if opened.pinned:
+        if pinned:
             if claim.pin is None:
                 claim.pin = Pin(table, record, claim.seq)
-            self._recycler.pins.add(claim.pin, opened.message.arrays)
-        return opened.message
+            self._recycler.pins.add(claim.pin, found.arrays)
+        return found
+
+    def _look_at(self, delivery: Delivery) -> tuple[Words, int, object]:
+        """The table's words, and where in which table an item in flight here is. Raises LeaseExpired."""
+        claim: Claim = delivery.handle
+        session, record = self.session, claim.record
+        words, table = session.look(), session.journal.identity
+        if (
+            claim.table is not table
+            or words[record + SEQ] != claim.seq
+            or words[record + STATE] != IN_FLIGHT
+            or words[record + OWNER] != session.token
+        ):
+            record = session.step(self._record_of, delivery)
+            words, table = session.look(), session.journal.identity
+        return words, record, table
 
     @operation
     def describe(self, delivery: Delivery) -> Contents:
         """What an item in flight here says of itself; its arrays are not mapped. Raises what `load` raises."""
         claim: Claim = delivery.handle
+        self._look_at(delivery)
         try:
             with ItemFile(self.session.directories.items, item_name(claim.seq)) as file:
+                claim.single = file.status.st_nlink == 1
                 return file.contents(claim.data_end)
         except FileNotFoundError:
             fs.check_present(self.session.directories.root, self.path)
@@ -569,12 +590,14 @@ class DirectoryConsumer:
         """Wait until there may be an item, or the end; false when the deadline is past."""
         if self._recycler.pins.pending:
             self.session.step(self._reclaim)
-        own = self._own
-        return self.session.wait(
-            lambda words: bool(words[REDELIVERY.head] or words[READY.head]) or _ended(words, own),
-            until,
-            self._each_second,
-        )
+        own, state = self._own, self.session.look()[SHUTDOWN]
+
+        def look(words: Words) -> bool:
+            if words[REDELIVERY.head] or words[READY.head] or words[SHUTDOWN] != state:
+                return True
+            return _ended(words, own)
+
+        return self.session.wait(look, until, self._each_second)
 
     def _each_second(self) -> None:
         housekeeping.round_if_due(self.session)

@@ -31,8 +31,8 @@ from ..message import Array
 
 CALLS: Final = tuple(
     "open_at close replace_descriptor stat_at fstat statvfs rename unlink mkdir fchmod read pread write pwrite truncate"
-    " allocate sync list_names scan map_file save lock unlock make_parents nearest read_text poll sleep yield_core"
-    " watch_open watch_add".split()
+    " allocate sync list_names scan map_file mapped_size save lock unlock make_parents nearest read_text poll sleep"
+    " yield_core watch_open watch_add".split()
 )
 """The names that are system calls (`save` is one `np.save` and the writes that go with it)."""
 
@@ -62,6 +62,7 @@ sync = os.fsync
 list_names = os.listdir
 scan = os.scandir
 map_file = mmap.mmap
+mapped_size = mmap.mmap.size  # an fstat, and nothing made of its answer
 lock: Callable[[int], bool] = partial(lock_descriptor, blocking=False)
 unlock = unlock_descriptor
 sleep = time.sleep

@@ -19,6 +19,8 @@ import errno
 import functools
 import os
 import struct
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -63,6 +65,7 @@ NAME: Final = "index"
 NEW: Final = "index.new"
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 FIRST_RECORDS: Final = 240
+_JOURNAL_AT: Final = SUBJECT * WORD  # then STORES, then the stores
 _NOBODY: Final = bytes(WAITERS_BYTES.stop - WAITERS_BYTES.start)
 _VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
 """Check the whole table after every commit: for tests."""
@@ -85,32 +88,36 @@ def boot_words() -> tuple[int, int]:
 class Journal:
     """One mapping of the index file. All but reading single words needs the index lock.
 
-    identity: stands for this mapping where something must not keep it alive.
+    identity: stands for this mapping where something must not keep it alive. close: closes its descriptor; the mapping
+    goes with the last who looks at it.
     """
 
     def __init__(self, directories: Directories, name: str = NAME) -> None:
         """Map the index. Raises IndexDamaged, UnknownVersion, UnsafeSpool."""
         self._directories = directories
+        self._parts = directories.parts
+        self._root = directories.root
         self._known = False  # seen to belong to this spool
         self._guard = b""  # the first words as they are in a whole index with no transition under way
         self.identity = object()
-        self._map(name)
-
-    def _map(self, name: str) -> None:
-        root = self._directories.root
         try:
-            fd = fs.open_own(root, name, os.O_RDWR)
+            self._fd = fs.open_own(directories.root, name, os.O_RDWR)
         except FileNotFoundError:
             raise IndexDamaged("the index is missing") from None
+        self.close: Callable[[], object] = weakref.finalize(self, fs.close, self._fd)
         try:
-            status = fs.fstat(fd)
-            if status.st_size < HEADER * WORD:
-                raise IndexDamaged("the index is too short")
-            self.size = status.st_size // WORD * WORD
-            self._inode = status.st_ino
-            self.map = fs.map_file(fd, self.size)
-        finally:
-            fs.close(fd)
+            self._map(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self, name: str) -> None:
+        status = fs.fstat(self._fd)
+        if status.st_nlink != 1 or status.st_size < HEADER * WORD:
+            raise IndexDamaged("the index is too short, or was deleted")
+        self.size = status.st_size // WORD * WORD
+        self._inode = status.st_ino
+        self.map = fs.map_file(self._fd, self.size)
         self.words: Words = memoryview(self.map).cast("Q")
         if name == NEW:
             return
@@ -124,12 +131,11 @@ class Journal:
             raise IndexDamaged("the index is of an earlier boot")
 
     def is_whole(self) -> bool:
-        """Whether the mapping can be looked at without the lock: false when its file was removed or truncated."""
+        """Whether the mapping can be looked at without the lock: false when its file was truncated."""
         try:
-            status = fs.stat_at(NAME, dir_fd=self._directories.root)
+            return fs.mapped_size(self.map) >= self.size
         except OSError:
             return False
-        return status.st_size >= self.size and status.st_ino == self._inode
 
     def holds_what_it_says(self) -> bool:
         """Whether the file is as long as its capacity says."""
@@ -145,12 +151,9 @@ class Journal:
         A transition that its maker did not finish is finished or forgotten. The caller holds the lock.
         Raises IndexDamaged.
         """
-        try:
-            status = fs.stat_at(NAME, dir_fd=self._directories.root)
-        except FileNotFoundError:
-            raise IndexDamaged("the index was deleted") from None
-        if status[1] != self._inode or status[3] != 1 or status[6] < self.size:
-            raise IndexDamaged("the index was replaced or truncated")
+        status = fs.fstat(self._fd)
+        if status[3] != 1 or status[6] < self.size:
+            raise IndexDamaged("the index was deleted or truncated")
         if self.map[:GUARD] != self._guard:
             self._check(status[6])
         self.words[HOLDER] = token
@@ -186,22 +189,19 @@ class Journal:
         if max(stores) >= len(words):
             raise IndexDamaged("the index links to no record")
         try:
-            _row(2 * count).pack_into(self.map, JOURNAL * WORD, *stores, *stores.values())
+            _row(2 * count + 2).pack_into(self.map, _JOURNAL_AT, subject, count, *stores, *stores.values())
         except struct.error:  # a sum of damaged words
             raise IndexDamaged("a number of the index is beyond 64 bits") from None
-        words[STORES] = count
-        words[SUBJECT] = subject
         words[MARK] = kind
         # A crash until here leaves stores that recovery forgets, as the file is where it was.
         if move is not None:
-            parts = self._directories.parts
+            source, name, target, new_name = move
+            parts = self._parts
             try:
-                if move.target:
-                    fs.rename(
-                        move.name, move.new_name, src_dir_fd=parts[move.source], dst_dir_fd=parts[move.target]
-                    )
+                if target:
+                    fs.rename(name, new_name, src_dir_fd=parts[source], dst_dir_fd=parts[target])
                 else:
-                    fs.unlink_missing_ok(parts[move.source], move.name)
+                    fs.unlink_missing_ok(parts[source], name)
             except OSError:
                 self.recover()
                 raise
@@ -254,14 +254,11 @@ class Journal:
         """Double the file. A crash leaves a longer file and an unchanged capacity."""
         records = (self.words[CAPACITY] - HEADER) // RECORD * 2
         capacity = HEADER + records * RECORD
-        fd = fs.open_own(self._directories.root, NAME, os.O_RDWR)
         try:
-            fs.allocate(fd, 0, capacity * WORD)
+            fs.allocate(self._fd, 0, capacity * WORD)
         except OSError as error:
             where = str(self._directories.path / NAME)
             raise StorageError(error.errno, "the index cannot grow", where) from error
-        finally:
-            fs.close(fd)
         self._map(NAME)
         self.words[CAPACITY] = capacity
         self._guard = b""

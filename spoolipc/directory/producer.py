@@ -8,6 +8,7 @@ crash after it leaves an item.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import mmap
@@ -17,12 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from ..engine import ProducerOptions, retry
-from ..errors import BadItem, Full, ShutDown, SpoolClosed, StorageError, TooLarge
+from ..engine import Kind, ProducerOptions, retry
+from ..errors import BadItem, Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
 from ..format import footer
 from ..format.item import ALIGN, Layout, checksum_of, layout_of, layout_of_spec, store, to_bytes, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
 from . import fs, housekeeping, transitions
+from .doorbell import SessionWatch
 from .itemfile import ItemFile, check_regular
 from .liveness import token_name
 from .recycling import MOST_RESERVED, NO_FILE, PAGE, SMALL, Pin, Recycler, Reserved, rounded
@@ -65,31 +67,28 @@ class Staged:
     need: bytes written. size: bytes of the file. loan: the array is the file's own memory; pin: who shows that.
     """
 
-    __slots__ = (
-        "arrays", "buffer", "file", "flags", "id", "layout", "loan", "meta", "name", "names", "need", "pin", "put_time",
-        "size", "status", "tail",
-    )  # fmt: skip
+    file: Reserved | None = None
+    name = ""
+    size = 0
+    loan = False
+    pin: Pin | None = None
+    buffer: mmap.mmap | None = None
+    status: os.stat_result | None = None
 
     def __init__(self, message: Message, layout: Layout, said: bytes) -> None:
-        self.arrays, names, meta = message[0], message[1], message[2]
+        self.arrays, names, meta, _, _ = message
         self.names, self.meta = names, meta
         self.id = said
         self.layout = layout
-        self.put_time = time.time_ns()
-        self.tail = footer.pack(layout.end, self.put_time, said, names, meta)
-        self.need = layout.end + len(self.tail)
+        self.put_time = put_time = time.time_ns()
+        self.tail = tail = footer.pack(layout.end, put_time, said, names, meta)
+        self.need = layout.end + len(tail)
         self.flags = 0 if names is None and meta is None else HAS_METADATA
-        self.file: Reserved | None = None
-        self.name = ""
-        self.size = 0
-        self.loan = False
-        self.pin: Pin | None = None
-        self.buffer: mmap.mmap | None = None
-        self.status: os.stat_result | None = None
 
 
 class DirectoryProducer:
-    """A writer's session in a spool directory. Keeps `spoolipc.engine.Producer`, `Lender` and `Preallocator`.
+    """A writer's session in a spool directory. Keeps `spoolipc.engine.Producer`, `Lender`,
+    `Preallocator` and `Watchable`.
 
     durability: "none" survives the crash of any process, "fsync" also the loss of power: then no consumed file is
     written again, as after the loss of power an older name could show the new bytes.
@@ -152,7 +151,7 @@ class DirectoryProducer:
                     lambda until: self._wait_for_room(_need(messages[len(seqs)]), until),
                     until,
                 )
-        except (Full, ShutDown) as error:
+        except SpoolError as error:
             error.seqs = tuple(seqs)
             raise
         finally:
@@ -223,6 +222,7 @@ class DirectoryProducer:
         free space or any item taken is reason to try again, and so is a second gone by.
         """
         need = rounded(need)
+        self._refuse_impossible(need, self.session.look()[MAX_BYTES])
         before, self._no_space = self._no_space, None
         self._places = 0
 
@@ -509,6 +509,10 @@ class DirectoryProducer:
             what = f"items {seqs[0]} to {seqs[-1]} are in the spool, but not known to be durable"
             raise StorageError(error.errno, f"{what}: {error.strerror}", self.path) from error
 
+    def watch(self, kind: Kind) -> SessionWatch:
+        """A watch for space, for an event loop."""
+        return self.session.doorbell.watch()
+
     # Loans
 
     @operation
@@ -668,14 +672,19 @@ class DirectoryLoan:
         if staged is None:
             raise ValueError("this loan was committed or discarded before")
         self.array.flags.writeable = False
-        seq = self._producer.commit_loan(staged, until)
+        try:
+            seq = self._producer.commit_loan(staged, until)
+        except BaseException:
+            self.array.flags.writeable = True  # it is a loan still
+            raise
         self._forget()
         return seq
 
     def discard(self) -> None:
         """Put nothing. Harmless when repeated, and after the commit."""
         if self._staged is not None:
-            self._producer.discard_loan(self._staged)
+            with contextlib.suppress(SpoolClosed):  # what a close leaves is a session's that is gone
+                self._producer.discard_loan(self._staged)
             self._forget()
 
     def _forget(self) -> None:

@@ -236,11 +236,29 @@ class Recycler:
 
     # Of a step
 
-    def reclaim(self) -> None:
-        """Files that no array shows any more go to the pool, to the writer that lent them, or away when the pool is
-        full or a forked child may show them. A step."""
+    def releasable(self) -> int:
+        """The record of the first file that no array shows any more, if all that is to be done is to pool it; else 0.
+        A step."""
+        pin, journal = self.pins.pending[0], self.session.journal
+        words, record = journal.words, pin.record
+        if (
+            pin.alone
+            and pin.table is journal.identity
+            and words[record + FILE] == pin.number
+            and words[record + STATE] == PINNED
+            and words[record + OWNER] == self.session.token
+            and not words[record + LOAN]
+            and not words[record + FLAGS] & NEVER_AGAIN
+            and may_pool(words, words[record + BYTES])
+        ):
+            return record
+        return 0
+
+    def reclaim(self, leave: int = 0) -> None:
+        """Files that no array shows any more, all but `leave`, go to the pool, to the writer that lent them, or away
+        when the pool is full or a forked child may show them. A step."""
         pending, journal, token = self.pins.pending, self.session.journal, self.session.token
-        while pending:
+        while len(pending) > leave:
             pin = pending.popleft()
             words, record = journal.words, pin.record
             if pin.table is not journal.identity or words[record + FILE] != pin.number:

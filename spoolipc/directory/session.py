@@ -44,6 +44,8 @@ from .transitions import CLEAN, FOLLOW, is_worth_waking, waiting
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_NONE: Final = cast(Journal, None)
+"""In the place of a session's journal where it has none: outside the steps that see to it."""
 CLOSED: Final = "this was closed; open a new one"
 EVERY: Final = 1.0
 """Seconds between two rounds of housekeeping."""
@@ -109,6 +111,7 @@ class Session:
     directories: Directories
     token: Token
     lock: IndexLock
+    journal: Journal
     doorbell: Doorbell
 
     def __init__(
@@ -123,7 +126,7 @@ class Session:
         self._is_opening = False
         self._in_child = threading.RLock()
         self._held: list[int] = []
-        self._journal: Journal | None = None
+        self.journal = _NONE
         self.doorbell = Doorbell(self, "space" if role == "writer" else "items")
         _sessions.add(self)  # now, so that a fork meanwhile finds the descriptors
         self._open(asked, create)
@@ -139,7 +142,7 @@ class Session:
                 self, _abandon, os.getpid(), self.directories.alive, self.token, self._held
             )
             self.lock = IndexLock(self.directories.items, self._holder)
-            self._journal = None
+            self.journal = _NONE
             self.step(self._join, asked)
         except SpoolError:
             raise
@@ -162,12 +165,6 @@ class Session:
 
     # The locked step
 
-    @property
-    def journal(self) -> Journal:
-        """The index; belongs into a step."""
-        assert self._journal is not None
-        return self._journal
-
     def step(self, work: Callable[P, tuple[T, int, int]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do `work` under the lock, with an index that is whole; returns the first of what it returns.
 
@@ -185,8 +182,8 @@ class Session:
                 try:
                     if not fs.lock(lock.fd):
                         lock.take()
-                    journal = self._journal
-                    if journal is None:
+                    journal = self.journal
+                    if journal is _NONE:
                         done = self._with_new_index(work, *args, **kwargs)
                     else:
                         try:
@@ -202,8 +199,8 @@ class Session:
                 raise
         result, items, space = done
         if items or space:
-            journal = self._journal
-            if journal is not None and journal.is_awaited():
+            journal = self.journal
+            if journal is not _NONE and journal.is_awaited():
                 self.wake(items, space)
         return result
 
@@ -214,7 +211,7 @@ class Session:
         found = ""
         for _ in range(2):
             try:
-                if self._journal is None:
+                if self.journal is _NONE:
                     self._adopt(Journal(self.directories))
                 self.journal.check(self.token)
                 return work(*args, **kwargs)
@@ -226,18 +223,21 @@ class Session:
 
     def _rebuild(self, why: str) -> None:
         """Adopt the index that somebody else has built since, or build it."""
-        damaged, self._journal = self._journal, None
+        damaged, self.journal = self.journal, _NONE
         try:
             journal = Journal(self.directories)
-            if damaged is not None and damaged.is_same_file(journal):
+            if damaged is not _NONE and damaged.is_same_file(journal):
                 raise IndexDamaged(why)
             journal.check(self.token)
         except IndexDamaged:
             journal = rebuild(self.directories, why)
+        finally:
+            if damaged is not _NONE:
+                damaged.close()
         self._adopt(journal)
 
     def _adopt(self, journal: Journal) -> None:
-        self._journal = journal
+        self.journal = journal
         self.doorbell.forget_place()
         self.on_adopt()
 
@@ -245,7 +245,8 @@ class Session:
         """Wake so many of those who wait, after the step that made the items or the room."""
         if items:
             self.doorbell.ring("items", items)
-        if space and self._journal is not None and is_worth_waking(self._journal.words):
+        journal = self.journal
+        if space and journal is not _NONE and is_worth_waking(journal.words):
             self.doorbell.ring("space", space)
 
     def explained(self, error: OSError) -> OSError:
@@ -264,16 +265,16 @@ class Session:
         """The table's words, to be looked at without the lock: what they say is a hint."""
         if self.closed or self.is_forked:
             self.ready()
-        journal = self._journal
-        if journal is None or not journal.is_whole():
+        journal = self.journal
+        if journal is _NONE or not journal.is_whole():
             self.step(_nothing)
             journal = self.journal
         return journal.words
 
     def peek_words(self) -> Words | None:
         """As `look`, but None where there is nothing whole to look at."""
-        journal = self._journal
-        if self.closed or journal is None or not journal.is_whole():
+        journal = self.journal
+        if self.closed or journal is _NONE or not journal.is_whole():
             return None
         return journal.words
 
@@ -388,6 +389,8 @@ class Session:
             with self.lock.mutex:
                 self.closed = True
             self.doorbell.close()
+            if self.journal is not _NONE:
+                self.journal.close()
             if not self.users:
                 self.let_go()
             _sessions.discard(self)
@@ -407,7 +410,9 @@ class Session:
                 fs.close(fd)
         if "let_go" in vars(self):
             self.let_go.detach()
-        self._journal = None
+        if self.journal is not _NONE:
+            self.journal.close()
+            self.journal = _NONE
         self._in_child = threading.RLock()
         self._is_opening = False
         self.users = []
@@ -488,10 +493,11 @@ class Visitor:
         return f"process {liveness.process_of(self.directories.alive, token)}"
 
     def _refresh(self) -> None:
-        self.journal, self.damage = None, ""
+        self._forget()
         try:
             journal = Journal(self.directories)
             if not journal.holds_what_it_says():
+                journal.close()
                 raise IndexDamaged("the index is shorter than it says")
         except IndexDamaged as damage:
             self.damage = str(damage)
@@ -517,8 +523,13 @@ class Visitor:
 
     def close(self) -> None:
         """Close every descriptor; harmless when repeated."""
-        self.journal = None
+        self._forget()
         self.directories.close()
+
+    def _forget(self) -> None:
+        if self.journal is not None:
+            self.journal.close()
+        self.journal, self.damage = None, ""
 
     def __enter__(self) -> Self:
         return self

@@ -70,9 +70,7 @@ BOOT: Final = _at(2)  # the boot in which this index was built
 CAPACITY: Final = _at()  # words in use, the header included
 MARK: Final = _at()  # kind of the transition under way, CLEAN when none
 GUARD: Final = _at.next * WORD  # bytes
-# Header: the journal's head
-SUBJECT: Final = _at()  # number of the file that the transition moves
-STORES: Final = _at()  # how many stores the journal holds
+# Header
 HOLDER: Final = _at()  # token of the last to take the lock
 # Header: what a put or get changes
 NEXT_SEQ: Final = _at()
@@ -107,6 +105,8 @@ WAITERS_BYTES: Final = slice(WAITERS[0].token * WORD, _at.next * WORD)
 BUCKET_COUNT: Final = 192
 BUCKETS: Final = _at(BUCKET_COUNT)  # heads of the pooled files by size
 JOURNAL_ROOM: Final = 64  # stores of one transition
+SUBJECT: Final = _at()  # number of the file that the transition moves
+STORES: Final = _at()  # how many stores the journal holds
 JOURNAL: Final = _at(2 * JOURNAL_ROOM)  # positions, then their values
 assert _at.next <= HEADER
 
@@ -202,7 +202,7 @@ def known(words: Words, record: int) -> int:
 
 def record_in(words: Words, record: int, state: int) -> int:
     """`record` if it stands for a file in `state`. Raises IndexDamaged."""
-    if words[known(words, record) + STATE] != state:
+    if not HEADER <= record < words[CAPACITY] or (record - HEADER) % RECORD or words[record + STATE] != state:
         raise IndexDamaged("a list of the index holds a record of another state")
     return record
 

@@ -18,7 +18,7 @@ fit into the journal, and the commit refuses it before anything is stored.
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 from .layout import item_name
 from .table import (
@@ -85,23 +85,12 @@ DONATE: Final = 5  # it happened if free/SUBJECT exists
 FOLLOW: Final = 6  # SHUTDOWN becomes what the marker file says
 
 
-class Move(NamedTuple):
-    """The one change of a name that goes with a transition: a rename from part to part of the spool, or, without a
-    target, an unlinking of what may be gone already."""
-
-    source: str
-    name: str
-    target: str
-    new_name: str
-
-
-class Transition(NamedTuple):
-    """One change of the table. kind, subject: see above. move: None for one in memory only."""
-
-    kind: int
-    subject: int
-    stores: Stores
-    move: Move | None
+Move: TypeAlias = tuple[str, str, str, str]
+"""The change of a name that goes with a transition: from a part of the spool and a name to another part and name;
+without another part, an unlinking of what may be gone already."""
+Transition: TypeAlias = tuple[int, int, Stores, Move | None]
+"""Kind, number of the file moved, stores, move. Plain, as a named tuple costs a call each on the path of every put."""
+_READY_HEAD, _READY_TAIL, _READY_LENGTH = READY
 
 
 # Lists
@@ -141,6 +130,17 @@ def _deactivate(words: Words, stores: Stores, record: int) -> None:
         stores[following + PREV] = previous
     stores[record + OWNER] = 0
     stores[record + DUE] = 0
+
+
+def _replace(words: Words, stores: Stores, record: int, other: int) -> None:
+    """Put another record in the place of one of the ACTIVE list."""
+    following, previous = words[record + NEXT], words[record + PREV]
+    stores[other + NEXT] = following
+    stores[other + PREV] = previous
+    stores[previous + NEXT if previous else ACTIVE] = other
+    if following:
+        stores[following + PREV] = other
+    stores[record + OWNER] = 0
 
 
 def _pool(words: Words, stores: Stores, record: int, size: int) -> None:
@@ -195,12 +195,12 @@ def put(words: Words, record: int, name: str, successor: int, link: int) -> Tran
     name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its
     stead, or zeros.
     """
-    seq, tail, size = words[NEXT_SEQ], words[READY.tail], words[record + BYTES]
+    seq, tail, size = words[NEXT_SEQ], words[_READY_TAIL], words[record + BYTES]
     following, previous = words[record + NEXT], words[record + PREV]
     stores = {
-        tail + NEXT if tail else READY.head: record,
-        READY.tail: record,
-        READY.length: words[READY.length] + 1,
+        tail + NEXT if tail else _READY_HEAD: record,
+        _READY_TAIL: record,
+        _READY_LENGTH: words[_READY_LENGTH] + 1,
         NEXT_SEQ: seq + 1,
         NEXT_SEQ_CHECK: seq + 1 ^ ALL_BITS,
         ITEM_BYTES: words[ITEM_BYTES] + size,
@@ -220,7 +220,7 @@ def put(words: Words, record: int, name: str, successor: int, link: int) -> Tran
         stores[POOL_BYTES] = words[POOL_BYTES] - words[successor + BYTES]
         stores[POOL_COUNT] = words[POOL_COUNT] - 1
     stores[record + NEXT] = 0
-    return Transition(ARRIVE, seq, stores, Move("free", name, "items", item_name(seq)))
+    return (ARRIVE, seq, stores, ("free", name, "items", f"{seq:020d}.npy"))
 
 
 def put_new(words: Words, record: int, size: int, source: str, name: str) -> Transition:
@@ -238,7 +238,7 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
     stores[ITEM_BYTES] = words[ITEM_BYTES] + size
     if source == "failed":
         stores[FAILED_COUNT] = max(0, words[FAILED_COUNT] - 1)
-    return Transition(ARRIVE, seq, stores, Move(source, name, "items", item_name(seq)))
+    return (ARRIVE, seq, stores, (source, name, "items", item_name(seq)))
 
 
 # Getting
@@ -246,11 +246,11 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
 
 def first(words: Words) -> int:
     """The next record to deliver, 0 when nothing waits. Raises IndexDamaged."""
-    for queue in (REDELIVERY, READY):
-        if words[queue.head]:
-            return record_in(words, words[queue.head], WAITING)
-        if words[queue.length]:
-            raise IndexDamaged("a queue of the index counts records it does not link")
+    record = words[REDELIVERY.head] or words[_READY_HEAD]
+    if record:
+        return record_in(words, record, WAITING)
+    if words[REDELIVERY.length] or words[_READY_LENGTH]:
+        raise IndexDamaged("a queue of the index counts records it does not link")
     return 0
 
 
@@ -265,13 +265,14 @@ def claim(words: Words, record: int, owner: int, due: int) -> Transition:
     stores[record + ATTEMPT] = words[record + ATTEMPT] + 1
     stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] + 1
     _due_no_later(words, stores, due)
-    return Transition(MEMORY, 0, stores, None)
+    return (MEMORY, 0, stores, None)
 
 
-def consume(words: Words, record: int, owner: int, keep: bool) -> Transition:
+def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0) -> Transition:
     """WAITING, the first, or IN_FLIGHT leaves items/, delivered for good.
 
     keep: its file moves to free/, PINNED by `owner`, or POOLED where that is 0; else it is unlinked (NOTHING).
+    released: a PINNED record that becomes POOLED in the same transition, for one that becomes PINNED from WAITING.
     """
     seq, size, items = words[record + SEQ], words[record + BYTES], words[ITEM_BYTES]
     stores: Stores = {ITEM_BYTES: items - size, DELIVERED_TOTAL: words[DELIVERED_TOTAL] + 1}
@@ -279,24 +280,28 @@ def consume(words: Words, record: int, owner: int, keep: bool) -> Transition:
         stores[PEAK_BYTES] = items
     if words[record + STATE] == WAITING:
         _pop(words, stores, record)
-        if keep and owner:
+        if released:
+            _replace(words, stores, released, record)
+        elif keep and owner:
             _activate(words, stores, record)
     else:
         stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] - 1
         if not (keep and owner):
             _deactivate(words, stores, record)
-    name = item_name(seq)
+    name = f"{seq:020d}.npy"
     if not keep:
         _forget(words, stores, record)
-        return Transition(LEAVE, seq, stores, Move("items", name, "", ""))
+        return (LEAVE, seq, stores, ("items", name, "", ""))
     if owner:
         stores[record + STATE] = PINNED
         stores[record + OWNER] = owner
         stores[record + DUE] = 0
     else:
-        stores[record + LOAN] = 0
-        _pool(words, stores, record, size)
-    return Transition(LEAVE, seq, stores, Move("items", name, "free", name))
+        released = record
+    if released:
+        stores[released + LOAN] = 0
+        _pool(words, stores, released, words[released + BYTES])
+    return (LEAVE, seq, stores, ("items", name, "free", name))
 
 
 def requeue(words: Words, record: int, due: int) -> Transition:
@@ -318,14 +323,14 @@ def requeue(words: Words, record: int, due: int) -> Transition:
         _deactivate(words, stores, record)
         stores[record + STATE] = WAITING
         _append(words, stores, REDELIVERY, record)
-    return Transition(MEMORY, 0, stores, None)
+    return (MEMORY, 0, stores, None)
 
 
 def extend(words: Words, record: int, due: int) -> Transition:
     """IN_FLIGHT stays so until `due` (monotonic ns)."""
     stores = {record + DUE: due}
     _due_no_later(words, stores, due)
-    return Transition(MEMORY, 0, stores, None)
+    return (MEMORY, 0, stores, None)
 
 
 def _removal(words: Words, record: int) -> Stores:
@@ -348,13 +353,13 @@ def dead_letter(words: Words, record: int, *, there: bool) -> Transition:
     stores = _removal(words, record)
     stores[FAILED_COUNT] = words[FAILED_COUNT] + there
     name = item_name(seq)
-    return Transition(LEAVE, seq, stores, Move("items", name, "failed", name) if there else None)
+    return (LEAVE, seq, stores, ("items", name, "failed", name) if there else None)
 
 
 def discard(words: Words, record: int) -> Transition:
     """WAITING, the first, is removed, delivered to nobody."""
     seq = words[record + SEQ]
-    return Transition(LEAVE, seq, _removal(words, record), Move("items", item_name(seq), "", ""))
+    return (LEAVE, seq, _removal(words, record), ("items", item_name(seq), "", ""))
 
 
 # Recycling
@@ -366,7 +371,7 @@ def release(words: Words, record: int) -> Transition:
     _deactivate(words, stores, record)
     stores[record + LOAN] = 0
     _pool(words, stores, record, words[record + BYTES])
-    return Transition(MEMORY, 0, stores, None)
+    return (MEMORY, 0, stores, None)
 
 
 def drop(words: Words, record: int) -> Transition:
@@ -384,7 +389,7 @@ def reserve(words: Words, record: int, link: int, owner: int) -> Transition:
     _activate(words, stores, record)
     stores[record + STATE] = RESERVED
     stores[record + OWNER] = owner
-    return Transition(MEMORY, 0, stores, None)
+    return (MEMORY, 0, stores, None)
 
 
 def evict(words: Words, record: int, link: int) -> Transition:
@@ -397,7 +402,7 @@ def evict(words: Words, record: int, link: int) -> Transition:
 
 def _unlinking(words: Words, record: int, stores: Stores) -> Transition:
     number = words[record + FILE]
-    return Transition(UNLINK, number, stores, Move("free", item_name(number), "", ""))
+    return (UNLINK, number, stores, ("free", item_name(number), "", ""))
 
 
 def donate(words: Words, record: int, number: int, size: int, name: str) -> Transition:
@@ -407,18 +412,18 @@ def donate(words: Words, record: int, number: int, size: int, name: str) -> Tran
     stores[record + BYTES] = size
     stores[record + OWNER] = stores[record + LOAN] = stores[record + DUE] = 0
     _pool(words, stores, record, size)
-    return Transition(DONATE, number, stores, Move("tmp", name, "free", item_name(number)))
+    return (DONATE, number, stores, ("tmp", name, "free", item_name(number)))
 
 
 def end_loan(words: Words, record: int, *, shared: bool) -> Transition:
     """The writer's array over an item's file is gone. shared: a child forked meanwhile may have it for ever."""
     flags = words[record + FLAGS] | (NEVER_AGAIN if shared else 0)
-    return Transition(MEMORY, 0, {record + LOAN: 0, record + FLAGS: flags}, None)
+    return (MEMORY, 0, {record + LOAN: 0, record + FLAGS: flags}, None)
 
 
 def pass_to_lender(words: Words, record: int) -> Transition:
     """PINNED by its reader becomes PINNED by the writer that lent its array, and may still have it."""
-    return Transition(MEMORY, 0, {record + OWNER: words[record + LOAN], record + LOAN: 0}, None)
+    return (MEMORY, 0, {record + OWNER: words[record + LOAN], record + LOAN: 0}, None)
 
 
 # The spool as a whole
@@ -426,13 +431,13 @@ def pass_to_lender(words: Words, record: int) -> Transition:
 
 def set_shutdown(state: int) -> Transition:
     """The marker file and SHUTDOWN become `state`."""
-    return Transition(FOLLOW, state, {SHUTDOWN: state}, None)
+    return (FOLLOW, state, {SHUTDOWN: state}, None)
 
 
 def drop_letter(words: Words, number: int) -> Transition:
     """A dead letter's file moves to free/, where it is no item and no pooled file, to be unlinked."""
     stores = {FAILED_COUNT: max(0, words[FAILED_COUNT] - 1)}
-    return Transition(DONATE, number, stores, Move("failed", item_name(number), "free", item_name(number)))
+    return (DONATE, number, stores, ("failed", item_name(number), "free", item_name(number)))
 
 
 # Decisions: room, and what the pool may hold
@@ -509,6 +514,9 @@ def find_pooled(
     mapped; of large files, such a one is preferred, or with `only_mapped` asked for.
     """
     link = head = bucket(size)
+    record = words[head]
+    if record and size < LARGE and size <= words[record_in(words, record, POOLED) + BYTES] <= most:
+        return record, head
     found = (0, 0)
     for _ in range(_LOOKS_LARGE if size >= LARGE else _LOOKS):
         record = words[link]

@@ -188,7 +188,7 @@ def _dump(names: Sequence[str] | None, meta: Any) -> bytes:
         _check(meta, "meta", 1)
         record["meta"] = meta
     try:
-        text = json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii")
+        text = _ENCODER.encode(record).encode("ascii")
     except ValueError as error:
         raise ValueError(f"meta must be JSON: {error}") from None
     if len(text) > MAX_JSON:
@@ -240,4 +240,5 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

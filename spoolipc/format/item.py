@@ -68,6 +68,7 @@ _Kind = tuple[DType, int, tuple[int, ...], bool]
 """What a layout depends on: an array's dtype, the dtype's number (types that compare equal may differ in it), shape,
 and whether it is in Fortran order only."""
 
+_SMALL = 16 * 1024
 _MAX_LAYOUTS = 256
 _MAX_LAYOUT_BYTES = 16 * 1024
 _layouts: dict[tuple[_Kind, ...], Layout] = {}
@@ -144,20 +145,24 @@ def store(buffer: WritableBuffer, layout: Layout, arrays: Sequence[Array]) -> No
 
     Raises ValueError or TypeError if buffer, layout and arrays do not fit.
     """
+    if len(buffer) < layout.end:
+        raise ValueError(f"a buffer of {len(buffer)} bytes for an item of {layout.end}")
     for block, header, array in zip(layout.blocks, layout.headers, arrays, strict=True):
         dtype = block.dtype
         if array.shape != block.shape or array.dtype != dtype:
             raise ValueError(
                 f"array of {array.dtype} and shape {array.shape} for a block of {dtype} and {block.shape}"
             )
-        buffer[block.offset - len(header) : block.offset] = header
-        if not block.nbytes:
+        start = block.offset
+        buffer[start - len(header) : start] = header
+        if block.nbytes <= _SMALL and array.flags.c_contiguous:  # where numpy costs more than the copy
+            buffer[start : start + block.nbytes] = array.tobytes()
             continue
         if dtype.names is not None:
             array = _opaque(array)
             dtype = array.dtype
         order: Any = "F" if block.fortran else "C"
-        target: Array = np.ndarray(block.shape, dtype, buffer, block.offset, None, order)
+        target: Array = np.ndarray(block.shape, dtype, buffer, start, None, order)
         target[...] = array  # not np.copyto, which calls Python code first
 
 
@@ -212,6 +217,16 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
     limit = len(buffer)
     if size < limit:
         limit = size
+    # Nearly every item is one array with a header met before.
+    length = 10 + int.from_bytes(buffer[8:10], "little") if limit > 10 else 0
+    header = bytes(buffer[: length if length < limit else limit])
+    block = _parsed.get(header)
+    if block is not None and block.offset == len(header) and block.offset + block.nbytes + 8 <= limit:
+        at = block.offset + block.nbytes
+        if buffer[at : at + 8] == footers.MAGIC:
+            end = footers.read(buffer, at, limit)
+            if end.names is None or len(end.names) == 1:
+                return (block,), end
     blocks: list[Block] = []
     at = 0
     while True:
@@ -234,9 +249,7 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
             raise BadItem(f"block {len(blocks)}: header of {length} bytes; at most {MAX_HEADER} are allowed")
         if offset > limit:
             raise BadItem(f"block {len(blocks)}: header ends at {offset}, the file at {limit}")
-        header = buffer[at:offset]
-        if type(header) is not bytes:
-            header = bytes(header)
+        header = bytes(buffer[at:offset])
         block = _parsed.get(header)
         if block is None or block.offset != offset or offset + block.nbytes > limit:
             block = _block(buffer, header, len(blocks), offset, limit)
@@ -273,25 +286,24 @@ def view(buffer: Buffer, block: Block, *, writeable: bool = False) -> Array:
         array = np.ndarray(block.shape, dtype, buffer, block.offset, None, order)
     else:
         array = np.ndarray(block.shape, dtype, _NOTHING, 0, None, order)
-    array.flags.writeable = writeable
+    if writeable or type(buffer) is not bytes or not block.nbytes:  # else it is read-only already
+        array.flags.writeable = writeable
     return array
 
 
 def message(buffer: Buffer, blocks: Sequence[Block], footer: Footer, *, copy: bool) -> Message:
     """The message in an item file.
 
-    buffer: as for `view`. blocks, footer: as `parse` returned them for it. copy: whether the arrays are copies, each
-    of its own, that do not need the buffer. Returns read-only arrays either way.
+    buffer: as for `view`. blocks, footer: as `parse` returned them for it. copy: whether the arrays are over a copy of
+    their own and do not need the buffer. Returns read-only arrays either way.
     """
-    arrays = []
-    for block in blocks:
-        source = buffer
-        if copy:  # not by numpy, which would lose padding
-            source = bytes(buffer[block.offset : block.offset + block.nbytes])
-            block = tuple.__new__(Block, (block.dtype, block.shape, block.fortran, 0, block.nbytes))
-        arrays.append(view(source, block))
+    put_time, _, _, names, meta, id, _, _, _ = footer
+    if copy:  # not by numpy, which would lose padding
+        buffer = bytes(buffer[: footer.data_end])
+    one = len(blocks) == 1
+    arrays = (view(buffer, blocks[0]),) if one else tuple([view(buffer, block) for block in blocks])
     # Not Message(...), which is a call of Python code.
-    return tuple.__new__(Message, (tuple(arrays), footer.names, footer.meta, footer.put_time, footer.id))
+    return tuple.__new__(Message, (arrays, names, meta, put_time, id))
 
 
 def checksum_of(buffer: Buffer, end: int) -> int:

@@ -22,8 +22,7 @@ class TestDirectoryEngine(EngineSuite, LoanSuite, PreallocateSuite, WatchSuite, 
         return DirectoryEngine(place)
 
     def damage(self, seq: int) -> None:
-        with open(Path(self.place, "items", f"{seq:020d}.npy"), "r+b") as file:
-            file.write(b"broken")
+        Path(self.place, "items", f"{seq:020d}.npy").write_bytes(b"broken")
 
 
 class TestDurableDirectoryEngine(TestDirectoryEngine):

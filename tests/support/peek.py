@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from spoolipc import words as W
+from spoolipc.directory import table as W
+from spoolipc.directory.transitions import CLEAN
 
 State = Literal["nothing", "waiting", "in_flight", "delayed", "pinned", "reserved", "pooled"]
 IN_ITEMS: Final[tuple[State, ...]] = ("waiting", "in_flight", "delayed")
@@ -68,11 +69,11 @@ def peek_table(path: str | os.PathLike[str]) -> Peek:
             words[at + W.OWNER],
             words[at + W.LOAN],
             words[at + W.DUE],
-            bool(words[at + W.FLAGS] & W.DURABLE),
-            bool(words[at + W.FLAGS] & W.SAYING),
+            bool(words[at + W.FLAGS] & W.NEVER_AGAIN),
+            bool(words[at + W.FLAGS] & W.HAS_METADATA),
             words[at + W.FILE],
             words[at + W.BYTES],
-            words[at + W.BIRTH],
+            words[at + W.GENERATION],
         )
 
     def linked(head: int, field: int) -> tuple[int, ...]:
@@ -85,24 +86,24 @@ def peek_table(path: str | os.PathLike[str]) -> Peek:
 
     counts = {
         "next_seq": words[W.NEXT_SEQ],
-        "waiting": words[W.READY_COUNT] + words[W.RETURNED_COUNT],
-        "redelivered": words[W.RETURNED_COUNT],
-        "in_flight": words[W.IN_FLIGHT],
+        "waiting": words[W.READY.length] + words[W.REDELIVERY.length],
+        "redelivered": words[W.REDELIVERY.length],
+        "in_flight": words[W.IN_FLIGHT_COUNT],
         "delayed": words[W.DELAYED_COUNT],
         "pooled": words[W.POOL_COUNT],
         "pooled_bytes": words[W.POOL_BYTES],
         "item_bytes": words[W.ITEM_BYTES],
-        "delivered_total": words[W.GOTS],
+        "delivered_total": words[W.DELIVERED_TOTAL],
         "failed": words[W.FAILED_COUNT],
         "capacity": (words[W.CAPACITY] - W.HEADER) // W.RECORD,
     }
-    pooled = tuple(file for head in range(W.BUCKETS, W.BUCKETS + 192) for file in linked(head, W.FILE))
+    pooled = tuple(file for head in range(W.BUCKETS, W.BUCKETS + W.BUCKET_COUNT) for file in linked(head, W.FILE))
     return Peek(
         tuple(row(at) for at in range(W.HEADER, words[W.EDGE], W.RECORD)),
-        linked(W.READY, W.SEQ),
-        linked(W.RETURNED, W.SEQ),
+        linked(W.READY.head, W.SEQ),
+        linked(W.REDELIVERY.head, W.SEQ),
         pooled,
         counts,
-        words[W.MARK] == W.CLEAN,
+        words[W.MARK] == CLEAN,
         words[W.HOLDER],
     )

@@ -1,0 +1,82 @@
+"""What only the engine of one process promises; the rest is the suite of engines."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from spoolipc import memory
+from spoolipc.engine import ConsumerOptions, ProducerOptions
+from spoolipc.errors import AlreadySettled, Empty, NotASpool
+from spoolipc.memory import MemoryEngine
+from spoolipc.message import NOW, Ack, ArraySpec, Message
+
+
+@pytest.fixture
+def engine() -> Iterator[MemoryEngine]:
+    yield MemoryEngine("unit")
+    memory.clear("unit")
+
+
+def test_spool_lives_until_it_is_cleared_and_open_sessions_keep_it(engine: MemoryEngine) -> None:
+    for number in range(2):
+        producer = engine.producer(ProducerOptions())
+        assert producer.put([Message((np.full(1, number),))], NOW) == [number + 1]
+        producer.close()
+    old = engine.consumer(ConsumerOptions())
+    memory.clear("unit")
+    memory.clear("unit")
+    with pytest.raises(NotASpool):
+        engine.admin()
+    with pytest.raises(Empty):
+        engine.consumer(ConsumerOptions()).take(1, NOW)
+    assert len(old.take(9, NOW)) == 2
+
+
+def test_durability_is_refused(engine: MemoryEngine) -> None:
+    with pytest.raises(ValueError, match="durability"):
+        engine.producer(ProducerOptions(durability="fsync"))
+
+
+def test_delivered_array_is_the_memory_lent_and_stays_read_only(engine: MemoryEngine) -> None:
+    producer, consumer = engine.producer(ProducerOptions()), engine.consumer(ConsumerOptions())
+    loan = producer.loan(ArraySpec((3,), np.dtype("i4"), "C"), None, NOW)
+    loan.array[:] = 7
+    loan.commit(NOW)
+    with pytest.raises(AlreadySettled):
+        loan.commit(NOW)
+    (delivery,) = consumer.claim(1, None, NOW)
+    (array,) = consumer.load(delivery).arrays
+    assert np.shares_memory(array, loan.array)
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        array.flags.writeable = True
+    consumer.settle([delivery], Ack())
+    assert array.tolist() == [7, 7, 7]
+
+
+def test_stat_tells_the_age_of_the_next_item_and_no_files(engine: MemoryEngine) -> None:
+    engine.producer(ProducerOptions()).put([Message((np.zeros(1),))], NOW)
+    time.sleep(0.01)
+    found = engine.admin().stat()
+    assert found.oldest_age is not None
+    assert found.oldest_age >= 0.01
+    assert (found.file_system, found.in_memory, found.waiting_mode) == ("memory", True, "condition")
+
+
+def test_forked_child_has_a_spool_of_its_own(engine: MemoryEngine) -> None:
+    producer, consumer = engine.producer(ProducerOptions()), engine.consumer(ConsumerOptions())
+    producer.put([Message((np.zeros(1),))], NOW)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            producer.put([Message((np.ones(1),))], NOW)
+            code = 0 if len(consumer.take(9, NOW)) == 2 else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(consumer.take(9, NOW)) == 1
