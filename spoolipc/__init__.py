@@ -34,6 +34,8 @@ from .status import SpoolStat, stat
 from .sweep import GcReport, gc
 from .writer import SpoolWriter
 
+__version__ = "0.1.0"
+
 logging.getLogger("spoolipc").addHandler(logging.NullHandler())
 
 __all__ = [
@@ -77,3 +79,7 @@ __all__ = [
     "gc",
     "stat",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -10,10 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
-from . import report
+from . import __version__, report
 from .census import Progress
 from .errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
 from .failed import DeadLetter, failed_drop, failed_list, failed_retry, failed_show
@@ -85,7 +84,7 @@ _BENCH = """\
 Measure how fast arrays pass between two processes here, one way and round
 trip, every byte read: spoolipc, multiprocessing.Queue, and the limit, a ring in
 shared memory that is only copied into and read from. Takes a few minutes, and
-memory for some 20 arrays of 54 MB. Best done when nothing else runs.
+memory for some 30 arrays of 54 MB. Best done when nothing else runs.
 
 DIR is where the spools are made and removed again: a disk, to measure that."""
 _BENCH_EXAMPLES = """\
@@ -133,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "spoolipc", description=_SUMMARY, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('spoolipc')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     one = _command(commands, "gc", "remove what dead processes left", _GC, _GC_EXAMPLES, _run_gc)
     one.add_argument("--dry-run", action="store_true", help="only say what would be done")
@@ -145,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = _described(commands, "bench", "measure how fast arrays pass here", _BENCH, _BENCH_EXAMPLES)
     bench.add_argument("path", metavar="DIR", nargs="?", help="where to make the spools (default: /dev/shm)")
     bench.add_argument("--json", action="store_true", help="print JSON, for programs")
-    bench.add_argument("--quick", action="store_true", help="fewer sizes, shorter and fewer rounds")
+    bench.add_argument("--quick", action="store_true", help="fewer arrays and rounds")
     bench.set_defaults(command=_run_bench)
     failed = _described(
         commands, "failed", "list, show, retry or drop dead letters", _FAILED, _FAILED_EXAMPLES
@@ -236,11 +235,11 @@ def _run_fsck(options: argparse.Namespace) -> int:
 
 
 def _run_bench(options: argparse.Namespace) -> int:
-    from .bench import bench
+    from .cli_bench import bench, table
 
     found = bench(options.path, quick=options.quick)
-    _print(options, found, found.table())
-    return PROBLEM if any(one.error for one in found.results) else DONE
+    _print(options, found, table(found["results"]))
+    return DONE
 
 
 def _letters(options: argparse.Namespace) -> list[DeadLetter]:

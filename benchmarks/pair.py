@@ -21,8 +21,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from .engine import Array
-
+Array = np.ndarray[Any, Any]
 WINDOW = 8
 TIMEOUT = 120.0
 """Seconds after which a carrier that says nothing is given up."""
