@@ -51,9 +51,7 @@ class Ring:
         return next(self._slots)
 
 
-CARRIERS: dict[
-    str, Callable[[str, int], tuple[Any, Any]]
-] = {  # what puts and what gets, to be sent to a process
+CARRIERS: dict[str, Callable[[str, int], tuple[Any, Any]]] = {  # the putting and the getting end
     "spoolipc": lambda path, nbytes: (SpoolWriter(path, maxsize=WINDOW), SpoolReader(path)),
     "multiprocessing.Queue": lambda path, nbytes: (SPAWN.Queue(WINDOW),) * 2,
     "limit": lambda path, nbytes: (Ring(nbytes),) * 2,
