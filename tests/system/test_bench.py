@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from spoolipc import cli
 from spoolipc.bench import BenchResult, bench
 from spoolipc.benchlinks import QueueLink, RingLink, SpoolLink
 from spoolipc.benchpair import WINDOW, MakeLink, Measured, Pair, compare
+
+from spoolipc import cli
 
 ROOT = Path(__file__).parent.parent
 TINY = 8_000
