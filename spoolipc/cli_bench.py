@@ -12,7 +12,7 @@ import os
 import platform
 import queue
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import cycle, product
@@ -58,14 +58,14 @@ CARRIERS: dict[str, Callable[[str, int], tuple[Any, Any]]] = {  # the putting an
 }
 
 
-def bench(directory: str | None = None, *, quick: bool = False, sizes: Sequence[int] = SIZES) -> Json:
+def bench(directory: str | None = None, *, quick: bool = False) -> Json:
     """Measure every carrier at every size (bytes of a float64 array), one way and round trip. Raises OSError.
 
     The spools are made in `directory`, /dev/shm where there is one, and removed again. quick: fewer arrays and turns.
     """
     place = directory or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     results: list[Json] = []
-    for nbytes in sizes:
+    for nbytes in SIZES:
         count = min(max((10**8 if quick else 4 * 10**8) // nbytes, 4), 2_000)
         took: dict[tuple[str, str], list[float]] = {key: [] for key in product(KINDS, CARRIERS)}
         with ExitStack() as stack:
