@@ -16,6 +16,7 @@ import os
 import random
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -212,8 +213,8 @@ class Soak:
         gc(self.spool)
         try:
             check_spool(self.spool)
-        except AssertionError as error:
-            account.errors.append(f"table and directories: {error}")
+        except AssertionError:
+            account.errors.append(f"table and directories: {traceback.format_exc(limit=-1)}")
         for part in ("tmp", "alive", "items"):
             left = os.listdir(self.spool / part)
             if left:
