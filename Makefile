@@ -39,7 +39,7 @@ faults: $(STAMP)  ## kill and fail every system call of every change of state, i
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 soak: $(STAMP)  ## kill writers and readers at random for SPOOLIPC_SOAK seconds (300), and account for every item
-	$(BIN)/python tests/soak.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python tests/system/soak.py $(ARGS)
 
 demo: $(STAMP)  ## the article's experiment, on real processes; ARGS="--rounds 100" is its full size
 	$(BIN)/python examples/article.py $(ARGS)

@@ -22,17 +22,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spoolipc.bench import QUICK_SIZES, SIZES, machine, show_bytes
-from spoolipc.benchlinks import SHM
-from spoolipc.benchpair import Measured, compare
-
 from . import targets
 from .article import article
 from .backlog import backlog
 from .carriers import CARRIERS, Carrier
+from .carriers.own import SHM
 from .crowd import crowd
 from .loan import loan
+from .machine import QUICK_SIZES, SIZES, machine, show_bytes
 from .memory import memory
+from .pair import Measured, compare
 from .variants import BATCH, VARIANTS, DurableLink
 from .wake import wake
 

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from spoolipc.benchpair import SPAWN
+from .pair import SPAWN
 
 TIMEOUT = 300.0
 Job = tuple[Callable[..., Any], tuple[Any, ...]]

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from spoolipc import ShutDown, SpoolReader, SpoolWriter, lock
-from spoolipc.benchpair import source
+from spoolipc import Empty, ShutDown, SpoolReader, SpoolWriter
 
 from .crew import Crew
+from .pair import source
+
+LOOK = 0.005
+"""Seconds between two looks that measure the wait for the lock."""
 
 
 def crowd(scratch: Path, writers: int, readers: int, nbytes: int, total: int, maxsize: int) -> dict[str, Any]:
@@ -24,12 +27,12 @@ def crowd(scratch: Path, writers: int, readers: int, nbytes: int, total: int, ma
     path = scratch / f"crowd-{writers}-{readers}-{maxsize}-{time.monotonic_ns()}"
     each = total // writers
     jobs = [(put_share, (path, maxsize, writer, each, nbytes)) for writer in range(writers)]
-    crew = Crew([*jobs, *[(get_share, (path, maxsize, nbytes))] * readers])
+    crew = Crew([*jobs, *[(get_share, (path, maxsize, nbytes))] * readers, (wait_for_lock, (path, maxsize))])
     try:
         puts = crew.results(range(writers))
         with SpoolWriter(path) as last:
             last.shutdown()
-        gets = crew.results(range(writers, writers + readers))
+        *gets, longest_wait = crew.results(range(writers, writers + readers + 1))
     finally:
         crew.close()
     seen = [stamp for got in gets for stamp in got["seen"]]
@@ -44,53 +47,51 @@ def crowd(scratch: Path, writers: int, readers: int, nbytes: int, total: int, ma
         "maxsize": maxsize,
         "nbytes": nbytes,
         "per_second": len(seen) / (max(got["ended"] for got in gets) - min(put["began"] for put in puts)),
-        "longest_lock_wait": max(one["lock"] for one in puts + gets),
+        "longest_lock_wait": longest_wait,
         "longest_put": max(put["longest"] for put in puts),
         "evenness": min(served) / max(served),
     }
 
 
-class LockWatch:
-    """Measures the longest wait for the index lock in this process, from now on."""
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-        take = lock.IndexLock.take
-
-        def timed(taken: lock.IndexLock, timeout: float = lock.TIMEOUT) -> None:
+def wait_for_lock(gate: Barrier, path: Path, maxsize: int) -> float:
+    """Seconds of the longest look at the next item: each takes the lock, and waits for nothing else."""
+    longest = 0.0
+    with SpoolReader(path, maxsize=maxsize) as spool:
+        gate.wait()
+        while True:
+            time.sleep(LOOK)
             began = time.perf_counter()
-            take(taken, timeout)
-            self.longest = max(self.longest, time.perf_counter() - began)
-
-        lock.IndexLock.take = timed  # type: ignore[assignment,method-assign]
+            try:
+                spool.peek(block=False)
+            except Empty:
+                pass
+            except ShutDown:
+                return longest
+            longest = max(longest, time.perf_counter() - began)
 
 
 def put_share(
     gate: Barrier, path: Path, maxsize: int, writer: int, each: int, nbytes: int
 ) -> dict[str, float]:
-    watch = LockWatch()
     array = source(nbytes)
     longest = 0.0
     with SpoolWriter(path, maxsize=maxsize) as spool:
         gate.wait()
-        watch.longest = 0.0
         first = time.perf_counter()
         for number in range(each):
             array[0] = writer * each + number
             began = time.perf_counter()
             spool.put(array)
             longest = max(longest, time.perf_counter() - began)
-    return {"began": first, "longest": longest, "lock": watch.longest}
+    return {"began": first, "longest": longest}
 
 
 def get_share(gate: Barrier, path: Path, maxsize: int, nbytes: int) -> dict[str, Any]:
-    watch = LockWatch()
     rest = source(nbytes)[1:].view(np.uint64).sum()
     seen = []
     ended = 0.0
     with SpoolReader(path, maxsize=maxsize) as spool:
         gate.wait()
-        watch.longest = 0.0
         while True:
             try:
                 array = spool.get()
@@ -100,4 +101,4 @@ def get_share(gate: Barrier, path: Path, maxsize: int, nbytes: int) -> dict[str,
                 raise ValueError("a damaged array arrived")
             seen.append(int(array[0]))
             ended = time.perf_counter()
-    return {"seen": seen, "ended": ended, "lock": watch.longest}
+    return {"seen": seen, "ended": ended}

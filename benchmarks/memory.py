@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from spoolipc.benchlinks import SpoolLink
-from spoolipc.benchpair import WINDOW, Pair
+from .carriers.own import SpoolLink
+from .pair import WINDOW, Pair
 
 EVERY = 0.05
 """Seconds between two looks."""

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spoolipc.bench import show_bytes, show_seconds
-
 from .__main__ import RESULTS
+from .machine import show_bytes, show_seconds
 from .targets import LIMIT, OURS, QUEUE, Run, table, targets
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from spoolipc.bench import show_bytes, show_seconds
+from .machine import show_bytes, show_seconds
 
 Run = dict[str, Any]
 LIMIT, OURS, QUEUE = "limit", "spoolipc", "multiprocessing.Queue"

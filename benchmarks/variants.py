@@ -6,9 +6,9 @@ from collections import deque
 from pathlib import Path
 
 from spoolipc import SpoolReader, SpoolWriter
-from spoolipc.benchlinks import SpoolLink
-from spoolipc.benchpair import MakeLink, Read, Receiver, Sender
-from spoolipc.engine import Array
+
+from .carriers.own import SpoolLink
+from .pair import Array, MakeLink, Read, Receiver, Sender
 
 BATCH = 64
 

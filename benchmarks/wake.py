@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from spoolipc import SpoolReader, SpoolWriter
-from spoolipc.benchpair import SPAWN
 
 from .crew import together
+from .pair import SPAWN
 
 PAUSE = 0.01
 """Seconds between messages, so that the reader has gone to sleep."""

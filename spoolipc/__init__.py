@@ -34,6 +34,8 @@ from .queue import SpoolReader, SpoolWriter
 
 __version__ = "0.1.0"
 
+__version__ = "0.1.0"
+
 logging.getLogger("spoolipc").addHandler(logging.NullHandler())
 
 __all__ = [

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.synchronize import Semaphore
 
-from spoolipc.benchpair import SPAWN, MakeLink
+from ..pair import SPAWN, MakeLink
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spoolipc.benchpair import Read, Receiver, Sender
-from spoolipc.engine import Array
-
+from ..pair import Array, Read, Receiver, Sender
 from .base import Carrier, Window
 
 

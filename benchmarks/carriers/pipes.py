@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spoolipc.benchpair import SPAWN, Read, Receiver, Sender
-from spoolipc.engine import Array
-
+from ..pair import SPAWN, Array, Read, Receiver, Sender
 from .base import Carrier
 
 PIPE_BYTES = 1 << 20

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spoolipc.benchpair import SPAWN, Read, Receiver, Sender
-from spoolipc.engine import Array
-
+from ..pair import SPAWN, Array, Read, Receiver, Sender
 from .base import Carrier
 
 

@@ -7,9 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from spoolipc.benchpair import Read, Receiver, Sender
-from spoolipc.engine import Array
-
+from ..pair import Array, Read, Receiver, Sender
 from .base import Carrier
 
 INLINE = 100_000

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spoolipc.benchpair import SPAWN, Read, Receiver, Sender
-from spoolipc.engine import Array
-
+from ..pair import SPAWN, Array, Read, Receiver, Sender
 from .base import Carrier, Window
 
 

@@ -32,7 +32,7 @@ SKIPPING_MODULE = 'import pytest\npytest.skip("no mount here", allow_module_leve
 
 def run_pytest(directory: Path, ci: str) -> subprocess.CompletedProcess[str]:
     """Run pytest under the project's `conftest.py` on the tests written in `directory`."""
-    shutil.copy(Path(__file__).with_name("conftest.py"), directory)
+    shutil.copy(Path(__file__).parents[1] / "conftest.py", directory)
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "."],
         cwd=directory,

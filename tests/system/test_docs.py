@@ -11,7 +11,7 @@ import pytest
 
 import spoolipc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "delivery", "reference")),

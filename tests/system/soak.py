@@ -1,11 +1,11 @@
 """Writers and readers killed at random, and the account of every item afterwards.
 
-    python tests/soak.py [--seconds 300] [DIRECTORY]
+    make soak ARGS="[--seconds 300] [DIRECTORY]"
 
 Each process tells what it did in a file of its own, one line a step, written by one `write` before the next step:
 what a process had told outlives its SIGKILL. A writer tells `put N` when the put of its `N`th array has returned. A
 reader tells `got WRITER N` or `received WRITER N ATTEMPT` before it acknowledges, and `acked WRITER N` after; of some
-it tells `rejects WRITER N` and gives them up.
+it tells `rejects WRITER N`, and they are dead-lettered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import random
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -23,15 +24,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from support.account import check_spool
 
-from spoolipc import Empty, Full, SpoolReader, SpoolStat, SpoolWriter, failed_list, fsck, gc, stat
+from spoolipc import Empty, Full, SpoolReader, SpoolStat, SpoolWriter, failed_list, gc, stat
 
 SPAWN = multiprocessing.get_context("spawn")
 Role = Literal["write", "get", "receive"]
 SIZES = (40, 3_000, 20_000, 150_000)
 MAXSIZE = 24
 LEFT = 3
-"""Items left in the end, one of them in somebody's hands."""
+"""Items left in the end, one of them in flight."""
 MOST_AHEAD = 0.4
 """Seconds between two kills, at most."""
 
@@ -131,7 +133,7 @@ class Account:
     put: puts that returned. delivered: different items seen by a reader. redelivered: deliveries after the first.
     quarantined: dead letters. waiting, in_flight: items left on purpose at the end.
     taken_along: items that went with a killed reader of `get`. unreported: delivered, though the writer died before
-    it could tell. errors: what must not be; empty as it should be.
+    it could tell. errors: what must not be.
     """
 
     kills: int = 0
@@ -197,7 +199,7 @@ class Soak:
         return account
 
     def _finish(self, account: Account) -> None:
-        """Writers end first, then readers take what is left, and a last one what those had in hand."""
+        """Writers end first, then readers take what is left, and a last one what was in flight to those."""
         self.stop.touch()
         for life in self.now:
             life.process.join(60)
@@ -209,7 +211,10 @@ class Soak:
         if last.process.exitcode != 0:
             account.errors.append(f"the last reader ended with {last.process.exitcode}")
         gc(self.spool)
-        account.errors += [f"fsck: {problem}" for problem in fsck(self.spool).problems]
+        try:
+            check_spool(self.spool)
+        except AssertionError:
+            account.errors.append(f"table and directories: {traceback.format_exc(limit=-1)}")
         for part in ("tmp", "alive", "items"):
             left = os.listdir(self.spool / part)
             if left:
@@ -248,7 +253,7 @@ class Soak:
                     received[item] += 1
                     attempts.setdefault(item, []).append(int(rest[2]))
                 # First deliveries that one reader sees of one writer are in the order of the puts. `get` does not
-                # tell which delivery it is: what comes late was in a killed receiver's hands, and is counted.
+                # tell which delivery it is: what comes late was in flight to a killed receiver, and is counted.
                 if "torn" not in rest and (step == "got" or (step == "received" and rest[2] == "1")):
                     if int(rest[1]) > order.get(rest[0], -1):
                         order[rest[0]] = int(rest[1])
@@ -303,7 +308,7 @@ class Soak:
         account.quarantined = len(quarantined)
         account.waiting, account.in_flight = self.end.depth, self.end.in_flight
         if (account.waiting, account.in_flight) != (LEFT - 1, 1):
-            account.errors.append(f"{account.waiting} wait and {account.in_flight} are in hands, of {LEFT}")
+            account.errors.append(f"{account.waiting} wait and {account.in_flight} are in flight, of {LEFT}")
         settled = len(delivered - set(quarantined))
         for what, sum_, counted in (
             ("put", len(known) + LEFT, self.end.puts),
