@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, ParamSpec
 
+import pytest
+
+from spoolipc import SpoolReader, SpoolWriter, gc, stat
 from support.peer import Peer
 
 P = ParamSpec("P")
@@ -113,3 +116,13 @@ def stop_in_step(peer: Peer) -> None:
     peer.start("run", "writer.put(np.zeros(3))")
     _, status = os.waitpid(peer.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
+
+
+def refused(path: Path, error: type[Exception], said: str, *more: Callable[[Path], object]) -> None:
+    """See everybody who opens the spool, and `more`, told so, and nothing in it changed."""
+    before = picture(path)
+    calls: list[Callable[[Path], object]] = [SpoolReader, SpoolWriter, stat, gc, *more]
+    for call in calls:
+        with pytest.raises(error, match=said):
+            call(path)
+    assert picture(path) == before
