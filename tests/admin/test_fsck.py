@@ -18,6 +18,7 @@ from spoolipc import Empty, FsckReport, SpoolError, SpoolReader, SpoolWriter, fa
 
 BIG = np.arange(10_000)
 COUNT = 5
+ALL = list(range(COUNT))
 MOST_NAMED = 10_000
 """Problems of one kind that a report names; more are counted."""
 
@@ -69,7 +70,7 @@ def test_a_sound_spool_is_clean_and_stays_as_it_is(path: Path) -> None:
     assert (report.items, report.problems) == (COUNT, ())
     assert report.bytes == stat(path).bytes
     assert picture(path) == before
-    assert rest(path) == list(range(COUNT))
+    assert rest(path) == ALL
 
 
 def test_what_a_crashed_session_left_is_no_problem(path: Path) -> None:
@@ -133,50 +134,35 @@ def test_a_damaged_item_in_flight_at_a_live_session_becomes_a_dead_letter_once(p
     assert rest(path) == list(range(1, COUNT))
 
 
-def test_an_item_unknown_to_the_table_is_adopted_or_set_aside(path: Path) -> None:
-    make(path / item(20), (path / item(5)).read_bytes())
-    make(path / item(21), b"rubbish")
-    assert found(fsck(path)) == {("unknown", item(20)), ("unknown", item(21)), ("item", item(21))}
+POOLED, ORPHAN, HISTORY = f"free/{item_name(1)}", f"free/{item_name(10**6)}", f"failed/{10**6:020d}.jsonl"
+DISAGREEMENTS: dict[str, tuple[Callable[[Path], object], set[tuple[str, str]], list[int]]] = {
+    "missing": (lambda path: (path / item(5)).unlink(), {("missing", item(5))}, [0, 1, 3, 4]),
+    "longer": (lambda path: os.truncate(path / item(5), 10**6), {("size", item(5))}, ALL),
+    "unknown": (
+        lambda path: make(path / item(20), (path / item(5)).read_bytes()), {("unknown", item(20))}, [*ALL, 2],
+    ),
+    "unknown and damaged": (
+        lambda path: make(path / item(21), b"rubbish"), {("unknown", item(21)), ("item", item(21))}, ALL,
+    ),
+    "pooled and missing": (lambda path: (path / POOLED).unlink(), {("missing", POOLED)}, ALL),
+    "pooled and cut": (lambda path: cut(path / POOLED), {("size", POOLED)}, ALL),
+    "orphan": (lambda path: make(path / ORPHAN), {("orphan", ORPHAN)}, ALL),
+    "orphaned history": (lambda path: make(path / HISTORY), {("orphan", HISTORY)}, ALL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_a_table_that_knows_other_files_than_the_directories_have_is_built_again(
+    path: Path, name: str
+) -> None:
+    damage, problems, left = DISAGREEMENTS[name]
+    damage(path)
+    before = picture(path)
+    assert found(fsck(path)) == problems
+    assert picture(path) == before
     repaired(path)
-    assert failed_show(path, 21).damage
-    assert rest(path) == [*range(COUNT), 2]
-
-
-def test_a_missing_item_is_forgotten(path: Path) -> None:
-    (path / item(5)).unlink()
-    assert found(fsck(path)) == {("missing", item(5))}
-    repaired(path)
-    assert rest(path) == [0, 1, 3, 4]
-
-
-def test_an_item_of_another_size_is_measured_again(path: Path) -> None:
-    with open(path / item(5), "ab") as file:
-        file.write(bytes(4096))
-    assert found(fsck(path)) == {("size", item(5))}
-    repaired(path)
-    assert rest(path) == list(range(COUNT))
-
-
-@pytest.mark.parametrize("kind", ["missing", "size"])
-def test_a_file_of_the_pool_that_is_not_as_it_was_is_forgotten(path: Path, kind: str) -> None:
-    with SpoolReader(path) as reader:
-        for _ in range(3):
-            reader.get()
-    pooled = sorted((path / "free").iterdir())[1]
-    before = stat(path).free_files
-    pooled.unlink() if kind == "missing" else cut(pooled)
-    assert found(fsck(path)) == {(kind, f"free/{pooled.name}")}
-    repaired(path)
-    assert stat(path).free_files < before
-
-
-def test_orphans_are_removed(path: Path) -> None:
-    orphans = [path / "free" / item_name(10**6), path / "failed" / f"{10**6:020d}.jsonl"]
-    for orphan in orphans:
-        make(orphan, b"{}")
-    assert found(fsck(path)) == {("orphan", str(orphan.relative_to(path))) for orphan in orphans}
-    repaired(path)
-    assert not any(orphan.exists() for orphan in orphans)
+    assert stat(path).failed == 1 + ("item" in dict(problems))
+    assert rest(path) == left
 
 
 def test_modes_are_closed(path: Path) -> None:
@@ -190,7 +176,7 @@ def test_modes_are_closed(path: Path) -> None:
     assert found(report) == {("mode", name) for name in names}
     assert (path / item(3)).stat().st_mode & 0o777 == 0o600
     assert path.stat().st_mode & 0o777 == 0o700
-    assert rest(path) == list(range(COUNT))
+    assert rest(path) == ALL
 
 
 @pytest.mark.parametrize("part", ["tmp", "free", "alive", "failed"])
@@ -200,7 +186,7 @@ def test_a_missing_directory_is_made(path: Path, part: str) -> None:
     (path / part).rmdir()
     assert found(fsck(path)) == {("directory", part)}
     repaired(path)
-    assert rest(path) == list(range(COUNT))
+    assert rest(path) == ALL
 
 
 @pytest.mark.damaged
@@ -230,27 +216,20 @@ def test_what_is_planted_where_a_file_is_made_anew_is_removed(
     assert (kind, name) in found(fsck(path))
     repaired(path)
     assert target.read_bytes() == before
-    assert rest(path) == list(range(COUNT))
+    assert rest(path) == ALL
 
 
 @pytest.mark.damaged
-def test_foreign_files_are_named_and_left_alone(path: Path) -> None:
+def test_foreign_files_and_linked_items_are_named_and_left_alone(path: Path, tmp_path: Path) -> None:
     names = ["README", "items/1.npy", item(10**19), "free/x", "failed/y", "tmp/z", "alive/1"]
     for name in names:
         (path / name).touch()
-    report = fsck(path, repair=True)
-    assert found(report) == {(FOREIGN, name) for name in names}
-    assert not report.clean
-    assert all((path / name).exists() for name in names)
-
-
-@pytest.mark.damaged
-def test_a_linked_item_is_named_and_left_alone(path: Path, tmp_path: Path) -> None:
     os.link(path / item(4), tmp_path / "mine.npy")
     report = fsck(path, repair=True)
-    assert found(report) == {("link", item(4))}
+    assert found(report) == {(FOREIGN, name) for name in names} | {("link", item(4))}
     assert not report.clean
-    assert rest(path) == list(range(COUNT))
+    assert all((path / name).exists() for name in names)
+    assert rest(path) == ALL
     assert int(np.load(tmp_path / "mine.npy")[0]) == 1
 
 
@@ -360,7 +339,7 @@ def test_a_table_that_contradicts_itself_is_built_again(path: Path, name: str) -
     assert "index" in {problem.kind for problem in fsck(path).problems}
     assert picture(path) == before
     repaired(path)
-    assert rest(path) == list(range(COUNT))
+    assert rest(path) == ALL
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -410,4 +389,4 @@ def test_a_rebuild_redelivers_what_is_in_flight_where_its_record_does_not_check(
         repaired(path)
         with pytest.raises(SpoolError):
             mine.ack()
-    assert rest(path) == list(range(COUNT))
+    assert rest(path) == ALL
