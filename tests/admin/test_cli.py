@@ -43,31 +43,27 @@ class Said(NamedTuple):
     err: str
 
 
-class Command:
-    """`python -m spoolipc`, run in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, command: str, *arguments: object) -> Said:
-        self._monkeypatch.setattr(sys, "argv", ["spoolipc", *command.split(), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_module("spoolipc", run_name="__main__")
-        assert isinstance(ended.value.code, int)
-        return Said(ended.value.code, *self._capsys.readouterr())
-
-    def json(self, command: str, *arguments: object) -> Any:
-        said = self(command, *arguments, "--json")
-        assert said.code in (0, 1)
-        assert not said.err
-        found = json.loads(said.out)
-        return renamed(found) if isinstance(found, dict) else found
+Command = Callable[..., Said]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
+    """`python -m spoolipc`, run in this process."""
+
+    def run(command: str, *arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["spoolipc", *command.split(), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("spoolipc", run_name="__main__")
+        assert isinstance(ended.value.code, int)
+        return Said(ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+def json_of(said: Said) -> Any:
+    assert (said.code, said.err) == (0, "")
+    found = json.loads(said.out)
+    return renamed(found) if isinstance(found, dict) else found
 
 
 @pytest.fixture
@@ -89,7 +85,7 @@ def test_stat_in_text_and_json(path: Path, run: Command) -> None:
     assert re.search(r"bytes +81\.9 KB", said.out)
     assert re.search(r"failed +2", said.out)
     assert re.search(r"open in +0 readers", said.out)
-    found = run.json("stat", path)
+    found = json_of(run("stat", path, "--json"))
     assert (found["depth"], found["failed"], found["limits"]["maxsize"]) == (1, 2, 100)
     assert (found["pinned_files"], found["live_sessions"]) == (0, 0)
 
@@ -112,7 +108,7 @@ def test_gc_in_text_and_json(path: Path, run: Command) -> None:
     )
     (path / "README").touch()
     before = picture(path)
-    foreseen = run.json("gc", path, "--dry-run")
+    foreseen = json_of(run("gc", path, "--dry-run", "--json"))
     assert foreseen["dry_run"]
     kinds = ("requeued_items", "temporary_files", "crashed_sessions", "foreign_files")
     assert [foreseen[kind] for kind in kinds] == [1, 1, 2, 1]
@@ -141,7 +137,7 @@ def test_fsck_says_what_is_wrong_and_what_is_left(path: Path, run: Command) -> N
     assert ", 1 left" in said.out
     assert f"repaired: {item(3)}" in said.out
     (path / "README").unlink()
-    assert run.json("fsck", path)["clean"]
+    assert json_of(run("fsck", path, "--json"))["clean"]
     assert "damaged" in run("failed list", path).out
 
 
@@ -164,7 +160,7 @@ def test_dead_letters_are_listed_without_what_a_terminal_would_obey(path: Path, 
         "1  81.9 KB  1 attempt  too dark",
         "2  81.9 KB  1 attempt  too\\x1b[31m red\\n",
     ]
-    reasons = [letter["reason"] for letter in run.json("failed list", path)]
+    reasons = [letter["reason"] for letter in json_of(run("failed list", path, "--json"))]
     assert reasons == ["too dark", "too\x1b[31m red\n"]
 
 
@@ -179,7 +175,7 @@ def test_dead_letters_are_shown(path: Path, run: Command) -> None:
     ):
         assert part in said.out
     assert run("failed show", path).out.count("\nitem ") == 1
-    assert run.json("failed show", path, 2)[0]["meta"] == {"camera": 2}
+    assert json_of(run("failed show", path, 2, "--json"))[0]["meta"] == {"camera": 2}
 
 
 def test_dead_letters_are_retried_and_dropped(path: Path, run: Command) -> None:
@@ -190,7 +186,7 @@ def test_dead_letters_are_retried_and_dropped(path: Path, run: Command) -> None:
     said = run("failed retry", path)
     assert said.code == 1
     assert said.out.splitlines()[1:] == ["  1 stays, it cannot be read: the file is empty"]
-    assert run.json("failed drop", path) == [1]
+    assert json_of(run("failed drop", path, "--json")) == [1]
     assert run("failed list", path) == (0, "no dead letters\n", "")
     assert peek_table(path).queue == (3, 4)
 

@@ -1,4 +1,7 @@
-"""A bad item file costs that one item: it ends in failed/ with its reason, and the next one comes."""
+"""A bad item file costs that one item: it ends in failed/ with its reason, and the next one comes.
+
+How many ways there are of being bad is shown in tests/unit; here is one for each place where it may be noticed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,25 +35,23 @@ MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 @cache
-def file_of(end: int, *, named: bool) -> bytes:
-    """An item whose arrays end at byte `end`: one of them, or two that have names."""
-    arrays: Any = np.zeros(end - 128, np.uint8)
+def footer_at(end: int) -> bytes:
+    """The footer of an item of one array that ends at byte `end`."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder, SpoolWriter(Path(folder, "spool")) as writer:
-        seq = writer.put({"a": arrays[:0], "b": arrays[128:]} if named else arrays)
-        return Path(folder, "spool", item(seq)).read_bytes()
+        data = Path(folder, "spool", item(writer.put(np.zeros(end - 128, np.uint8)))).read_bytes()
+        assert data[end:].startswith(FOOTER)
+        return data[end:]
 
 
-def vouched(body: bytes, *, named: bool = False) -> bytes:
+def vouched(body: bytes) -> bytes:
     """Such bytes, with a true footer behind them."""
-    data = file_of(len(body), named=named)
-    assert data[len(body) :].startswith(FOOTER)
-    return body + data[len(body) :]
+    return body + footer_at(len(body))
 
 
 def block(text: str, data: bytes = b"", *, version: int = 1) -> bytes:
-    """An NPY block with this header text, its data at a multiple of 64 bytes, from 256 on."""
+    """An NPY block with this header text, its data at a multiple of 64 bytes, from 128 on."""
     width = 2 if version == 1 else 4
-    raw = text.encode().ljust(247 - width)
+    raw = text.encode().ljust(119 - width)
     raw += b" " * (-(9 + width + len(raw)) % 64) + b"\n"
     return b"\x93NUMPY" + bytes([version, 0]) + len(raw).to_bytes(width, "little") + raw + data
 
@@ -80,10 +80,8 @@ GREEDY: dict[str, Callable[[bytes, Path], bytes]] = {
     ),
     "header said to be of 4 GB": lambda data, _: b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + data[12:],
     "shape of 2^60": lambda data, _: vouched(block(described(f"({2**60},)"), bytes(80))),
-    "bytes of 2^60": lambda data, _: vouched(block(described(f"({2**60},)", "'|u1'"), bytes(80))),
     "element of 2^31 bytes": lambda data, _: vouched(block(described("(1,)", "'|S2147483647'"))),
     "nested literal bomb": lambda data, _: vouched(block("(" * 9000 + ")" * 900)),
-    "nested list bomb": lambda data, _: vouched(block("[" * 95 + "1," * 3000 + "]" * 95)),
 }
 HARMS: dict[str, Callable[[bytes, Path], bytes]] = GREEDY | {
     "truncated in its header": lambda data, _: data[:70],
@@ -91,22 +89,15 @@ HARMS: dict[str, Callable[[bytes, Path], bytes]] = GREEDY | {
     "truncated in its footer": lambda data, _: data[: data.rindex(FOOTER) + 20],
     "empty": lambda data, _: b"",
     "one byte": lambda data, _: data[:1],
-    "zeros": lambda data, _: bytes(len(data)),
     "random bytes": lambda data, _: random.Random(1).randbytes(len(data)),
-    "unknown NPY version": lambda data, _: data[:6] + b"\x09" + data[7:],
-    "negative shape": lambda data, _: vouched(block(described("(-1,)"), bytes(80))),
     "shape larger than the file": lambda data, _: vouched(block(described("(11,)"), bytes(80))),
     "pickle inside": lambda data, victim: vouched(block(described("(1,)", "'|O'"), trap(victim))),
-    "bare pickle": lambda data, victim: trap(victim),
     "code in the header": lambda data, victim: vouched(
         block(f"open({str(victim)!r}, 'w') or {described('(1,)')}", bytes(8))
     ),
     "no footer": lambda data, _: data[: data.rindex(FOOTER)],
     "footer with a flipped bit": lambda data, _: flipped(data, data.rindex(FOOTER) + 20),
-    "footer of another offset": lambda data, _: block(described("(2,)"), bytes(16)) + file_of(512, named=False)[512:],
-    "footer with more names than arrays": lambda data, _: vouched(
-        block(described("(1,)"), bytes(8)), named=True
-    ),
+    "footer of another offset": lambda data, _: block(described("(2,)"), bytes(16)) + footer_at(512),
 }  # fmt: skip
 
 
@@ -266,12 +257,6 @@ def test_a_file_truncated_while_in_flight_costs_that_item_only(spool: Path) -> N
         assert failed_list(spool)[0].seq == bad
 
 
-@contextmanager
-def spool_in_memory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        yield Path(folder, "spool")
-
-
 EDITS = st.lists(
     st.tuples(
         st.sampled_from(["header", "data", "footer"]), st.integers(0, 127), st.binary(min_size=1, max_size=6)
@@ -293,8 +278,8 @@ def test_a_mutated_item_is_delivered_or_quarantined(
 ) -> None:
     """edits: bytes at places of a part, or the whole file; cut: so many bytes off its end."""
     with (
-        spool_in_memory() as path,
-        SpoolWriter(path, checksum=checksum) as writer,
+        tempfile.TemporaryDirectory(dir=MEMORY) as folder,
+        SpoolWriter(path := Path(folder, "spool"), checksum=checksum) as writer,
         SpoolReader(path, verify=checksum) as reader,
     ):
         original = np.arange(count, dtype=float)

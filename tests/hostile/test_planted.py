@@ -264,6 +264,7 @@ def test_a_file_linked_from_outside_is_never_written_again(
             writer.put(np.full(size, number))
             assert numbers(reader, 1) == [number]
     assert {link: link.read_bytes() for link in links} == links
+    assert {link.stat().st_nlink for link in links} == {1}
 
 
 @pytest.mark.parametrize("name", [".", *PARTS])
