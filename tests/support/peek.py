@@ -17,11 +17,57 @@ _STATES: Final[tuple[State, ...]] = (
     "nothing", "waiting", "in_flight", "delayed", "pinned", "reserved", "pooled",
 )  # fmt: skip
 
+_HEADER: Final = {
+    "magic": W.MAGIC,
+    "version": W.VERSION,
+    "boot": W.BOOT,
+    "capacity": W.CAPACITY,
+    "transition": W.MARK,
+    "journal_length": W.STORES,
+    "next_seq": W.NEXT_SEQ,
+    "queue_head": W.READY,
+    "queue_tail": W.READY_TAIL,
+    "queue_count": W.READY_COUNT,
+    "redelivered_head": W.RETURNED,
+    "redelivered_tail": W.RETURNED_TAIL,
+    "redelivered_count": W.RETURNED_COUNT,
+    "owned_head": W.AWAY,  # of the files that a session has, and of the delayed items
+    "unused_head": W.UNUSED,
+    "first_bucket": W.BUCKETS,
+    "item_bytes": W.ITEM_BYTES,
+    "pooled_bytes": W.POOL_BYTES,
+    "pooled": W.POOL_COUNT,
+    "in_flight": W.IN_FLIGHT,
+    "delayed": W.DELAYED_COUNT,
+    "failed": W.FAILED_COUNT,
+    "shutdown": W.SHUTDOWN,  # 0, 1 draining, 2 discarded
+    "housekeeping_time": W.TENDED,
+    "maxsize": W.MAXSIZE,
+}
+_RECORD: Final = {
+    "state": W.STATE,
+    "next": W.NEXT,
+    "seq": W.SEQ,
+    "put_time": W.PUT_TIME,
+    "file": W.FILE,
+}
+HEADER_BYTES: Final = W.HEADER * W.WORD
+COUNTS: Final = range(W.MARK, 64)
+"""Positions of the words that queues, counts and limits are in; those before them say what the file is."""
+POSITIONS: Final = range(W.MARK, W.HEADER + 12 * W.RECORD)
+"""Positions of nearly all words of a small table, but for those that say what the file is."""
+RECORDS: Final = range(W.HEADER, W.HEADER + 13 * W.RECORD, W.RECORD)
+"""What the links of a small table may hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record. owner, loan: tokens, 0 for none. file: the number in the file's name. generation: of the file."""
+    """One record. owner, loan: tokens, 0 for none. file: the number in the file's name. generation: of the file.
 
+    at: where it stands, which is what links to it hold.
+    """
+
+    at: int
     state: State
     seq: int
     attempt: int
@@ -63,6 +109,7 @@ def peek_table(path: str | os.PathLike[str]) -> Peek:
 
     def row(at: int) -> Row:
         return Row(
+            at,
             _STATES[words[at + W.STATE]],
             words[at + W.SEQ],
             words[at + W.ATTEMPT],
@@ -107,3 +154,25 @@ def peek_table(path: str | os.PathLike[str]) -> Peek:
         words[W.MARK] == CLEAN,
         words[W.HOLDER],
     )
+
+
+def poke(path: str | os.PathLike[str], name: str | int, value: int | str, row: Row | None = None) -> int:
+    """Overwrite one word of the table in place, as a stray store would; returns what was there.
+
+    name: of a field of the header, or of the record that `row` shows; "bucket" with a row is the head of the pooled
+    files of its size. An int is the word's position. value: a str is the state of that name.
+    """
+    if isinstance(name, int):
+        at = name
+    elif row is None:
+        at = _HEADER[name]
+    else:
+        at = W.bucket(row.bytes) if name == "bucket" else row.at + _RECORD[name]
+    if isinstance(value, str):
+        value = next(code for code, state in enumerate(_STATES) if state == value)
+    with open(Path(path, "index"), "r+b") as file:
+        file.seek(at * W.WORD)
+        before = file.read(W.WORD)
+        file.seek(at * W.WORD)
+        file.write(value.to_bytes(W.WORD, "little"))
+    return int.from_bytes(before, "little")

@@ -7,7 +7,6 @@ import os
 import pty
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 import termios
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.damage import item, item_name
 
 from spoolipc import SpoolReader, SpoolWriter, fsck, stat
-from spoolipc.layout import item_name
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(300)]
 
@@ -39,7 +38,7 @@ def path() -> Iterator[Path]:
 
 
 def litter(path: Path) -> None:
-    """What dead processes may leave, and items that the index does not know."""
+    """What crashed sessions may leave, and items that the table does not know."""
     make = os.O_CREAT | os.O_WRONLY
     for part, count, name in (
         ("tmp", MILLION, lambda number: f"{number:016x}-0.npy"),
@@ -51,21 +50,19 @@ def litter(path: Path) -> None:
             os.close(os.open(name(number), make, 0o600, dir_fd=folder))
         os.close(folder)
     (path / "index").unlink()
-    item = (path / "items" / item_name(1)).read_bytes()
+    data = (path / item(1)).read_bytes()
     for number in range(2, ITEMS + 1):
-        (path / "items" / item_name(number)).write_bytes(item)
-        (path / "items" / item_name(number)).chmod(0o600)
+        (path / item(number)).write_bytes(data)
+        (path / item(number)).chmod(0o600)
 
 
 def gc_on_a_terminal(path: Path) -> tuple[str, int]:
     """What `spoolipc gc` shows on a terminal, and the most memory it had, in bytes."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    code = (
-        "import resource, sys; from spoolipc.cli import main; done = main(['gc', sys.argv[1]]);"
-        "print('MAXRSS', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(done)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=theirs, stderr=theirs)
+    actions = [(os.POSIX_SPAWN_DUP2, theirs, number) for number in (1, 2)]
+    command = [sys.executable, "-m", "spoolipc", "gc", str(path)]
+    child = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
     os.close(theirs)
     shown = b""
     while True:
@@ -77,9 +74,9 @@ def gc_on_a_terminal(path: Path) -> tuple[str, int]:
             break
         shown += part
     os.close(ours)
-    assert child.wait() == 0, shown.decode()
-    text = shown.decode()
-    return text, int(text.split("MAXRSS")[1]) * 1024
+    _, status, usage = os.wait4(child, 0)
+    assert status == 0, shown.decode()
+    return shown.decode(), usage.ru_maxrss * 1024
 
 
 def seconds_of(path: Path) -> float:

@@ -1,0 +1,128 @@
+"""What may happen to a spool: crashes at a chosen place, and pictures of what is there."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, ParamSpec
+
+import pytest
+
+from spoolipc import SpoolReader, SpoolWriter, gc, stat
+from support.peer import Peer
+
+P = ParamSpec("P")
+PARTS: Final = ("items", "free", "tmp", "failed", "alive")
+_STOP_IN_RENAME: Final = """
+import os, signal
+rename = os.rename
+def stopping(*names, **directories):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    rename(*names, **directories)
+os.rename = stopping
+"""
+
+
+def item_name(number: int) -> str:
+    """The name of the file with a number, in `items/`, `free/` or `failed/`."""
+    return f"{number:020d}.npy"
+
+
+def item(number: int) -> str:
+    """The path of an item's file below its spool."""
+    return f"items/{item_name(number)}"
+
+
+def cut(place: Path) -> None:
+    """Leave a file its beginning."""
+    place.write_bytes(place.read_bytes()[:500])
+
+
+def link_out(place: Path) -> None:
+    """Plant a symbolic link in the place of a file."""
+    place.unlink()
+    place.symlink_to("/etc/passwd")
+
+
+def pipe(place: Path) -> None:
+    """Plant a FIFO in the place of a file."""
+    place.unlink()
+    os.mkfifo(place)
+
+
+def picture(path: Path) -> dict[str, tuple[int, int, str]]:
+    """Every name below `path` with its mode, size and contents, but for `alive/`, where sessions come and go."""
+    found = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            place = Path(folder, name)
+            if place.parent.name != "alive":
+                status = place.lstat()
+                regular = place.is_file() and not place.is_symlink()
+                text = hashlib.sha256(place.read_bytes()).hexdigest() if regular else ""
+                found[str(place.relative_to(path))] = (status.st_mode, status.st_size, text)
+    return found
+
+
+def crash(path: Path, code: str) -> None:
+    """Run statements in a process that is killed right after them."""
+    with Peer(path) as peer:
+        peer.run(code)
+        peer.kill()
+
+
+def killed_at(place: int, work: Callable[P, object], after: bool, *args: P.args, **kwargs: P.kwargs) -> bool:
+    """Do `work(...)` in a forked child that kills itself at its nth unlinking or renaming; whether it came to that.
+
+    after: once that is done, not instead of it.
+    """
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            left = itertools.count(place - 1, -1)
+
+            def deadly(real: Callable[..., None]) -> Callable[..., None]:
+                def called(*args: object, **kwargs: object) -> None:
+                    last = not next(left)
+                    if last and not after:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    real(*args, **kwargs)
+                    if last:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                return called
+
+            os.unlink, os.rename = deadly(os.unlink), deadly(os.rename)
+            work(*args, **kwargs)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended in (0, -signal.SIGKILL), "the child failed, as printed above"
+    return ended != 0
+
+
+def stop_in_step(peer: Peer) -> None:
+    """Have a peer that has a `writer` stop in the locked step of a put, and see it stopped: `go` lets it go on."""
+    peer.run(_STOP_IN_RENAME)
+    peer.start("run", "writer.put(np.zeros(3))")
+    _, status = os.waitpid(peer.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
+def refused(path: Path, error: type[Exception], said: str, *more: Callable[[Path], object]) -> None:
+    """See everybody who opens the spool, and `more`, told so, and nothing in it changed."""
+    before = picture(path)
+    calls: list[Callable[[Path], object]] = [SpoolReader, SpoolWriter, stat, gc, *more]
+    for call in calls:
+        with pytest.raises(error, match=said):
+            call(path)
+    assert picture(path) == before
