@@ -63,8 +63,7 @@ class _Item:
 
     def message(self) -> Message:
         """What is in it, the arrays as read-only views."""
-        shown = memoryview(self.image).toreadonly()
-        return items.message(shown, *items.parse(shown, len(shown)), copy=False)
+        return items.message(self.image, *items.parse(self.image, len(self.image)), copy=False)
 
 
 _Place = OrderedDict[int, _Item]
