@@ -1,4 +1,4 @@
-"""The command line: parses, calls one public function, prints what it returned (`report.py`)."""
+"""The command line: parses, calls one public function, prints what it returned (`text.py`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from . import __version__, report
-from .census import Progress
-from .errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
-from .failed import DeadLetter, failed_drop, failed_list, failed_retry, failed_show
-from .fsck import fsck
-from .status import stat
-from .sweep import gc
+from .. import __version__
+from ..directory.check import fsck
+from ..directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
+from ..directory.housekeeping import Progress, gc
+from ..directory.stat import stat
+from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
+from ..message import DeadLetter
+from . import text
 
 DONE, PROBLEM, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 _SUMMARY = """\
@@ -31,10 +32,10 @@ _EPILOG = """\
 exit codes: 0 done, 1 found a problem, 2 wrong use, 130 interrupted
 '%(prog)s COMMAND --help' says more, with examples"""
 _GC = """\
-Put back and remove what dead processes left: half-written files, items in dead
-readers' hands (they are delivered again), files nobody needs, stale tokens. A
-damaged index is built again. Work of living processes is never touched, and
-names that are not the spool's are left alone.
+Requeue and remove what crashed processes left: half-written files, items in
+flight at crashed readers (they are redelivered), files nobody needs, stale
+tokens. A damaged index is built again. Work of living processes is never
+touched, and names that are not the spool's are left alone.
 
 The bytes freed are disk blocks; of a file that another process still has
 mapped they come back when it lets go."""
@@ -44,7 +45,7 @@ examples:
   %(prog)s /dev/shm/frames --dry-run    only say what would be done
   %(prog)s /dev/shm/frames --json | jq .bytes_freed"""
 _STAT = """\
-Show what is in a spool: items waiting and in readers' hands, dead letters,
+Show what is in a spool: items waiting and in flight, dead letters,
 files kept to be written again, who has it open, its limits, and how old the
 first item is. Changes nothing, and needs no repair to run."""
 _STAT_EXAMPLES = """\
@@ -62,8 +63,8 @@ contradict themselves, wrong modes, links and other planted things. Without
 
 With --repair, damaged items move to failed/ with the reason, modes are closed,
 missing directories made, files of no item removed. Where the index contradicts
-itself or does not know an item it is built again from the items; what readers
-have in hands is then delivered again. Nothing is lost silently."""
+itself, an item or a limit it is built again from the items; what live readers
+have in flight stays theirs. Nothing is lost silently."""
 _FSCK_EXAMPLES = """\
 examples:
   %(prog)s /data/spool                  look
@@ -78,7 +79,7 @@ _FAILED_EXAMPLES = """\
 examples:
   %(prog)s list /data/spool
   %(prog)s show /data/spool 17         arrays, metadata, every failure
-  %(prog)s retry /data/spool 17 18     put back at the end of the queue
+  %(prog)s retry /data/spool 17 18     requeue at the end
   %(prog)s drop /data/spool            remove all dead letters for good"""
 _BENCH = """\
 Measure how fast arrays pass between two processes here, one way and round
@@ -96,7 +97,7 @@ exit codes: 0 done, 1 a carrier could not be measured, 2 wrong use"""
 _ACTIONS = {
     "list": "one line for each dead letter: number, size, attempts, the reason",
     "show": "all that is known of dead letters: arrays, metadata, every failure",
-    "retry": "put dead letters back at the end of the queue, as new items",
+    "retry": "requeue dead letters at the end, as new items",
     "drop": "remove dead letters and their histories for good",
 }
 
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"spoolipc: {report.one_line(error)}", file=sys.stderr)
+    print(f"spoolipc: {text.one_line(error)}", file=sys.stderr)
     return code
 
 
@@ -134,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    one = _command(commands, "gc", "remove what dead processes left", _GC, _GC_EXAMPLES, _run_gc)
+    one = _command(commands, "gc", "remove what crashed processes left", _GC, _GC_EXAMPLES, _run_gc)
     one.add_argument("--dry-run", action="store_true", help="only say what would be done")
     _command(commands, "stat", "show what is in a spool", _STAT, _STAT_EXAMPLES, _run_stat)
     one = _command(
@@ -217,25 +218,25 @@ def _progress(what: str) -> Iterator[Progress]:
 def _run_gc(options: argparse.Namespace) -> int:
     with _progress("gc") as progress:
         done = gc(options.path, dry_run=options.dry_run, progress=progress)
-    _print(options, done, report.gc_text(done))
+    _print(options, done, text.gc_text(done))
     return DONE
 
 
 def _run_stat(options: argparse.Namespace) -> int:
     found = stat(options.path)
-    _print(options, found, report.stat_text(found))
+    _print(options, found, text.stat_text(found))
     return PROBLEM if found.index_damage or found.stuck_on else DONE
 
 
 def _run_fsck(options: argparse.Namespace) -> int:
     with _progress("fsck") as progress:
         found = fsck(options.path, repair=options.repair, progress=progress)
-    _print(options, found, report.fsck_text(found))
+    _print(options, found, text.fsck_text(found))
     return DONE if found.clean else PROBLEM
 
 
 def _run_bench(options: argparse.Namespace) -> int:
-    from .cli_bench import bench, table
+    from .bench import bench, table
 
     found = bench(options.path, quick=options.quick)
     _print(options, found, table(found["results"]))
@@ -248,23 +249,23 @@ def _letters(options: argparse.Namespace) -> list[DeadLetter]:
 
 def _run_list(options: argparse.Namespace) -> int:
     letters = _letters(options)
-    _print(options, letters, report.list_text(letters))
+    _print(options, letters, text.list_text(letters))
     return DONE
 
 
 def _run_show(options: argparse.Namespace) -> int:
     letters = _letters(options)
-    _print(options, letters, "\n\n".join(map(report.letter_text, letters)) or report.NO_LETTERS)
+    _print(options, letters, "\n\n".join(map(text.letter_text, letters)) or text.NO_LETTERS)
     return DONE
 
 
 def _run_retry(options: argparse.Namespace) -> int:
     done = failed_retry(options.path, options.seqs or None)
-    _print(options, done, report.retry_text(done))
+    _print(options, done, text.retry_text(done))
     return PROBLEM if done.damaged else DONE
 
 
 def _run_drop(options: argparse.Namespace) -> int:
     gone = failed_drop(options.path, options.seqs or None)
-    _print(options, gone, f"dropped {report.count(len(gone), 'dead letter')}")
+    _print(options, gone, f"dropped {text.count(len(gone), 'dead letter')}")
     return DONE

@@ -45,8 +45,6 @@ from .table import (
     NOTHING,
     OWNER,
     PEAK_BYTES,
-    READY,
-    REDELIVERY,
     SEQ,
     SHUTDOWN,
     STATE,
@@ -199,8 +197,9 @@ def discard_some(session: Session) -> tuple[bool, int, int]:
         return False, 0, 0
     if read_shutdown(session.directories.root) != DISCARDED:
         raise IndexDamaged("the index says that the spool was discarded, and no marker does")
+    delayed = [record for record in active(words) if words[record + STATE] == DELAYED]
     for _ in range(_DISCARDED_AT_ONCE):
-        record = transitions.first(words)
+        record = transitions.first(words) or (delayed.pop() if delayed else 0)
         if not record:
             return False, 0, 0
         journal.commit(transitions.discard(words, record))
@@ -409,15 +408,15 @@ class _Sweep:
         journal = self._journal()
         if journal is not None and journal.words[SHUTDOWN] == DISCARDED:
             words = journal.words
-            waiting = words[READY.length] + words[REDELIVERY.length]
+            waiting = transitions.waiting(words)
             self.counts["discarded_items"] += waiting + self.counts["requeued_items"]
             self.counts["bytes_freed"] += words[ITEM_BYTES]
 
     def _discard(self, session: Session) -> tuple[bool, int, int]:
         words = session.journal.words
-        before, size = words[READY.length] + words[REDELIVERY.length], words[ITEM_BYTES]
+        before, size = transitions.waiting(words), words[ITEM_BYTES]
         more, _, _ = discard_some(session)
-        self.counts["discarded_items"] += before - words[READY.length] - words[REDELIVERY.length]
+        self.counts["discarded_items"] += before - transitions.waiting(words)
         self.counts["bytes_freed"] += size - words[ITEM_BYTES]
         return more, 0, 0
 

@@ -357,7 +357,7 @@ def dead_letter(words: Words, record: int, *, there: bool) -> Transition:
 
 
 def discard(words: Words, record: int) -> Transition:
-    """WAITING, the first, is removed, delivered to nobody."""
+    """WAITING, the first, or DELAYED is removed, delivered to nobody."""
     seq = words[record + SEQ]
     return (LEAVE, seq, _removal(words, record), ("items", item_name(seq), "", ""))
 

@@ -25,23 +25,23 @@ _HEADER: Final = {
     "transition": W.MARK,
     "journal_length": W.STORES,
     "next_seq": W.NEXT_SEQ,
-    "queue_head": W.READY,
-    "queue_tail": W.READY_TAIL,
-    "queue_count": W.READY_COUNT,
-    "redelivered_head": W.RETURNED,
-    "redelivered_tail": W.RETURNED_TAIL,
-    "redelivered_count": W.RETURNED_COUNT,
-    "owned_head": W.AWAY,  # of the files that a session has, and of the delayed items
+    "queue_head": W.READY.head,
+    "queue_tail": W.READY.tail,
+    "queue_count": W.READY.length,
+    "redelivered_head": W.REDELIVERY.head,
+    "redelivered_tail": W.REDELIVERY.tail,
+    "redelivered_count": W.REDELIVERY.length,
+    "owned_head": W.ACTIVE,  # of the files that a session has, and of the delayed items
     "unused_head": W.UNUSED,
     "first_bucket": W.BUCKETS,
     "item_bytes": W.ITEM_BYTES,
     "pooled_bytes": W.POOL_BYTES,
     "pooled": W.POOL_COUNT,
-    "in_flight": W.IN_FLIGHT,
+    "in_flight": W.IN_FLIGHT_COUNT,
     "delayed": W.DELAYED_COUNT,
     "failed": W.FAILED_COUNT,
     "shutdown": W.SHUTDOWN,  # 0, 1 draining, 2 discarded
-    "housekeeping_time": W.TENDED,
+    "housekeeping_time": W.HOUSEKEPT,
     "maxsize": W.MAXSIZE,
 }
 _RECORD: Final = {
@@ -52,7 +52,7 @@ _RECORD: Final = {
     "file": W.FILE,
 }
 HEADER_BYTES: Final = W.HEADER * W.WORD
-COUNTS: Final = range(W.MARK, 64)
+COUNTS: Final = range(W.MARK, W.GROUPS)
 """Positions of the words that queues, counts and limits are in; those before them say what the file is."""
 POSITIONS: Final = range(W.MARK, W.HEADER + 12 * W.RECORD)
 """Positions of nearly all words of a small table, but for those that say what the file is."""
