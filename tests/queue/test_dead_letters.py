@@ -106,11 +106,11 @@ def test_delay_of_the_last_attempt_means_nothing(
     assert failed_show(spool, seq).reason == "later; that was attempt 3 of 3"
 
 
-@pytest.mark.parametrize(("limit", "most"), [({}, 5), ({"max_attempts": 1}, 1), ({"max_attempts": 0}, None)])
+@pytest.mark.parametrize(("limit", "most"), [(None, 5), (1, 1), (0, None)])
 def test_limit_of_attempts_is_five_unless_another_or_none_is_asked_for(
-    spool: Path, limit: dict[str, int], most: int | None
+    spool: Path, limit: int | None, most: int | None
 ) -> None:
-    with SpoolWriter(spool, **limit) as writer, SpoolReader(spool) as reader:
+    with SpoolWriter(spool, max_attempts=limit) as writer, SpoolReader(spool) as reader:
         seq = writer.put(np.zeros(3))
         for attempt in range(1, (most or 30) + 1):
             item = reader.receive(block=False)

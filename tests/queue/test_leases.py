@@ -108,10 +108,14 @@ class TestLease:
     def test_error_of_the_block_is_not_hidden_by_a_lease_that_ended(
         self, writer: SpoolWriter, leasing: SpoolReader
     ) -> None:
+        def work() -> None:
+            with leasing.receive():
+                let_it_end()
+                raise RuntimeError("mine")
+
         writer.put(np.zeros(3))
-        with pytest.raises(RuntimeError, match="mine"), leasing.receive():
-            let_it_end()
-            raise RuntimeError("mine")
+        with pytest.raises(RuntimeError, match="mine"):
+            work()
 
     def test_own_item_whose_lease_ended_comes_back_as_another_delivery(
         self, writer: SpoolWriter, leasing: SpoolReader

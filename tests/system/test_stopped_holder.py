@@ -1,40 +1,41 @@
-"""A process that is stopped while it holds the index lock hangs nobody for ever, and loses nothing."""
+"""A process that is stopped while it holds the lock hangs nobody for ever, and loses nothing."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from audit import audit
+from filelock import lock_descriptor
+from support.locks import lock_file
 from support.peer import Peer
+from support.waits import polls, until
 
-from spoolipc import Full, LockTimeout, SpoolReader, SpoolWriter, lock, stat
+from spoolipc import Full, LockTimeout, SpoolReader, SpoolWriter, stat
 
-HOLD = "import os, signal; writer._sink.party.run(lambda party: os.kill(os.getpid(), signal.SIGSTOP))"
-"""Stop in a locked step."""
-STOP_AFTER_THE_RENAME = """
+STOP_INSIDE = """
 import os, signal
-rename = os.rename
-def stopping(*names, **directories):
-    rename(*names, **directories)
-    os.kill(os.getpid(), signal.SIGSTOP)
-os.rename = stopping
+def stopping(call):
+    def called(*names, **directories):
+        call(*names, **directories)
+        if not stopped:
+            stopped.append(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return called
+stopped = []
+os.rename, os.replace = stopping(os.rename), stopping(os.replace)
+writer.put(np.full(3, 1))
 """
+"""Stop where a put has made its file visible and not yet said so in the table."""
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "spool"
-
-
-@pytest.fixture
-def peer(path: Path) -> Iterator[Peer]:
+def peer(spool: Path) -> Iterator[Peer]:
     """A process with a writer of its own."""
-    with Peer(path) as peer:
+    with Peer(spool) as peer:
         peer.run("writer = SpoolWriter(path)")
         yield peer
 
@@ -46,97 +47,78 @@ def stopped(peer: Peer, code: str) -> None:
     assert os.WIFSTOPPED(status)
 
 
-def test_others_are_told_who_holds_the_lock(path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        writer.put(np.full(3, 1))
-        stopped(peer, HOLD)
-        monkeypatch.setattr(lock, "TIMEOUT", 0.2)
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock of the spool."""
+    fd = os.open(lock_file(path), os.O_RDONLY)
+    try:
+        return not lock_descriptor(fd, blocking=False)
+    finally:
+        os.close(fd)
+
+
+def test_others_are_told_who_holds_the_lock_and_it_finishes_when_it_goes_on(spool: Path, peer: Peer) -> None:
+    def opening(side: type[SpoolReader] | type[SpoolWriter]) -> None:
+        side(spool).close()
+
+    with (
+        SpoolWriter(spool) as writer,
+        SpoolReader(spool) as reader,
+        SpoolReader(spool) as other,
+        ThreadPoolExecutor(6) as aside,
+    ):
+        stopped(peer, STOP_INSIDE)
+        assert is_locked(spool)
         attempts: list[Callable[[], object]] = [
             lambda: writer.put(np.full(3, 2), block=False),
-            reader.get_nowait,
-            lambda: SpoolReader(path),
-            lambda: SpoolWriter(path, maxsize=7),
+            lambda: reader.get(block=False),
+            lambda: other.receive(block=False),
+            lambda: opening(SpoolReader),
+            lambda: opening(SpoolWriter),
         ]
-        for attempt in attempts:
-            begun = time.monotonic()
+        waiting = [aside.submit(attempt) for attempt in attempts]
+        assert str(peer.pid) in stat(spool).stuck_on
+        assert writer.qsize() == reader.qsize() == 0  # a look needs no lock
+        for attempt in waiting:
             with pytest.raises(LockTimeout, match=f"process {peer.pid} .*alive/") as caught:
-                attempt()
+                attempt.result(60)
             assert isinstance(caught.value, TimeoutError)
-            assert time.monotonic() - begun < 5.0
-        assert writer.qsize() == reader.qsize() == 1  # a look needs no lock
-        assert str(peer.pid) in stat(path).stuck_on
-        monkeypatch.undo()
+        assert list((spool / "tmp").iterdir()) == []  # nor was what could not be put left behind
         peer.go()
         peer.answer()
         writer.put(np.full(3, 2))
         assert [int(reader.get_nowait()[0]) for _ in range(2)] == [1, 2]
-        audit(writer._sink.party)
         peer.run("writer.close()")
 
 
-def test_others_wait_for_one_that_goes_on_in_time(
-    path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", ["goes on", "killed"])
+def test_others_wait_for_it_and_go_on_as_soon_as_it_goes_on_or_is_killed(
+    spool: Path, peer: Peer, end: str
 ) -> None:
-    with SpoolWriter(path) as writer:
-        stopped(peer, HOLD)
-        sleep, naps = time.sleep, []
-
-        def nap(seconds: float) -> None:
-            naps.append(seconds)
-            if len(naps) == 20:
-                peer.go()
-            sleep(seconds)
-
-        monkeypatch.setattr(time, "sleep", nap)
-        writer.put(np.full(3, 1))
-        assert len(naps) >= 20
-        assert max(naps) <= 1e-3  # nobody who lets go is waited for much longer
-        peer.answer()
-        peer.run("writer.close()")
-
-
-def test_one_stopped_inside_its_change_and_killed_is_repaired_at_once(
-    path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        peer.run(STOP_AFTER_THE_RENAME)
-        stopped(peer, "writer.put(np.full(3, 1))")
-        monkeypatch.setattr(lock, "TIMEOUT", 0.2)
-        with pytest.raises(LockTimeout):
-            reader.get_nowait()
-        monkeypatch.undo()
-        peer.kill()
-        assert int(reader.get_nowait()[0]) == 1  # its file was in items/ when it died
-        writer.put(np.full(3, 2))
-        assert int(reader.get_nowait()[0]) == 2
-        audit(writer._sink.party)
+    with Peer(spool) as other:
+        other.run("reader = SpoolReader(path); writer = SpoolWriter(path)")
+        stopped(peer, STOP_INSIDE)
+        other.start("ask", "[int(reader.get_nowait()[0]), writer.put(np.full(3, 2))]")
+        until(polls(other.pid))
+        assert is_locked(spool)
+        if end == "killed":
+            peer.kill()
+        else:
+            peer.go()
+        assert other.answer() == [1, 2]  # its file was in items/ when it stopped
+        assert other.ask("int(reader.get_nowait()[0])") == 2
+        other.run("reader.close(); writer.close()")
+        if end == "goes on":
+            peer.answer()
+            peer.run("writer.close()")
 
 
-def test_one_stopped_inside_its_change_finishes_it_when_it_goes_on(
-    path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        peer.run(STOP_AFTER_THE_RENAME)
-        stopped(peer, "writer.put(np.full(3, 1))")
-        monkeypatch.setattr(lock, "TIMEOUT", 0.2)
-        with pytest.raises(LockTimeout):
-            writer.put_nowait(np.full(3, 2))
-        assert list(path.joinpath("tmp").iterdir()) == []  # nor was what could not be put left behind
-        monkeypatch.undo()
-        peer.go()
-        peer.answer()
-        writer.put(np.full(3, 2))
-        assert [int(reader.get_nowait()[0]) for _ in range(2)] == [1, 2]
-        audit(writer._sink.party)
-
-
-def test_a_stopped_process_that_holds_no_lock_is_no_matter(path: Path, peer: Peer) -> None:
-    with SpoolWriter(path, maxsize=2) as writer, SpoolReader(path) as reader:
-        stopped(peer, "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
+def test_a_stopped_process_that_holds_no_lock_is_no_matter(spool: Path, peer: Peer) -> None:
+    with SpoolWriter(spool, maxsize=2) as writer, SpoolReader(spool) as reader:
+        peer.stop()
         for value in range(2):
             writer.put_nowait(np.full(3, value))
         with pytest.raises(Full):
             writer.put_nowait(np.full(3, 2))
         assert [int(reader.get_nowait()[0]) for _ in range(2)] == [0, 1]
         peer.go()
-        peer.answer()
+        peer.run("writer.close()")
