@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.peer import Peer
+from support.waits import start_waiting, until
 
 from spoolipc import SpoolReader, SpoolWriter, stat
 
@@ -31,69 +31,37 @@ def delete(index: Path) -> None:
     index.unlink()
 
 
-DAMAGES: list[Callable[[Path], None]] = [truncate, shorten, overwrite, delete]
+Damage = Callable[[Path], None]
+pytestmark = pytest.mark.parametrize("damage", [truncate, shorten, overwrite, delete])
 
 
-def until_somebody_sleeps(path: Path, kind: str) -> None:
-    """Wait until a flag in the index says that somebody waits at a bell."""
-    from spoolipc import words as W
-
-    start = W.WORD * (W.ITEM_FLAGS if kind == "items" else W.SPACE_FLAGS)
-    pause = threading.Event()
-    for _ in range(20_000):
-        flags = path.joinpath("index").read_bytes()[start : start + 8 * W.WORD]
-        if any(flag > 1 for flag in memoryview(flags).cast("Q")):
-            return
-        pause.wait(0.001)
-    raise AssertionError("nobody waits")
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_waiting_reader_survives_and_gets_the_next_item(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    path = tmp_path / "spool"
-    with SpoolWriter(path) as writer, Peer(path) as peer:
+def test_waiting_reader_survives_and_gets_the_next_item(spool: Path, damage: Damage) -> None:
+    with SpoolWriter(spool) as writer, Peer(spool) as peer:
         peer.run("reader = SpoolReader(path)")
-        peer.start("ask", "int(reader.get(timeout=20)[0])")
-        until_somebody_sleeps(path, "items")
-        damage(path / "index")
-        # A waiting reader looks once a second, and repairs what it finds.
-        pause = threading.Event()
-        for _ in range(20_000):
-            if stat(path).index_damage == "":
-                break
-            pause.wait(0.001)
+        start_waiting(peer, "int(reader.get(timeout=20)[0])")
+        damage(spool / "index")
+        until(lambda: not stat(spool).index_damage)  # it looks once a second, and repairs what it finds
         writer.put(np.full(3, 5))
         assert peer.answer() == 5
         peer.run("reader.close()")
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_waiting_writer_survives_and_puts_when_there_is_room(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    path = tmp_path / "spool"
-    with SpoolReader(path, maxsize=1) as reader, Peer(path) as peer:
+def test_waiting_writer_survives_and_puts_when_there_is_room(spool: Path, damage: Damage) -> None:
+    with SpoolReader(spool, maxsize=1) as reader, Peer(spool) as peer:
         peer.run("writer = SpoolWriter(path); writer.put(np.full(3, 1))")
-        peer.start("ask", "writer.put(np.full(3, 2), timeout=20)")
-        until_somebody_sleeps(path, "space")
-        damage(path / "index")
+        start_waiting(peer, "writer.put(np.full(3, 2), timeout=20)")
+        damage(spool / "index")
         assert int(reader.get(timeout=20)[0]) == 1
         assert peer.answer() == 2
         assert int(reader.get(timeout=20)[0]) == 2
         peer.run("writer.close()")
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_reader_between_calls_finds_everything_that_waits(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    path = tmp_path / "spool"
-    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+def test_session_between_calls_finds_everything_that_waits(spool: Path, damage: Damage) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
         for value in range(5):
             writer.put(np.full(3, value))
-        damage(path / "index")
+        damage(spool / "index")
         assert writer.qsize() == 5
         writer.put(np.full(3, 5))
         assert [int(reader.get_nowait()[0]) for _ in range(6)] == list(range(6))

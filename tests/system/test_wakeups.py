@@ -5,219 +5,302 @@ Times are `time.monotonic`, one clock for all processes of the machine, carried 
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from support.peer import Peer
+from support.waits import naps, polls, start_waiting, until, until_asleep
 
-from spoolipc import ShutDown, SpoolReader, SpoolWriter
-from spoolipc import words as W
+from spoolipc import Empty, SpoolReader, SpoolWriter
 
-SPAWN: Any = multiprocessing.get_context("spawn")
-LATEST = 0.5
-"""Seconds that no wake-up may take: what watchdog would hold back a rename for."""
-
-
-class Sleepers:
-    """Processes that wait on the spool at `path`."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._reader = SpoolReader(path)
-        self._words = self._reader._source.party.look()
-        for flag in range(8):  # set in a new index, as nobody knows who waits
-            self._words[W.ITEM_FLAGS + flag] = self._words[W.SPACE_FLAGS + flag] = 0
-        self.members: list[tuple[Any, Connection]] = []
-
-    def start(self, work: Callable[[Path, Connection], None]) -> Connection:
-        ours, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=work, args=(self._path, theirs))
-        process.start()
-        self.members.append((process, ours))
-        assert ours.poll(30)
-        assert ours.recv() == "begins"
-        return ours  # type: ignore[no-any-return]
-
-    def wait_until_asleep(self, flags: int) -> None:
-        """Wait until somebody's flag is set and every process is off the processor, so that only a ring helps."""
-        deadline = time.monotonic() + 20
-        while not (any(self._words[flags : flags + 8]) and all(map(self._sleeps, self.members))):
-            assert all(process.is_alive() for process, _ in self.members)
-            assert time.monotonic() < deadline, (
-                f"they never sleep: flags {self._words[flags : flags + 8].tolist()}, "
-                f"asleep {list(map(self._sleeps, self.members))}, {self._reader.qsize()} waiting"
-            )
-            time.sleep(0.0001)
-
-    @staticmethod
-    def _sleeps(member: tuple[Any, Connection]) -> bool:
-        pid = member[0].pid
-        return Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
-
-    def wait_until_consumed(self) -> None:
-        deadline = time.monotonic() + 20
-        while not self._reader.empty():
-            assert time.monotonic() < deadline, "an item was not taken"
-            time.sleep(0.0001)
-
-    def clear(self) -> None:
-        for process, pipe in self.members:
-            pipe.close()
-            if process.is_alive():
-                process.kill()
-            process.join()
-        self._reader.close()
+LOOK = 1.0
+"""Seconds after which whoever sleeps looks by itself."""
+LATEST = 0.8
+"""Seconds that no wake-up may take: what is missed by one who fell asleep just now takes LOOK."""
+READ_STAMPS = "[time.monotonic() - float(array[0]) for array in reader]"
+"""How long each item took from just before its put."""
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "spool"
+def peers(spool: Path) -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as peers:
+        yield peers
 
 
-@pytest.fixture
-def sleepers(path: Path) -> Iterator[Sleepers]:
-    sleepers = Sleepers(path)
-    yield sleepers
-    sleepers.clear()
+def reading(peers: contextlib.ExitStack, spool: Path) -> Peer:
+    """A process that reads to the end and answers with how long each item took; it sleeps already."""
+    peer = peers.enter_context(Peer(spool))
+    peer.run("reader = SpoolReader(path)")
+    start_waiting(peer, READ_STAMPS)
+    return peer
 
 
-def received(pipe: Connection) -> Any:
-    assert pipe.poll(30), "the other process says nothing"
-    return pipe.recv()
+def stamp(size: int = 1) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.full(size, time.monotonic())
 
 
-def late(seconds: list[float]) -> list[float]:
-    return [each for each in seconds if not 0 <= each < LATEST]
+def none_is_late(seconds: list[float], count: int) -> None:
+    assert len(seconds) == count
+    assert [each for each in seconds if not 0 <= each < LATEST] == []
 
 
-def read_stamps(path: Path, pipe: Connection) -> None:
-    """Get until the end; send how many seconds each item took from just before its put."""
-    seconds = []
-    with SpoolReader(path) as reader:
-        pipe.send("begins")
-        for array in reader:
-            seconds.append(time.monotonic() - float(array[0]))
-    pipe.send(seconds)
-
-
-def write_stamps(path: Path, pipe: Connection) -> None:
-    """Put until the end; send when each put was done."""
-    done = []
-    with SpoolWriter(path) as writer:
-        pipe.send("begins")
-        try:
-            while True:
-                writer.put(np.zeros(1000))
-                done.append(time.monotonic())
-        except ShutDown:
-            pipe.send(done)
-
-
-@pytest.mark.parametrize("size", [1, 5000])
-def test_a_thousand_wake_ups_of_an_idle_reader_none_lost_and_none_late(
-    path: Path, sleepers: Sleepers, size: int
+@pytest.mark.parametrize(("times", "size"), [(400, 1), (100, 5000)])
+def test_idle_reader_is_woken_by_each_item(
+    spool: Path, peers: contextlib.ExitStack, times: int, size: int
 ) -> None:
-    times = 1000 if size == 1 else 200
-    with SpoolWriter(path) as writer:
-        reader = sleepers.start(read_stamps)
+    with SpoolWriter(spool) as writer:
+        reader = reading(peers, spool)
         for _ in range(times):
-            sleepers.wait_until_asleep(W.ITEM_FLAGS)
-            writer.put(np.full(size, time.monotonic()))
-            sleepers.wait_until_consumed()
+            until_asleep(reader.pid)
+            writer.put(stamp(size))
+            until(lambda: not writer.qsize())
         writer.shutdown()
-        seconds = received(reader)
-    assert len(seconds) == times
-    assert late(seconds) == []
+        none_is_late(reader.answer(), times)
 
 
-def test_wake_ups_by_many_short_lived_writers(path: Path, sleepers: Sleepers) -> None:
-    reader = sleepers.start(read_stamps)
+def test_reader_is_woken_at_whatever_moment_an_item_comes(spool: Path, peers: contextlib.ExitStack) -> None:
+    """The items fall before, between and after its last looks."""
+    with SpoolWriter(spool) as writer:
+        reader = reading(peers, spool)
+        for number in range(2000):
+            writer.put(stamp())
+            while writer.qsize():
+                os.sched_yield()
+            for _ in range(number % 100):
+                os.sched_yield()
+        writer.shutdown()
+        none_is_late(reader.answer(), 2000)
+
+
+def test_reader_is_woken_by_many_short_lived_writers(spool: Path, peers: contextlib.ExitStack) -> None:
+    reader = reading(peers, spool)
     for _ in range(100):
-        sleepers.wait_until_asleep(W.ITEM_FLAGS)
-        with SpoolWriter(path) as writer:
-            writer.put(np.full(1, time.monotonic()))
-        sleepers.wait_until_consumed()
-    with SpoolWriter(path) as writer:
+        until_asleep(reader.pid)
+        with SpoolWriter(spool) as writer:
+            writer.put(stamp())
+            until(lambda: not writer.qsize())
+    with SpoolWriter(spool) as writer:
         writer.shutdown()
-    seconds = received(reader)
-    assert len(seconds) == 100
-    assert late(seconds) == []
+    none_is_late(reader.answer(), 100)
 
 
-def test_as_many_sleeping_readers_wake_as_items_come(path: Path, sleepers: Sleepers) -> None:
-    """More readers than items, as many, and fewer; sooner or later two of them share a bell."""
-    with SpoolWriter(path) as writer:
-        readers = [sleepers.start(read_stamps) for _ in range(4)]
+def test_as_many_sleeping_readers_wake_as_items_come(spool: Path, peers: contextlib.ExitStack) -> None:
+    """More readers than items, as many, and fewer."""
+    with SpoolWriter(spool) as writer:
+        readers = [reading(peers, spool) for _ in range(4)]
         put = 0
-        for count in (1, 2, 4, 7) * 20:
-            sleepers.wait_until_asleep(W.ITEM_FLAGS)
+        for count in (1, 2, 4, 7) * 12:
+            for reader in readers:
+                until_asleep(reader.pid)
             for _ in range(count):
-                writer.put(np.full(1, time.monotonic()))
+                writer.put(stamp())
             put += count
-            sleepers.wait_until_consumed()
+            until(lambda: not writer.qsize())
         writer.shutdown()
-        seconds = [each for reader in readers for each in received(reader)]
-    assert len(seconds) == put
-    assert late(seconds) == []
+        none_is_late([each for reader in readers for each in reader.answer()], put)
 
 
-def test_wake_ups_of_a_writer_that_waits_for_space(path: Path, sleepers: Sleepers) -> None:
-    times = 300
-    with SpoolWriter(path, maxsize=1) as other, SpoolReader(path) as reader:
-        waiting = sleepers.start(write_stamps)
+TWENTY = """
+import threading
+readers = [SpoolReader(path), SpoolReader(path)]
+found = []
+def wait(k):
+    array = readers[k % 2].get()
+    found.append(time.monotonic() - float(array[0]))
+threads = [threading.Thread(target=wait, args=(k,)) for k in range(5)]
+for thread in threads:
+    thread.start()
+ids = [thread.native_id for thread in threads]
+"""
+
+
+def test_one_item_wakes_one_of_twenty_waiters_and_nineteen_more_the_rest(
+    spool: Path, peers: contextlib.ExitStack
+) -> None:
+    """Four processes, two readers in each, and threads that share them."""
+    with SpoolWriter(spool) as writer:
+        four = [peers.enter_context(Peer(spool)) for _ in range(4)]
+        for peer in four:
+            peer.run(TWENTY)
+            for thread in peer.ask("ids"):
+                until_asleep(peer.pid, thread)
+        writer.put(stamp())
+        until(lambda: not writer.qsize())
+        until(lambda: sum(peer.ask("len(found)") for peer in four) == 1)
+        writer.put_many([stamp() for _ in range(19)])
+        for peer in four:
+            peer.run("for thread in threads: thread.join()")
+        none_is_late([each for peer in four for each in peer.ask("found")], 20)
+
+
+def test_crashed_waiter_takes_no_wake_up_from_others(spool: Path, peers: contextlib.ExitStack) -> None:
+    """Until it is known to have crashed it may: then the next item waits for the look once a second."""
+    with SpoolWriter(spool) as writer:
+        sleeper = reading(peers, spool)
+        for crashing in [reading(peers, spool) for _ in range(5)]:
+            crashing.kill()
+        writer.put(stamp())
+        until(lambda: not writer.qsize())
+        slept = naps(sleeper.pid)
+        until(lambda: naps(sleeper.pid) >= slept + 3)  # it looked by itself, and again
+        for _ in range(10):
+            until_asleep(sleeper.pid)
+            writer.put(stamp())
+            until(lambda: not writer.qsize())
+        writer.shutdown()
+        first, *others = sleeper.answer()
+        assert first < LOOK + LATEST
+        none_is_late(others, 10)
+
+
+def test_waiter_that_ran_out_of_time_takes_no_wake_up_from_others(
+    spool: Path, peers: contextlib.ExitStack
+) -> None:
+    with SpoolWriter(spool) as writer, contextlib.ExitStack() as left:
+        sleeper = reading(peers, spool)
+        for number in range(20):
+            reader = left.enter_context(SpoolReader(spool))
+            with pytest.raises(Empty):
+                reader.get(timeout=0.05)
+            if number % 2:
+                reader.close()
+            until_asleep(sleeper.pid)
+            writer.put(stamp())
+            until(lambda: not writer.qsize())
+        writer.shutdown()
+        none_is_late(sleeper.answer(), 20)
+
+
+def test_writer_that_waits_for_space_is_woken_by_each_free_place(
+    spool: Path, peers: contextlib.ExitStack
+) -> None:
+    times = 200
+    with SpoolWriter(spool, maxsize=1) as other, SpoolReader(spool) as reader:
+        writer = peers.enter_context(Peer(spool))
+        writer.run("writer = SpoolWriter(path); writer.put(np.zeros(1000))")
+        start_waiting(writer, f"[[writer.put(np.zeros(1000)), time.monotonic()][1] for _ in range({times})]")
         freed = []
         for _ in range(times):
-            sleepers.wait_until_asleep(W.SPACE_FLAGS)
+            until_asleep(writer.pid)
             freed.append(time.monotonic())
             reader.get(timeout=20)
-        sleepers.wait_until_asleep(W.SPACE_FLAGS)
-        other.shutdown()
-        done = received(waiting)
-    assert len(done) == times + 1
-    assert late([after - before for before, after in zip(freed, done[1:], strict=True)]) == []
+            until(other.full)
+        none_is_late([after - before for before, after in zip(freed, writer.answer(), strict=True)], times)
 
 
-def test_wake_ups_where_nothing_reports_changes(
-    path: Path, sleepers: Sleepers, monkeypatch: pytest.MonkeyPatch
+def test_requeued_item_wakes_a_reader(spool: Path, peers: contextlib.ExitStack) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as holder:
+        writer.put_many([np.zeros(1)] * 20)
+        items = [holder.receive() for _ in range(20)]
+        reader = peers.enter_context(Peer(spool))
+        reader.run("reader = SpoolReader(path)")
+        start_waiting(reader, "[[reader.get(), time.monotonic()][1] for _ in range(20)]")
+        began = []
+        for item in items:
+            until_asleep(reader.pid)
+            began.append(time.monotonic())
+            item.nack()
+            until(lambda: not writer.qsize())
+        none_is_late([came - each for came, each in zip(reader.answer(), began, strict=True)], 20)
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["itself", "another"])
+def test_reader_sleeps_until_the_delay_of_an_item_ends(
+    spool: Path, peers: contextlib.ExitStack, knows: bool
+) -> None:
+    """Whether it requeued the item itself, or sleeps already, knowing nothing of the delay, when another does."""
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as holder:
+        writer.put(np.zeros(1))
+        peer = peers.enter_context(Peer(spool))
+        peer.run("reader = SpoolReader(path)")
+        wait = "[reader.get(), time.monotonic()][1]"
+        if knows:
+            peer.run("item = reader.receive(); began = time.monotonic(); item.nack(delay=0.3)")
+            began = peer.ask("began")
+            start_waiting(peer, wait)
+        else:
+            item = holder.receive()
+            start_waiting(peer, wait)
+            began = time.monotonic()
+            item.nack(delay=0.3)
+        slept = naps(peer.pid)
+        assert 0.3 <= peer.answer() - began < LATEST
+        assert naps(peer.pid) - slept < 20  # it does not poll
+
+
+@pytest.mark.parametrize("side", ["items", "space"])
+def test_interrupt_ends_a_wait_at_once_and_the_next_call_works(
+    spool: Path, peers: contextlib.ExitStack, side: str
+) -> None:
+    call = {"items": "reader.get()", "space": "writer.put(np.zeros(3))"}[side]
+    with SpoolWriter(spool, maxsize=1) as writer, SpoolReader(spool) as reader:
+        peer = peers.enter_context(Peer(spool))
+        peer.run(
+            "reader, writer = SpoolReader(path), SpoolWriter(path)\n"
+            f"def end():\n try: {call}\n except KeyboardInterrupt: return time.monotonic()"
+        )
+        if side == "space":
+            writer.put(np.zeros(3))
+        start_waiting(peer, "end()")
+        began = time.monotonic()
+        os.kill(peer.pid, signal.SIGINT)
+        none_is_late([peer.answer() - began], 1)
+        if side == "space":
+            reader.get()
+            peer.run(call)
+        else:
+            writer.put(np.zeros(3))
+            assert peer.ask("len(reader.get_nowait())") == 3
+
+
+def test_polling_can_be_asked_for_and_then_wakes_too(
+    spool: Path, peers: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPOOLIPC_WATCH", "polling")
-    with SpoolWriter(path) as writer:
-        reader = sleepers.start(read_stamps)
-        for _ in range(100):
-            writer.put(np.full(1, time.monotonic()))
-            sleepers.wait_until_consumed()
+    with SpoolWriter(spool) as writer:
+        reader = peers.enter_context(Peer(spool))
+        reader.run(
+            "import logging, threading\nlines = []\nkeep = logging.Handler()\nkeep.emit = lines.append\n"
+            "logging.getLogger('spoolipc').addHandler(keep)\nreader = SpoolReader(path)"
+        )
+        reader.start("ask", READ_STAMPS)
+        for _ in range(20):
+            until(polls(reader.pid))
+            writer.put(stamp())
+            until(lambda: not writer.qsize())
         writer.shutdown()
-        seconds = received(reader)
-    assert len(seconds) == 100
-    assert late(seconds) == []
+        none_is_late(reader.answer(), 20)
+        assert reader.ask("[stat(path).waiting_mode, threading.active_count(), len(lines)]") == [
+            "polling",
+            1,
+            0,
+        ]
 
 
-def test_item_given_back_wakes_a_reader(path: Path, sleepers: Sleepers) -> None:
-    """The item is put while nobody sleeps; what wakes the reader is that its holder gives it back."""
-    with SpoolWriter(path) as writer, SpoolReader(path) as holder:
-        writer.put(np.zeros(1))
-        (delivery,) = holder._source.claim(1, None)
-        reader = sleepers.start(read_stamps)
-        sleepers.wait_until_asleep(W.ITEM_FLAGS)
-        began = time.monotonic()
-        holder._source.nack(delivery, 0, "on purpose")
-        sleepers.wait_until_consumed()
-        assert time.monotonic() - began < LATEST
-        writer.shutdown()
-        assert len(received(reader)) == 1
+WAIT_AND_LEAVE = """
+import gc, os, threading
+def once(close):
+    reader = SpoolReader(path)
+    try: reader.get(timeout=0.01)
+    except Empty: pass
+    if close: reader.close()
+def left():
+    gc.collect()
+    once(close=True)
+    return [len(os.listdir("/proc/self/fd")), threading.active_count()]
+"""
 
 
-def test_delay_of_an_item_given_back_is_kept(path: Path, sleepers: Sleepers) -> None:
-    with SpoolWriter(path) as writer, SpoolReader(path) as holder:
-        for delay in (0.05, 0.3):
-            writer.put(np.zeros(1))
-            (delivery,) = holder._source.claim(1, None)
-            began = time.monotonic()
-            holder._source.nack(delivery, delay, "on purpose")
-            holder.get(timeout=20)
-            assert delay <= time.monotonic() - began < delay + LATEST
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
+def test_sessions_that_waited_leave_no_descriptor_and_no_thread(spool: Path, close: bool) -> None:
+    with SpoolWriter(spool), Peer(spool) as peer:
+        peer.run(WAIT_AND_LEAVE)
+        before = peer.ask("left()")
+        peer.run(f"for _ in range(20): once({close})")
+        assert peer.ask("left()") == before
