@@ -28,18 +28,13 @@ from spoolipc import (
 LARGE = 5000
 CRASHED = "its reader died"
 """What the history says of a reader that crashed."""
+Pair = tuple[SpoolWriter, SpoolReader]
 
 
 @pytest.fixture
-def writer(spool: Path) -> Iterator[SpoolWriter]:
-    with SpoolWriter(spool, max_attempts=3) as writer:
-        yield writer
-
-
-@pytest.fixture
-def reader(writer: SpoolWriter, spool: Path) -> Iterator[SpoolReader]:
-    with SpoolReader(spool) as reader:
-        yield reader
+def pair(spool: Path) -> Iterator[Pair]:
+    with SpoolWriter(spool, max_attempts=3) as writer, SpoolReader(spool) as reader:
+        yield writer, reader
 
 
 def work(reader: SpoolReader) -> None:
@@ -48,9 +43,8 @@ def work(reader: SpoolReader) -> None:
         assert item.array[0], "a zero"
 
 
-def test_poison_item_is_dead_lettered_after_max_attempts_and_the_rest_flows(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
-) -> None:
+def test_poison_item_is_dead_lettered_after_max_attempts_and_the_rest_flows(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     began = time.time()
     poison = writer.put(np.zeros(LARGE), meta={"from": "camera"})
     for number in (1, 2):
@@ -74,9 +68,8 @@ def test_poison_item_is_dead_lettered_after_max_attempts_and_the_rest_flows(
     assert list((spool / "items").iterdir()) == []
 
 
-def test_every_way_to_fail_counts_as_an_attempt(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
-) -> None:
+def test_every_way_to_fail_counts_as_an_attempt(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     seq = writer.put(np.zeros(3))
     with Peer(spool) as peer:
         peer.run("item = SpoolReader(path).receive()")
@@ -96,9 +89,8 @@ def test_every_way_to_fail_counts_as_an_attempt(
     assert [failure.who for failure in history] == [f"process {peer.pid}", here, here]
 
 
-def test_delay_of_the_last_attempt_means_nothing(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
-) -> None:
+def test_delay_of_the_last_attempt_means_nothing(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     seq = writer.put(np.zeros(3))
     for _ in range(2):
         reader.receive(block=False).nack()
@@ -107,7 +99,7 @@ def test_delay_of_the_last_attempt_means_nothing(
 
 
 @pytest.mark.parametrize(("limit", "most"), [(None, 5), (1, 1), (0, None)])
-def test_limit_of_attempts_is_five_unless_another_or_none_is_asked_for(
+def test_limit_of_attempts_is_five_or_what_the_first_asked_for(
     spool: Path, limit: int | None, most: int | None
 ) -> None:
     with SpoolWriter(spool, max_attempts=limit) as writer, SpoolReader(spool) as reader:
@@ -119,16 +111,13 @@ def test_limit_of_attempts_is_five_unless_another_or_none_is_asked_for(
         letters = [(letter.seq, letter.attempts) for letter in failed_list(spool)]
         assert letters == ([(seq, most)] if most else [])
         assert reader.qsize() == (0 if most else 1)
+        if limit is not None:
+            with pytest.raises(LimitMismatch, match=f"max_attempts={limit}"):
+                SpoolReader(spool, max_attempts=4)
 
 
-def test_who_asks_for_another_limit_is_refused(writer: SpoolWriter, spool: Path) -> None:
-    with pytest.raises(LimitMismatch, match="max_attempts=3"):
-        SpoolReader(spool, max_attempts=4)
-
-
-def test_rejected_item_is_dead_lettered_at_once_with_its_reason(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
-) -> None:
+def test_rejected_item_is_dead_lettered_at_once_with_its_reason(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     seq = writer.put({"a": np.zeros(3), "b": np.ones(LARGE)}, meta=[1])
     reader.receive().nack(reason="first")
     reader.receive().reject("not a frame")
@@ -142,7 +131,8 @@ def test_rejected_item_is_dead_lettered_at_once_with_its_reason(
         reader.receive(block=False)
 
 
-def test_retried_item_starts_afresh(writer: SpoolWriter, reader: SpoolReader, spool: Path) -> None:
+def test_retried_item_starts_afresh(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     seq = writer.put(np.full(LARGE, 4.0), meta="m")
     reader.receive().reject("on purpose")
     ((old, new),) = failed_retry(spool, [seq]).seqs.items()
@@ -154,8 +144,9 @@ def test_retried_item_starts_afresh(writer: SpoolWriter, reader: SpoolReader, sp
 
 
 def test_dead_letters_outlive_the_index_and_their_numbers_are_not_given_again(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
+    pair: Pair, spool: Path
 ) -> None:
+    writer, reader = pair
     seq = writer.put(np.zeros(3))
     reader.receive().reject("on purpose")
     (spool / "index").unlink()
@@ -164,9 +155,8 @@ def test_dead_letters_outlive_the_index_and_their_numbers_are_not_given_again(
     reader.get()
 
 
-def test_last_item_dead_lettered_ends_a_spool_that_was_shut_down(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
-) -> None:
+def test_last_item_dead_lettered_ends_a_spool_that_was_shut_down(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     writer.put(np.zeros(3))
     with SpoolReader(spool) as other:
         item = other.receive()
@@ -179,9 +169,8 @@ def test_last_item_dead_lettered_ends_a_spool_that_was_shut_down(
 
 
 @pytest.mark.parametrize("reason", ["größe\n\x00\u2028", "x" * 100_000], ids=["odd", "long"])
-def test_long_or_odd_reason_is_kept_as_text(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path, reason: str
-) -> None:
+def test_long_or_odd_reason_is_kept_as_text(pair: Pair, spool: Path, reason: str) -> None:
+    writer, reader = pair
     seq = writer.put(np.zeros(3))
     reader.receive().reject(reason)
     assert failed_show(spool, seq).reason == reason[:4096]
@@ -189,7 +178,8 @@ def test_long_or_odd_reason_is_kept_as_text(
     assert json.loads(line)["attempt"] == 1
 
 
-def test_torn_line_of_a_history_is_passed_over(writer: SpoolWriter, reader: SpoolReader, spool: Path) -> None:
+def test_torn_line_of_a_history_is_passed_over(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     seq = writer.put(np.zeros(3))
     reader.receive().nack(reason="one")
     with open(spool / "failed" / f"{seq:020d}.jsonl", "a") as file:
@@ -202,9 +192,8 @@ def test_torn_line_of_a_history_is_passed_over(writer: SpoolWriter, reader: Spoo
 
 
 @pytest.mark.damaged  # a directory lies where the history should
-def test_history_that_cannot_be_written_keeps_nobody_from_the_items(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
-) -> None:
+def test_history_that_cannot_be_written_keeps_nobody_from_the_items(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     seq = writer.put(np.zeros(LARGE))
     (spool / "failed" / f"{seq:020d}.jsonl").mkdir()
     for attempt in (1, 2, 3):
@@ -248,9 +237,8 @@ def test_reader_that_crashes_on_a_full_file_system_blocks_nobody(tmp_path: Path)
         subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_damaged_item_that_get_passes_over_is_a_dead_letter_too(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path
-) -> None:
+def test_damaged_item_that_get_passes_over_is_a_dead_letter_too(pair: Pair, spool: Path) -> None:
+    writer, reader = pair
     seq = writer.put(np.zeros(LARGE))
     writer.put(np.ones(LARGE))
     os.truncate(spool / "items" / f"{seq:020d}.npy", 5000)

@@ -62,35 +62,15 @@ class Forked:
         return os.waitstatus_to_exitcode(status)
 
 
-class Gate:
-    """What a process and its forks wait at until one of them opens it, once for each who waits."""
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-
-    def open(self, times: int = 1) -> None:
-        os.write(self._write, b"." * times)
-
-    def wait(self) -> None:
-        assert os.read(self._read, 1) == b"."
-
-    def close(self) -> None:
-        os.close(self._read)
-        os.close(self._write)
-
-
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    """For the child to wait at."""
-    with contextlib.closing(Gate()) as gate:
-        yield gate
+def gate() -> Iterator[int]:
+    """An eventfd for the child to wait at."""
+    fd = os.eventfd(0, os.EFD_SEMAPHORE)
+    yield fd
+    os.close(fd)
 
 
-@pytest.fixture
-def ready() -> Iterator[Gate]:
-    """For the parent to wait at."""
-    with contextlib.closing(Gate()) as gate:
-        yield gate
+ready = gate  # another one, for the parent to wait at
 
 
 def crash() -> None:
@@ -129,25 +109,25 @@ def test_child_and_parent_both_put_and_get(writer: SpoolWriter, reader: SpoolRea
 
 
 def test_child_is_a_session_of_its_own_once_it_uses_the_spool(
-    writer: SpoolWriter, spool: Path, gate: Gate, ready: Gate
+    writer: SpoolWriter, spool: Path, gate: int, ready: int
 ) -> None:
     def sessions() -> set[str]:
         return set(os.listdir(spool / "alive"))
 
     def work() -> None:
-        gate.wait()
+        os.eventfd_read(gate)
         writer.put(full_of(1))
-        ready.open()
-        gate.wait()
+        os.eventfd_write(ready, 1)
+        os.eventfd_read(gate)
 
     before = sessions()
     child = Forked(work)
     assert sessions() == before
-    gate.open()
-    ready.wait()
+    os.eventfd_write(gate, 1)
+    os.eventfd_read(ready)
     assert len(sessions()) == len(before) + 1
     assert before < sessions()
-    gate.open()
+    os.eventfd_write(gate, 1)
     assert child.ended() == 0
 
 
@@ -182,18 +162,18 @@ def test_end_of_the_child_is_not_the_parents(
 
 @pytest.mark.parametrize("generations", [1, 2])
 def test_crash_of_the_parent_is_noticed_though_a_child_lives_that_never_used_the_spool(
-    writer: SpoolWriter, spool: Path, gate: Gate, ready: Gate, generations: int
+    writer: SpoolWriter, spool: Path, gate: int, ready: int, generations: int
 ) -> None:
     writer.put(full_of(1))
 
     def descend(item: Item, left: int) -> None:
         if left == 0:
-            ready.open()
-            gate.wait()
+            os.eventfd_write(ready, 1)
+            os.eventfd_read(gate)
             return
         Forked(lambda: descend(item, left - 1))
         if left < generations:
-            gate.wait()
+            os.eventfd_read(gate)
 
     def parent() -> None:
         item = SpoolReader(spool).receive()
@@ -201,13 +181,13 @@ def test_crash_of_the_parent_is_noticed_though_a_child_lives_that_never_used_the
         crash()
 
     child = Forked(parent)
-    ready.wait()
+    os.eventfd_read(ready)
     assert child.ended() == -signal.SIGKILL
     try:
         with SpoolReader(spool) as reader:
             assert (reader.get(timeout=5) == 1).all()
     finally:
-        gate.open(generations)
+        os.eventfd_write(gate, generations)
 
 
 def test_grandchild_closes_no_descriptor_of_its_parent(writer: SpoolWriter, reader: SpoolReader) -> None:
@@ -231,7 +211,7 @@ def test_grandchild_closes_no_descriptor_of_its_parent(writer: SpoolWriter, read
 
 @pytest.mark.parametrize("acknowledged", ["before the fork", "after the fork"])
 def test_views_alive_at_the_fork_stay_in_the_child_when_the_parent_lets_go(
-    writer: SpoolWriter, reader: SpoolReader, gate: Gate, acknowledged: str
+    writer: SpoolWriter, reader: SpoolReader, gate: int, acknowledged: str
 ) -> None:
     for number in range(6):
         writer.put(full_of(number))
@@ -244,7 +224,7 @@ def test_views_alive_at_the_fork_stay_in_the_child_when_the_parent_lets_go(
         del item
 
     def work() -> None:
-        gate.wait()
+        os.eventfd_read(gate)
         for number, view in enumerate(views):
             assert (view == number).all()
 
@@ -254,7 +234,7 @@ def test_views_alive_at_the_fork_stay_in_the_child_when_the_parent_lets_go(
         items.pop().ack()
     gc.collect()
     traffic(writer, reader)
-    gate.open()
+    os.eventfd_write(gate, 1)
     assert child.ended() == 0
 
 
@@ -277,7 +257,7 @@ def test_views_alive_at_the_fork_stay_in_the_parent_whatever_the_child_does(
 
 
 def test_views_got_in_a_child_stay_when_it_forks_and_crashes(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path, gate: Gate, ready: Gate
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, gate: int, ready: int
 ) -> None:
     """A crashed reader's files are not written again, as its child may look at them."""
     writer.put(full_of(1))
@@ -287,20 +267,20 @@ def test_views_got_in_a_child_stay_when_it_forks_and_crashes(
         view = reader.get()
 
         def look() -> None:
-            gate.wait()
+            os.eventfd_read(gate)
             assert (view == 1).all()
             checked.touch()
 
         Forked(look)
-        ready.open()
+        os.eventfd_write(ready, 1)
         crash()
 
     child = Forked(work)
-    ready.wait()
+    os.eventfd_read(ready)
     assert child.ended() == -signal.SIGKILL
     with SpoolReader(spool) as other:
         traffic(writer, other)
-    gate.open()
+    os.eventfd_write(gate, 1)
     until(checked.exists)
 
 
@@ -394,7 +374,7 @@ def test_fork_while_another_thread_opens_the_spool_leaves_no_session_locked(spoo
 
 
 def test_child_that_waits_is_woken_and_so_is_its_parent(
-    writer: SpoolWriter, reader: SpoolReader, gate: Gate
+    writer: SpoolWriter, reader: SpoolReader, gate: int
 ) -> None:
     """Both waited before the fork, so that what tells of events was inherited."""
     with pytest.raises(Empty):
@@ -409,7 +389,7 @@ def test_child_that_waits_is_woken_and_so_is_its_parent(
 
     def work() -> None:
         assert woken() < LATEST
-        gate.wait()
+        os.eventfd_read(gate)
 
     child = Forked(work)
     until_asleep(child.pid)
@@ -421,15 +401,13 @@ def test_child_that_waits_is_woken_and_so_is_its_parent(
         until_asleep(os.getpid(), threads[0])
         writer.put(np.array([time.monotonic()]))
         assert waiting.result(20) < LATEST
-    gate.open()
+    os.eventfd_write(gate, 1)
     assert child.ended() == 0
 
 
-def test_child_finds_a_spool_deleted_after_the_fork_gone(
-    writer: SpoolWriter, spool: Path, gate: Gate
-) -> None:
+def test_child_finds_a_spool_deleted_after_the_fork_gone(writer: SpoolWriter, spool: Path, gate: int) -> None:
     def work() -> None:
-        gate.wait()
+        os.eventfd_read(gate)
         for _ in range(2):
             with pytest.raises(OSError, match="no spool"):
                 writer.put(full_of(1))
@@ -437,6 +415,6 @@ def test_child_finds_a_spool_deleted_after_the_fork_gone(
 
     child = Forked(work)
     shutil.rmtree(spool)
-    gate.open()
+    os.eventfd_write(gate, 1)
     assert child.ended() == 0
     assert not spool.exists()

@@ -101,19 +101,6 @@ def test_every_item_arrives_once_and_whole_and_each_writers_in_order(spool: Path
         assert list((spool / part).iterdir()) == []
 
 
-def test_arrays_go_back_and_forth(spool: Path, tmp_path: Path) -> None:
-    back = tmp_path / "back"
-    with Peer(spool) as peer, SpoolWriter(spool) as writer, SpoolReader(back) as reader:
-        peer.run(f"back = SpoolWriter({str(back)!r})")
-        peer.start("run", "for array in SpoolReader(path): back.put(array)")
-        for number in range(300):
-            sent = item(number % WRITERS, number)
-            writer.put(sent)
-            assert (reader.get(timeout=20) == sent).all()
-        writer.shutdown()
-        peer.answer()
-
-
 @pytest.mark.parametrize("immediate", [False, True])
 @pytest.mark.parametrize("side", ["items", "space"])
 def test_shutdown_wakes_who_waits_in_other_processes(spool: Path, side: str, immediate: bool) -> None:

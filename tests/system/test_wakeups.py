@@ -23,17 +23,18 @@ LOOK = 1.0
 """Seconds after which whoever sleeps looks by itself."""
 LATEST = 0.8
 """Seconds that no wake-up may take: what is missed by one who fell asleep just now takes LOOK."""
+Peers = contextlib.ExitStack
 READ_STAMPS = "[time.monotonic() - float(array[0]) for array in reader]"
 """How long each item took from just before its put."""
 
 
 @pytest.fixture
-def peers(spool: Path) -> Iterator[contextlib.ExitStack]:
+def peers(spool: Path) -> Iterator[Peers]:
     with contextlib.ExitStack() as peers:
         yield peers
 
 
-def reading(peers: contextlib.ExitStack, spool: Path) -> Peer:
+def reading(peers: Peers, spool: Path) -> Peer:
     """A process that reads to the end and answers with how long each item took; it sleeps already."""
     peer = peers.enter_context(Peer(spool))
     peer.run("reader = SpoolReader(path)")
@@ -50,21 +51,23 @@ def none_is_late(seconds: list[float], count: int) -> None:
     assert [each for each in seconds if not 0 <= each < LATEST] == []
 
 
-@pytest.mark.parametrize(("times", "size"), [(400, 1), (100, 5000)])
+@pytest.mark.parametrize(("times", "size", "lasting"), [(300, 1, True), (100, 5000, True), (100, 1, False)])
 def test_idle_reader_is_woken_by_each_item(
-    spool: Path, peers: contextlib.ExitStack, times: int, size: int
+    spool: Path, peers: Peers, times: int, size: int, lasting: bool
 ) -> None:
-    with SpoolWriter(spool) as writer:
+    """Of one writer, or each of one that lives for that item only."""
+    with SpoolWriter(spool) as one:
         reader = reading(peers, spool)
         for _ in range(times):
             until_asleep(reader.pid)
-            writer.put(stamp(size))
-            until(lambda: not writer.qsize())
-        writer.shutdown()
+            with contextlib.nullcontext(one) if lasting else SpoolWriter(spool) as writer:
+                writer.put(stamp(size))
+            until(lambda: not one.qsize())
+        one.shutdown()
         none_is_late(reader.answer(), times)
 
 
-def test_reader_is_woken_at_whatever_moment_an_item_comes(spool: Path, peers: contextlib.ExitStack) -> None:
+def test_reader_is_woken_at_whatever_moment_an_item_comes(spool: Path, peers: Peers) -> None:
     """The items fall before, between and after its last looks."""
     with SpoolWriter(spool) as writer:
         reader = reading(peers, spool)
@@ -78,19 +81,7 @@ def test_reader_is_woken_at_whatever_moment_an_item_comes(spool: Path, peers: co
         none_is_late(reader.answer(), 2000)
 
 
-def test_reader_is_woken_by_many_short_lived_writers(spool: Path, peers: contextlib.ExitStack) -> None:
-    reader = reading(peers, spool)
-    for _ in range(100):
-        until_asleep(reader.pid)
-        with SpoolWriter(spool) as writer:
-            writer.put(stamp())
-            until(lambda: not writer.qsize())
-    with SpoolWriter(spool) as writer:
-        writer.shutdown()
-    none_is_late(reader.answer(), 100)
-
-
-def test_as_many_sleeping_readers_wake_as_items_come(spool: Path, peers: contextlib.ExitStack) -> None:
+def test_as_many_sleeping_readers_wake_as_items_come(spool: Path, peers: Peers) -> None:
     """More readers than items, as many, and fewer."""
     with SpoolWriter(spool) as writer:
         readers = [reading(peers, spool) for _ in range(4)]
@@ -120,9 +111,7 @@ ids = [thread.native_id for thread in threads]
 """
 
 
-def test_one_item_wakes_one_of_twenty_waiters_and_nineteen_more_the_rest(
-    spool: Path, peers: contextlib.ExitStack
-) -> None:
+def test_one_item_wakes_one_of_twenty_waiters_and_nineteen_more_the_rest(spool: Path, peers: Peers) -> None:
     """Four processes, two readers in each, and threads that share them."""
     with SpoolWriter(spool) as writer:
         four = [peers.enter_context(Peer(spool)) for _ in range(4)]
@@ -139,7 +128,7 @@ def test_one_item_wakes_one_of_twenty_waiters_and_nineteen_more_the_rest(
         none_is_late([each for peer in four for each in peer.ask("found")], 20)
 
 
-def test_crashed_waiter_takes_no_wake_up_from_others(spool: Path, peers: contextlib.ExitStack) -> None:
+def test_crashed_waiter_takes_no_wake_up_from_others(spool: Path, peers: Peers) -> None:
     """Until it is known to have crashed it may: then the next item waits for the look once a second."""
     with SpoolWriter(spool) as writer:
         sleeper = reading(peers, spool)
@@ -159,9 +148,7 @@ def test_crashed_waiter_takes_no_wake_up_from_others(spool: Path, peers: context
         none_is_late(others, 10)
 
 
-def test_waiter_that_ran_out_of_time_takes_no_wake_up_from_others(
-    spool: Path, peers: contextlib.ExitStack
-) -> None:
+def test_waiter_that_ran_out_of_time_takes_no_wake_up_from_others(spool: Path, peers: Peers) -> None:
     with SpoolWriter(spool) as writer, contextlib.ExitStack() as left:
         sleeper = reading(peers, spool)
         for number in range(20):
@@ -177,9 +164,7 @@ def test_waiter_that_ran_out_of_time_takes_no_wake_up_from_others(
         none_is_late(sleeper.answer(), 20)
 
 
-def test_writer_that_waits_for_space_is_woken_by_each_free_place(
-    spool: Path, peers: contextlib.ExitStack
-) -> None:
+def test_writer_that_waits_for_space_is_woken_by_each_free_place(spool: Path, peers: Peers) -> None:
     times = 200
     with SpoolWriter(spool, maxsize=1) as other, SpoolReader(spool) as reader:
         writer = peers.enter_context(Peer(spool))
@@ -194,7 +179,7 @@ def test_writer_that_waits_for_space_is_woken_by_each_free_place(
         none_is_late([after - before for before, after in zip(freed, writer.answer(), strict=True)], times)
 
 
-def test_requeued_item_wakes_a_reader(spool: Path, peers: contextlib.ExitStack) -> None:
+def test_requeued_item_wakes_a_reader(spool: Path, peers: Peers) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as holder:
         writer.put_many([np.zeros(1)] * 20)
         items = [holder.receive() for _ in range(20)]
@@ -211,9 +196,7 @@ def test_requeued_item_wakes_a_reader(spool: Path, peers: contextlib.ExitStack) 
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["itself", "another"])
-def test_reader_sleeps_until_the_delay_of_an_item_ends(
-    spool: Path, peers: contextlib.ExitStack, knows: bool
-) -> None:
+def test_reader_sleeps_until_the_delay_of_an_item_ends(spool: Path, peers: Peers, knows: bool) -> None:
     """Whether it requeued the item itself, or sleeps already, knowing nothing of the delay, when another does."""
     with SpoolWriter(spool) as writer, SpoolReader(spool) as holder:
         writer.put(np.zeros(1))
@@ -235,9 +218,7 @@ def test_reader_sleeps_until_the_delay_of_an_item_ends(
 
 
 @pytest.mark.parametrize("side", ["items", "space"])
-def test_interrupt_ends_a_wait_at_once_and_the_next_call_works(
-    spool: Path, peers: contextlib.ExitStack, side: str
-) -> None:
+def test_interrupt_ends_a_wait_at_once_and_the_next_call_works(spool: Path, peers: Peers, side: str) -> None:
     call = {"items": "reader.get()", "space": "writer.put(np.zeros(3))"}[side]
     with SpoolWriter(spool, maxsize=1) as writer, SpoolReader(spool) as reader:
         peer = peers.enter_context(Peer(spool))
@@ -260,7 +241,7 @@ def test_interrupt_ends_a_wait_at_once_and_the_next_call_works(
 
 
 def test_polling_can_be_asked_for_and_then_wakes_too(
-    spool: Path, peers: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+    spool: Path, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPOOLIPC_WATCH", "polling")
     with SpoolWriter(spool) as writer:
