@@ -6,6 +6,7 @@ call that adds a watch does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -91,17 +92,23 @@ def test_without_inotify_waiting_polls_and_says_so_once(spool: Path, way: str) -
     assert len([line for line in lines if "polling" in line]) == 1, lines
 
 
-WAIT = """
+IDLE = """
 import threading
-readers = [SpoolReader(path), SpoolReader(path)]
-woken = []
-def get(reader):
-    reader.get(timeout=30)
-    woken.append(time.monotonic())
-threads = [threading.Thread(target=get, args=(reader,)) for reader in readers]
-for thread in threads:
-    thread.start()
-ids = [thread.native_id for thread in threads]
+idle = [SpoolReader(path) for _ in range(2)]
+for reader in idle:
+    try:
+        reader.get(timeout=0.1)
+    except Empty:
+        pass
+"""
+WAIT = """
+waiting = SpoolReader(path)
+def get():
+    global woken
+    waiting.get(timeout=30)
+    woken = time.monotonic()
+thread = threading.Thread(target=get)
+thread.start()
 """
 
 
@@ -115,31 +122,34 @@ def watched(pid: int, path: Path) -> list[Path]:
 
 
 def test_overflow_of_the_queue_of_events_delays_nobody_by_more_than_a_second(spool: Path) -> None:
+    """The queue is filled with what does not concern the one who waits, and so has no room for what does."""
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
-    with SpoolWriter(spool) as writer, Peer(spool) as peer:
-        peer.run(WAIT)
-        for thread in peer.ask("ids"):
-            until_asleep(peer.pid, thread)
-        until(lambda: watched(peer.pid, spool))
+    with SpoolWriter(spool) as writer, Peer(spool) as peer, contextlib.ExitStack() as ends:
+        peer.run(IDLE)
         files = []
         for place in watched(peer.pid, spool):
             files += [place] if place.is_file() else [*place.iterdir(), place / "other"]
         assert len(files) > 1  # written to in turn, as equal events in a row are merged into one
-        peer.stop()
-        there = {file for file in files if file.exists()}
-        descriptors = [os.open(file, os.O_RDWR | os.O_CREAT, 0o600) for file in files]
-        try:
-            for step in range(most + 1000):
+        descriptors = []
+        for file in files:
+            if not file.exists():
+                ends.callback(file.unlink)
+            descriptors.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+            ends.callback(os.close, descriptors[-1])
+
+        def strike(times: int) -> None:
+            for step in range(times):
                 fd = descriptors[step % len(descriptors)]
                 os.pwrite(fd, os.pread(fd, 1, 0) or b"\0", 0)
-        finally:
-            for fd in descriptors:
-                os.close(fd)
-            for file in set(files) - there:
-                file.unlink()
-        peer.go()
+
+        strike(len(descriptors))  # nobody is waiting now: this is passed on to nobody
+        peer.run(WAIT)
+        until_asleep(peer.pid, peer.ask("thread.native_id"))
+        peer.stop()
+        strike(most + 1000)
         put = time.monotonic()
-        writer.put_many([np.zeros(3)] * 2)
-        peer.run("for thread in threads: thread.join()")
-        assert max(peer.ask("woken")) - put < LATE
-        peer.run("for reader in readers: reader.close()")
+        writer.put(np.zeros(3))
+        peer.go()
+        peer.run("thread.join()")
+        assert peer.ask("woken") - put < LATE
+        peer.run("for reader in (*idle, waiting): reader.close()")

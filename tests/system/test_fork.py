@@ -363,14 +363,15 @@ def test_fork_while_another_thread_opens_the_spool_leaves_no_session_locked(spoo
         alive = str(spool / "alive") + os.sep
         assert not [name for name in locked if name.startswith(alive) and not name.endswith(" (deleted)")]
 
-    with ThreadPoolExecutor(1) as aside:
-        running = aside.submit(opening)
+    with ThreadPoolExecutor(2) as aside:
+        running = [aside.submit(opening) for _ in range(2)]
         try:
-            for _ in range(100):
+            for _ in range(300):
                 assert Forked(work).ended() == 0
         finally:
             stop.set()
-        running.result(20)
+        for one in running:
+            one.result(20)
 
 
 def test_child_that_waits_is_woken_and_so_is_its_parent(
