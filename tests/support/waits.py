@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import lock_descriptor
+
+from support.locks import lock_file
 from support.peer import Peer
 
 _STILL = 0.01
@@ -57,3 +61,12 @@ def polls(pid: int) -> Callable[[], bool]:
     """Whether a process has looked, and gone to sleep again, some times since this call."""
     begun = naps(pid)
     return lambda: naps(pid) >= begun + 10
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock of the spool at `path`."""
+    fd = os.open(lock_file(path), os.O_RDONLY)
+    try:
+        return not lock_descriptor(fd, blocking=False)
+    finally:
+        os.close(fd)

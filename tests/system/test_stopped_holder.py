@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import lock_descriptor
-from support.locks import lock_file
 from support.peer import Peer
-from support.waits import polls, until
+from support.waits import is_locked, polls, until
 
 from spoolipc import Full, LockTimeout, SpoolReader, SpoolWriter, stat
 
@@ -45,15 +43,6 @@ def stopped(peer: Peer, code: str) -> None:
     peer.start("run", code)
     _, status = os.waitpid(peer.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock of the spool."""
-    fd = os.open(lock_file(path), os.O_RDONLY)
-    try:
-        return not lock_descriptor(fd, blocking=False)
-    finally:
-        os.close(fd)
 
 
 def test_others_are_told_who_holds_the_lock_and_it_finishes_when_it_goes_on(spool: Path, peer: Peer) -> None:

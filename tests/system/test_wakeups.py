@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.peer import Peer
-from support.waits import naps, polls, start_waiting, until, until_asleep
+from support.waits import is_locked, naps, polls, start_waiting, until, until_asleep
 
 from spoolipc import Empty, SpoolReader, SpoolWriter
 
@@ -68,18 +68,23 @@ def test_idle_reader_is_woken_by_each_item(
 
 
 def test_reader_is_woken_at_whatever_moment_an_item_comes(spool: Path, peers: Peers) -> None:
-    """Microsecond by microsecond, the items fall before, between and after its last looks."""
+    """It is stopped on its way to sleep, microsecond by microsecond, and the item is put meanwhile."""
     with SpoolWriter(spool) as writer:
         reader = reading(peers, spool)
+        put = 0
         for number in range(4000):
-            until_then = time.monotonic() + number % 400 * 1e-6
-            while time.monotonic() < until_then:
+            moment = time.monotonic() + number % 300 * 1e-6
+            while time.monotonic() < moment:
                 pass
-            writer.put(stamp())
+            reader.stop()
+            if not is_locked(spool):
+                writer.put(stamp())
+                put += 1
+            reader.go()
             while writer.qsize():
                 os.sched_yield()
         writer.shutdown()
-        none_is_late(reader.answer(), 4000)
+        none_is_late(reader.answer(), put)
 
 
 def test_as_many_sleeping_readers_wake_as_items_come(spool: Path, peers: Peers) -> None:
@@ -284,5 +289,7 @@ def test_sessions_that_waited_leave_no_descriptor_and_no_thread(spool: Path, clo
         peer.run(WAIT_AND_LEAVE)
         before = peer.ask("opened()")
         peer.run(f"for _ in range(20): once({close})")
-        peer.run("gc.collect(); once(True)")  # what was dropped is let go of at the latest when another one closes
+        peer.run(
+            "gc.collect(); once(True)"
+        )  # what was dropped is let go of at the latest when another one closes
         assert peer.ask("opened()") == before
