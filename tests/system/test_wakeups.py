@@ -72,8 +72,8 @@ def test_reader_is_woken_at_whatever_moment_an_item_comes(spool: Path, peers: Pe
     with SpoolWriter(spool) as writer:
         reader = reading(peers, spool)
         put = 0
-        for number in range(4000):
-            moment = time.monotonic() + number % 300 * 1e-6
+        for number in range(8000):
+            moment = time.monotonic() + number % 1000 * 1e-6
             while time.monotonic() < moment:
                 pass
             reader.stop()
