@@ -1,0 +1,421 @@
+"""After a fork, child and parent both work, no view changes, and neither hides the other's crash."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.waits import until, until_asleep
+
+from spoolipc import Empty, Full, Item, SpoolReader, SpoolWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of threads, from Python 3.12
+SIZE = 5000
+"""Of float64: 40 KB, which is given out as a view of the file."""
+LATEST = 0.8
+"""Seconds that no wake-up may take: what is missed by one who fell asleep just now takes one."""
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture
+def writer(spool: Path) -> Iterator[SpoolWriter]:
+    with SpoolWriter(spool) as writer:
+        yield writer
+
+
+@pytest.fixture
+def reader(spool: Path) -> Iterator[SpoolReader]:
+    with SpoolReader(spool) as reader:
+        yield reader
+
+
+class Forked:
+    """A forked child that runs a function; `ended` says how it went."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                signal.alarm(40)
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def ended(self) -> int:
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture
+def gate() -> Iterator[int]:
+    """An eventfd for the child to wait at."""
+    fd = os.eventfd(0, os.EFD_SEMAPHORE)
+    yield fd
+    os.close(fd)
+
+
+ready = gate  # another one, for the parent to wait at
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full_of(number: float) -> Array:
+    return np.full(SIZE, number)
+
+
+def traffic(writer: SpoolWriter, reader: SpoolReader) -> None:
+    """Write every file again that may be."""
+    for number in range(60):
+        writer.put(full_of(-number))
+        assert (reader.get() == -number).all()
+
+
+def drained(reader: SpoolReader) -> Iterator[Array]:
+    with contextlib.suppress(Empty):
+        while True:
+            yield reader.get_nowait()
+
+
+def test_child_and_parent_both_put_and_get(writer: SpoolWriter, reader: SpoolReader) -> None:
+    def both_ways(base: int) -> None:
+        for number in range(50):
+            writer.put(full_of(base + number))
+            assert (reader.get(timeout=20) >= 0).all()
+
+    writer.put(full_of(0))
+    reader.get()
+    child = Forked(lambda: both_ways(100))
+    both_ways(0)
+    assert child.ended() == 0
+    assert reader.empty()
+
+
+def test_child_is_a_session_of_its_own_once_it_uses_the_spool(
+    writer: SpoolWriter, spool: Path, gate: int, ready: int
+) -> None:
+    def sessions() -> set[str]:
+        return set(os.listdir(spool / "alive"))
+
+    def work() -> None:
+        os.eventfd_read(gate)
+        writer.put(full_of(1))
+        os.eventfd_write(ready, 1)
+        os.eventfd_read(gate)
+
+    before = sessions()
+    child = Forked(work)
+    assert sessions() == before
+    os.eventfd_write(gate, 1)
+    os.eventfd_read(ready)
+    assert len(sessions()) == len(before) + 1
+    assert before < sessions()
+    os.eventfd_write(gate, 1)
+    assert child.ended() == 0
+
+
+@pytest.mark.parametrize("end", ["exit", "close", "crash"])
+@pytest.mark.parametrize("used", [True, False])
+def test_end_of_the_child_is_not_the_parents(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, end: str, used: bool
+) -> None:
+    for number in range(3):
+        writer.put(full_of(number))
+    item = reader.receive()
+    ours = set(os.listdir(spool / "alive"))
+
+    def work() -> None:
+        if used:
+            assert (reader.get() == 1).all()
+            writer.put(full_of(3))
+        if end == "close":
+            reader.close()
+            writer.close()
+        elif end == "crash":
+            crash()
+
+    assert Forked(work).ended() == (-signal.SIGKILL if end == "crash" else 0)
+    with SpoolReader(spool) as other:  # looks for crashed sessions
+        assert [float(array[0]) for array in drained(other)] == ([2, 3] if used else [1, 2])
+    assert set(os.listdir(spool / "alive")) >= ours
+    item.ack()
+    writer.put(full_of(4))
+    assert (reader.get() == 4).all()
+
+
+@pytest.mark.parametrize("generations", [1, 2])
+def test_crash_of_the_parent_is_noticed_though_a_child_lives_that_never_used_the_spool(
+    writer: SpoolWriter, spool: Path, gate: int, ready: int, generations: int
+) -> None:
+    writer.put(full_of(1))
+
+    def descend(item: Item, left: int) -> None:
+        if left == 0:
+            os.eventfd_write(ready, 1)
+            os.eventfd_read(gate)
+            return
+        Forked(lambda: descend(item, left - 1))
+        if left < generations:
+            os.eventfd_read(gate)
+
+    def parent() -> None:
+        item = SpoolReader(spool).receive()
+        descend(item, generations)
+        crash()
+
+    child = Forked(parent)
+    os.eventfd_read(ready)
+    assert child.ended() == -signal.SIGKILL
+    try:
+        with SpoolReader(spool) as reader:
+            assert (reader.get(timeout=5) == 1).all()
+    finally:
+        os.eventfd_write(gate, generations)
+
+
+def test_grandchild_closes_no_descriptor_of_its_parent(writer: SpoolWriter, reader: SpoolReader) -> None:
+    """The numbers of the descriptors that the child let go of are given out again before it forks."""
+    writer.put(full_of(1))
+
+    def work() -> None:
+        files = [os.memfd_create(f"file {number}") for number in range(60)]
+
+        def look() -> None:
+            for fd in files:
+                os.fstat(fd)
+            assert (reader.get() == 1).all()
+
+        assert Forked(look).ended() == 0
+        for fd in files:
+            os.fstat(fd)
+
+    assert Forked(work).ended() == 0
+
+
+@pytest.mark.parametrize("acknowledged", ["before the fork", "after the fork"])
+def test_views_alive_at_the_fork_stay_in_the_child_when_the_parent_lets_go(
+    writer: SpoolWriter, reader: SpoolReader, gate: int, acknowledged: str
+) -> None:
+    for number in range(6):
+        writer.put(full_of(number))
+    items = [reader.receive() for _ in range(6)]
+    views = [item.array for item in items]
+    if acknowledged == "before the fork":
+        for item in items:
+            item.ack()
+        items.clear()
+        del item
+
+    def work() -> None:
+        os.eventfd_read(gate)
+        for number, view in enumerate(views):
+            assert (view == number).all()
+
+    child = Forked(work)
+    views.clear()
+    while items:
+        items.pop().ack()
+    gc.collect()
+    traffic(writer, reader)
+    os.eventfd_write(gate, 1)
+    assert child.ended() == 0
+
+
+def test_views_alive_at_the_fork_stay_in_the_parent_whatever_the_child_does(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    for number in range(6):
+        writer.put(full_of(number))
+    views = [reader.get() for _ in range(5)]
+
+    def work() -> None:
+        views.clear()
+        gc.collect()
+        reader.get()
+        traffic(writer, reader)
+
+    assert Forked(work).ended() == 0
+    for number, view in enumerate(views):
+        assert (view == number).all()
+
+
+def test_views_got_in_a_child_stay_when_it_forks_and_crashes(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, gate: int, ready: int
+) -> None:
+    """A crashed reader's files are not written again, as its child may look at them."""
+    writer.put(full_of(1))
+    checked = spool.parent / "checked"
+
+    def work() -> None:
+        view = reader.get()
+
+        def look() -> None:
+            os.eventfd_read(gate)
+            assert (view == 1).all()
+            checked.touch()
+
+        Forked(look)
+        os.eventfd_write(ready, 1)
+        crash()
+
+    child = Forked(work)
+    os.eventfd_read(ready)
+    assert child.ended() == -signal.SIGKILL
+    with SpoolReader(spool) as other:
+        traffic(writer, other)
+    os.eventfd_write(gate, 1)
+    until(checked.exists)
+
+
+def test_many_threads_of_a_child_may_use_the_spool_at_once(writer: SpoolWriter, reader: SpoolReader) -> None:
+    def work() -> None:
+        together = threading.Barrier(8)
+
+        def one(number: int) -> None:
+            together.wait(10)
+            for _ in range(10):
+                writer.put(full_of(number))
+                reader.get(timeout=10)
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(one, range(8)))
+
+    for _ in range(5):
+        assert Forked(work).ended() == 0
+
+
+def test_fork_from_a_thread_while_others_put_get_and_wait(spool: Path) -> None:
+    with (
+        SpoolWriter(spool, maxsize=4) as writer,
+        SpoolReader(spool) as reader,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        stop = threading.Event()
+        counts = [0, 0]
+
+        def putting() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(Full):
+                    writer.put(np.full(1 + 700 * (counts[0] % 9), 5.0), timeout=0.2)
+                    counts[0] += 1
+
+        def getting() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(Empty):
+                    assert (reader.get(timeout=0.2) == 5).all()
+                    counts[1] += 1
+
+        def work() -> None:
+            for _ in range(3):
+                with contextlib.suppress(Full):
+                    writer.put(np.full(3000, 5.0), timeout=5)
+                with contextlib.suppress(Empty):
+                    assert (reader.get(timeout=5) == 5).all()
+
+        def went_on() -> Callable[[], bool]:
+            """Whether both sides go on; or one has failed, as is seen below."""
+            seen = list(counts)
+            return lambda: any(one.done() for one in running) or (counts[0] > seen[0] and counts[1] > seen[1])
+
+        running = [threads.submit(run) for run in (putting, putting, getting, getting)]
+        try:
+            for _ in range(30):
+                assert Forked(work).ended() == 0
+                until(went_on())
+        finally:
+            stop.set()
+        for one in running:
+            one.result(20)
+        for array in drained(reader):
+            assert (array == 5).all()
+
+
+def test_fork_while_another_thread_opens_the_spool_leaves_no_session_locked(spool: Path) -> None:
+    stop = threading.Event()
+
+    def opening() -> None:
+        while not stop.is_set():
+            SpoolReader(spool).close()
+
+    def work() -> None:
+        locked = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                if "FLOCK" in Path(f"/proc/self/fdinfo/{name}").read_text():
+                    locked.append(os.readlink(f"/proc/self/fd/{name}"))
+        alive = str(spool / "alive") + os.sep
+        assert not [name for name in locked if name.startswith(alive) and not name.endswith(" (deleted)")]
+
+    with ThreadPoolExecutor(2) as aside:
+        running = [aside.submit(opening) for _ in range(2)]
+        try:
+            for _ in range(300):
+                assert Forked(work).ended() == 0
+        finally:
+            stop.set()
+        for one in running:
+            one.result(20)
+
+
+def test_child_that_waits_is_woken_and_so_is_its_parent(
+    writer: SpoolWriter, reader: SpoolReader, gate: int
+) -> None:
+    """Both waited before the fork, so that what tells of events was inherited."""
+    with pytest.raises(Empty):
+        reader.get(timeout=0.05)
+    threads: list[int] = []
+
+    def woken() -> float:
+        """Seconds from just before the put of the next item."""
+        threads.append(threading.get_native_id())
+        array = reader.get(timeout=10)
+        return time.monotonic() - float(array[0])
+
+    def work() -> None:
+        assert woken() < LATEST
+        os.eventfd_read(gate)
+
+    child = Forked(work)
+    until_asleep(child.pid)
+    writer.put(np.array([time.monotonic()]))
+    until(reader.empty)
+    with ThreadPoolExecutor(1) as aside:
+        waiting = aside.submit(woken)
+        until(lambda: threads)
+        until_asleep(os.getpid(), threads[0])
+        writer.put(np.array([time.monotonic()]))
+        assert waiting.result(20) < LATEST
+    os.eventfd_write(gate, 1)
+    assert child.ended() == 0
+
+
+def test_child_finds_a_spool_deleted_after_the_fork_gone(writer: SpoolWriter, spool: Path, gate: int) -> None:
+    def work() -> None:
+        os.eventfd_read(gate)
+        for _ in range(2):
+            with pytest.raises(OSError, match="no spool"):
+                writer.put(full_of(1))
+        writer.close()
+
+    child = Forked(work)
+    shutil.rmtree(spool)
+    os.eventfd_write(gate, 1)
+    assert child.ended() == 0
+    assert not spool.exists()

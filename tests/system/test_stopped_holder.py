@@ -1,0 +1,113 @@
+"""A process that is stopped while it holds the lock hangs nobody for ever, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.peer import Peer
+from support.waits import is_locked, polls, until
+
+from spoolipc import Full, LockTimeout, SpoolReader, SpoolWriter, stat
+
+STOP_INSIDE = """
+import os, signal
+def stopping(call):
+    def called(*names, **directories):
+        call(*names, **directories)
+        if not stopped:
+            stopped.append(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return called
+stopped = []
+os.rename, os.replace = stopping(os.rename), stopping(os.replace)
+writer.put(np.full(3, 1))
+"""
+"""Stop where a put has made its file visible and not yet said so in the table."""
+
+
+@pytest.fixture
+def peer(spool: Path) -> Iterator[Peer]:
+    """A process with a writer of its own."""
+    with Peer(spool) as peer:
+        peer.run("writer = SpoolWriter(path)")
+        yield peer
+
+
+def stopped(peer: Peer, code: str) -> None:
+    """Have a process stop itself, and see it stopped."""
+    peer.start("run", code)
+    _, status = os.waitpid(peer.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
+def test_others_are_told_who_holds_the_lock_and_it_finishes_when_it_goes_on(spool: Path, peer: Peer) -> None:
+    def opening(side: type[SpoolReader] | type[SpoolWriter]) -> None:
+        side(spool).close()
+
+    with (
+        SpoolWriter(spool) as writer,
+        SpoolReader(spool) as reader,
+        SpoolReader(spool) as other,
+        ThreadPoolExecutor(6) as aside,
+    ):
+        stopped(peer, STOP_INSIDE)
+        assert is_locked(spool)
+        attempts: list[Callable[[], object]] = [
+            lambda: writer.put(np.full(3, 2), block=False),
+            lambda: reader.get(block=False),
+            lambda: other.receive(block=False),
+            lambda: opening(SpoolReader),
+            lambda: opening(SpoolWriter),
+        ]
+        waiting = [aside.submit(attempt) for attempt in attempts]
+        assert str(peer.pid) in stat(spool).stuck_on
+        assert writer.qsize() == reader.qsize() == 0  # a look needs no lock
+        for attempt in waiting:
+            with pytest.raises(LockTimeout, match=f"process {peer.pid} .*alive/") as caught:
+                attempt.result(60)
+            assert isinstance(caught.value, TimeoutError)
+        assert list((spool / "tmp").iterdir()) == []  # nor was what could not be put left behind
+        peer.go()
+        peer.answer()
+        writer.put(np.full(3, 2))
+        assert [int(reader.get_nowait()[0]) for _ in range(2)] == [1, 2]
+        peer.run("writer.close()")
+
+
+@pytest.mark.parametrize("end", ["goes on", "killed"])
+def test_others_wait_for_it_and_go_on_as_soon_as_it_goes_on_or_is_killed(
+    spool: Path, peer: Peer, end: str
+) -> None:
+    with Peer(spool) as other:
+        other.run("reader = SpoolReader(path); writer = SpoolWriter(path)")
+        stopped(peer, STOP_INSIDE)
+        other.start("ask", "[int(reader.get_nowait()[0]), writer.put(np.full(3, 2))]")
+        until(polls(other.pid))
+        assert is_locked(spool)
+        if end == "killed":
+            peer.kill()
+        else:
+            peer.go()
+        assert other.answer() == [1, 2]  # its file was in items/ when it stopped
+        assert other.ask("int(reader.get_nowait()[0])") == 2
+        other.run("reader.close(); writer.close()")
+        if end == "goes on":
+            peer.answer()
+            peer.run("writer.close()")
+
+
+def test_a_stopped_process_that_holds_no_lock_is_no_matter(spool: Path, peer: Peer) -> None:
+    with SpoolWriter(spool, maxsize=2) as writer, SpoolReader(spool) as reader:
+        peer.stop()
+        for value in range(2):
+            writer.put_nowait(np.full(3, value))
+        with pytest.raises(Full):
+            writer.put_nowait(np.full(3, 2))
+        assert [int(reader.get_nowait()[0]) for _ in range(2)] == [0, 1]
+        peer.go()
+        peer.run("writer.close()")
