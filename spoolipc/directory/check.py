@@ -470,8 +470,9 @@ def _repair(place: Path, found: list[Problem]) -> None:
     """Repair what can be; what fails is found again by the next look."""
     session = Session(place, Limits(), "admin", create=False)
     try:
-        aside = [problem for problem in found if _is_bad_file(problem)]
-        for problem in found:
+        named = [problem for problem in found if problem.where != "."]
+        aside = [problem for problem in named if _is_bad_file(problem)]
+        for problem in named:
             if problem.kind == "mode":
                 part, _, name = problem.where.partition("/")
                 _tried(

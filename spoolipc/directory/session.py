@@ -33,6 +33,7 @@ from .table import (
     HOUSEKEPT,
     MARK,
     NEXT_DUE,
+    RECORD,
     SHUTDOWN,
     SUBJECT,
     WAITERS,
@@ -505,12 +506,12 @@ class Visitor:
             self.journal = journal
 
     def snapshot(self) -> Words | None:
-        """A copy of the words, up to the last record ever used, as they will be when a transition that its maker did
-        not finish is finished or forgotten; None without an index. Belongs into a step."""
+        """A copy of the words, up to the last record used or about to be, as they will be when a transition that its
+        maker did not finish is finished or forgotten; None without an index. Belongs into a step."""
         if self.journal is None:
             return None
         words = self.journal.words
-        end = min(max(words[EDGE], HEADER), len(words))
+        end = min(max(words[EDGE], HEADER) + RECORD, len(words))
         copy: Words = memoryview(bytearray(words[:end])).cast("Q")
         kind = copy[MARK]
         if kind == FOLLOW:

@@ -14,17 +14,19 @@ from typing import Final, ParamSpec
 import pytest
 
 from spoolipc import SpoolReader, SpoolWriter, gc, stat
+from spoolipc.directory import fs
 from support.peer import Peer
 
 P = ParamSpec("P")
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
 _STOP_IN_RENAME: Final = """
 import os, signal
-rename = os.rename
+from spoolipc.directory import fs
+rename = fs.rename
 def stopping(*names, **directories):
     os.kill(os.getpid(), signal.SIGSTOP)
     rename(*names, **directories)
-os.rename = stopping
+fs.rename = stopping
 """
 
 
@@ -98,7 +100,7 @@ def killed_at(place: int, work: Callable[P, object], after: bool, *args: P.args,
 
                 return called
 
-            os.unlink, os.rename = deadly(os.unlink), deadly(os.rename)
+            fs.unlink, fs.rename = deadly(fs.unlink), deadly(fs.rename)
             work(*args, **kwargs)
             code = 0
         except BaseException:

@@ -24,7 +24,8 @@ def stopping(call):
             os.kill(os.getpid(), signal.SIGSTOP)
     return called
 stopped = []
-os.rename, os.replace = stopping(os.rename), stopping(os.replace)
+from spoolipc.directory import fs
+fs.rename = stopping(fs.rename)
 writer.put(np.full(3, 1))
 """
 """Stop where a put has made its file visible and not yet said so in the table."""
