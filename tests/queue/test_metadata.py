@@ -1,0 +1,103 @@
+"""Metadata goes with its item, is read without the arrays, and lies in the item's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spoolipc import SpoolReader, SpoolWriter
+
+LARGE = 200_000
+VALUES: list[Any] = [
+    *(None, True, 0, -1.5, 10**30, "", "größe 長さ \x00 \U0001f600", [], {}, list(range(1000))),
+    {"camera": 3, "": None, "größe": [1, [2, {"deep": []}]]},
+]
+NO_JSON: list[Any] = [float("nan"), float("inf"), {1: 2}, object(), b"x", {"a": {1}}, {1, 2}, np.float32(1)]
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["", "table lost"])
+@pytest.mark.parametrize("size", [1, LARGE])
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
+def test_any_json_value_comes_back(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, value: Any, size: int, lost: bool
+) -> None:
+    for _ in range(2):  # the second into a file that was consumed
+        writer.put(np.zeros(size), meta=value)
+        if lost:
+            (spool / "index").unlink()
+        assert reader.peek().meta == value
+        with reader.receive(block=False) as item:
+            assert item.meta == value
+            assert len(item.array) == size
+            assert item.meta == value
+
+
+def test_tuples_come_back_as_lists(writer: SpoolWriter, reader: SpoolReader) -> None:
+    writer.put(np.zeros(1), meta=(1, (2,)))
+    assert reader.receive().meta == [1, [2]]
+
+
+def test_metadata_is_read_without_mapping_the_file(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    def mapped() -> int:
+        """How often the item's file is mapped by this process."""
+        inode = f" {item.stat().st_ino} "
+        return sum(inode in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    seq = writer.put({"a": np.zeros(LARGE), "b": np.zeros(3)}, meta={"camera": 3})
+    item = spool / "items" / f"{seq:020d}.npy"
+    before = mapped()  # the writer may keep one
+    assert reader.peek().meta == {"camera": 3}
+    with reader.receive() as received:
+        assert received.meta == {"camera": 3}
+        assert received.put_time
+        assert mapped() == before
+        arrays = received.arrays
+        assert arrays["a"].shape == (LARGE,)
+        assert mapped() == before + 1  # one for all arrays
+
+
+def test_item_can_be_chosen_by_its_metadata_and_acknowledged_unread(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    for camera in range(6):
+        writer.put(np.full(LARGE, camera), meta={"camera": camera})
+    writer.shutdown()
+    seen = [int(item.array[0]) for item in reader.items() if item.meta["camera"] % 2]
+    assert seen == [1, 3, 5]
+
+
+def test_time_of_the_put_is_found_again_when_the_table_is_lost(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    for number in range(
+        6
+    ):  # the later ones into a consumed file, whose modification time says something else
+        if number > 2:
+            writer.put(np.zeros(LARGE))
+            reader.get()
+        writer.put(np.zeros(LARGE))
+        before = reader.peek().put_time
+        (spool / "index").unlink()
+        assert reader.peek().put_time == before
+        with reader.receive(block=False) as item:
+            assert item.put_time == before
+
+
+@pytest.mark.parametrize("bad", NO_JSON, ids=str)
+def test_what_is_no_json_is_refused_before_anything_is_put(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, bad: Any
+) -> None:
+    for size in (3, LARGE):
+        with pytest.raises((TypeError, ValueError)):
+            writer.put(np.zeros(size), meta=bad)
+        with pytest.raises((TypeError, ValueError)), writer.loan(size, meta=bad):
+            pytest.fail("the loan was given")
+    for part in ("items", "tmp"):
+        assert list((spool / part).iterdir()) == []
+    writer.put(np.zeros(1))
+    assert reader.get_nowait() == 0
