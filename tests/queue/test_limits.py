@@ -215,3 +215,19 @@ def test_maxsize_holds_for_many_threads_at_once(spool: Path) -> None:
         writer.shutdown()
         with pytest.raises(ShutDown):
             reader.get()
+
+
+@pytest.mark.parametrize("delay", [0, 1000])
+def test_redelivered_and_delayed_items_count(spool: Path, delay: float) -> None:
+    with SpoolWriter(spool, maxsize=2, preallocate=(4, PAGE)) as writer, SpoolReader(spool) as reader:
+        for _ in range(20):  # until whatever is remembered of the last put is used
+            writer.put(pages(2))
+            reader.get()
+        writer.put_nowait(pages(2))
+        item = reader.receive()
+        writer.put_nowait(pages(2))
+        item.nack(delay)
+        with pytest.raises(Full):
+            writer.put_nowait(pages(2))
+        reader.get()
+        writer.put_nowait(pages(2))

@@ -60,19 +60,6 @@ def test_any_view_of_a_view_keeps_the_file_as_it_is(
     assert kept.tobytes() == before
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_any_of_several_named_arrays_keeps_the_file_as_it_is(
-    writer: SpoolWriter, reader: SpoolReader, name: str
-) -> None:
-    writer.put({key: full_of(ord(key)) for key in "abc"})
-    kept = reader.get_nowait()[name][::2]
-    gc.collect()
-    for _ in range(20):
-        writer.put({key: full_of(0) for key in "abc"})
-        reader.get_nowait()
-    assert (kept == ord(name)).all()
-
-
 def test_view_got_in_another_process_stays_while_this_one_puts(
     spool: Path, writer: SpoolWriter, reader: SpoolReader
 ) -> None:
