@@ -116,17 +116,19 @@ class SpoolMachine(RuleBasedStateMachine):
         self.open_reader(data)
 
     def teardown(self) -> None:
-        self.no_array_ever_changes()
-        for face in self.faces():
-            face.close()
-        if self.path.exists():
-            SpoolReader(self.path).close()  # takes back what crashed sessions left
-            if self.discarded:
-                spoolipc.gc(self.path)  # which removes the histories of what was discarded
-            check_spool(self.path)
-        self.no_array_ever_changes()
-        self.clock.stop()
-        shutil.rmtree(self.place)
+        try:
+            self.no_array_ever_changes()
+            for face in self.faces():
+                face.close()
+            if self.path.exists():
+                SpoolReader(self.path).close()  # takes back what crashed sessions left
+                if self.discarded:
+                    spoolipc.gc(self.path)  # which removes the histories of what was discarded
+                check_spool(self.path)
+            self.no_array_ever_changes()
+        finally:
+            self.clock.stop()
+            shutil.rmtree(self.place)
 
     def now(self) -> int:
         return self.model.now
