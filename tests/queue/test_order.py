@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,37 +14,8 @@ from support.peer import Peer
 
 from spoolipc import Empty, Item, SpoolReader, SpoolWriter, failed_retry
 
-DOCS = Path(__file__).parent.parent / "docs" / "delivery.md"
+DOCS = Path(__file__).parents[2] / "docs" / "delivery.md"
 Spend = Callable[[float], None]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "spool"
-
-
-@pytest.fixture
-def writer(path: Path) -> Iterator[SpoolWriter]:
-    with SpoolWriter(path) as writer:
-        yield writer
-
-
-@pytest.fixture
-def reader(path: Path) -> Iterator[SpoolReader]:
-    with SpoolReader(path) as reader:
-        yield reader
-
-
-@pytest.fixture
-def spend(monkeypatch: pytest.MonkeyPatch) -> Spend:
-    """Let the monotonic clock go on by so many seconds."""
-    real, ahead = time.monotonic_ns, [0]
-    monkeypatch.setattr(time, "monotonic_ns", lambda: real() + ahead[0])
-
-    def pass_by(seconds: float) -> None:
-        ahead[0] += int(seconds * 1e9)
-
-    return pass_by
 
 
 def put(writer: SpoolWriter, count: int) -> None:
@@ -72,10 +42,10 @@ def test_one_writer_s_items_come_in_the_order_of_its_puts(writer: SpoolWriter, r
 
 
 def test_items_of_several_writers_come_in_the_order_of_their_numbers(
-    path: Path, writer: SpoolWriter, reader: SpoolReader
+    spool: Path, writer: SpoolWriter, reader: SpoolReader
 ) -> None:
     def several(first: int) -> None:
-        with SpoolWriter(path) as own:
+        with SpoolWriter(spool) as own:
             for number in range(first, first + 100):
                 own.put(np.full(3, number))
 
@@ -88,13 +58,13 @@ def test_items_of_several_writers_come_in_the_order_of_their_numbers(
         assert own == list(range(first, first + 100))
 
 
-def test_several_readers_take_turns_in_one_order(path: Path, writer: SpoolWriter) -> None:
+def test_several_readers_take_turns_in_one_order(spool: Path, writer: SpoolWriter) -> None:
     put(writer, 300)
     writer.shutdown()
     taken: list[list[int]] = []
 
     def one() -> None:
-        with SpoolReader(path) as reader:
+        with SpoolReader(spool) as reader:
             taken.append([item.seq for item in reader.items()])
 
     threads = [threading.Thread(target=one) for _ in range(3)]
@@ -106,9 +76,9 @@ def test_several_readers_take_turns_in_one_order(path: Path, writer: SpoolWriter
     assert sorted(seq for share in taken for seq in share) == list(range(1, 301))
 
 
-def test_items_of_one_put_many_lie_together(path: Path, reader: SpoolReader) -> None:
+def test_items_of_one_put_many_lie_together(spool: Path, reader: SpoolReader) -> None:
     def several(first: int) -> None:
-        with SpoolWriter(path) as own:
+        with SpoolWriter(spool) as own:
             for batch in range(10):
                 own.put_many([np.full(3, first + batch * 20 + number) for number in range(20)])
 
@@ -146,10 +116,10 @@ def test_items_given_back_come_in_the_order_in_which_they_were(
 
 @pytest.mark.parametrize("how", ["dies", "leaves"])
 def test_items_of_a_reader_that_ends_come_in_the_order_in_which_it_took_them(
-    path: Path, writer: SpoolWriter, reader: SpoolReader, spend: Spend, how: str
+    spool: Path, writer: SpoolWriter, reader: SpoolReader, spend: Spend, how: str
 ) -> None:
     put(writer, 6)
-    with Peer(path) as peer:
+    with Peer(spool) as peer:
         peer.run("reader = SpoolReader(path); items = [reader.receive() for _ in range(3)]")
         if how == "dies":
             peer.kill()
@@ -160,10 +130,10 @@ def test_items_of_a_reader_that_ends_come_in_the_order_in_which_it_took_them(
 
 
 def test_item_whose_lease_ended_comes_before_all_never_delivered(
-    path: Path, writer: SpoolWriter, reader: SpoolReader, spend: Spend
+    spool: Path, writer: SpoolWriter, reader: SpoolReader, spend: Spend
 ) -> None:
     put(writer, 4)
-    with SpoolReader(path, lease=10) as other:
+    with SpoolReader(spool, lease=10) as other:
         receive(other, 2)
         spend(10.1)
         assert rest(reader) == [0, 1, 2, 3]
@@ -191,22 +161,22 @@ def test_of_two_delays_the_one_that_ends_first_is_first_unless_both_ended_unseen
         assert early + rest(reader) == ([1, 0, 2] if seen else [0, 1, 2])
 
 
-def test_dead_letter_retried_is_a_new_put(path: Path, writer: SpoolWriter, reader: SpoolReader) -> None:
+def test_dead_letter_retried_is_a_new_put(spool: Path, writer: SpoolWriter, reader: SpoolReader) -> None:
     put(writer, 3)
     receive(reader, 1)[0].reject("bad")
-    failed_retry(path)
+    failed_retry(spool)
     assert rest(reader) == [1, 2, 0]
 
 
 def test_after_the_loss_of_the_index_all_come_in_the_order_of_their_numbers(
-    path: Path, writer: SpoolWriter, reader: SpoolReader
+    spool: Path, writer: SpoolWriter, reader: SpoolReader
 ) -> None:
     put(writer, 6)
     items = receive(reader, 4)
     items[2].nack()
     items[0].nack()
     items[3].nack(delay=1e6)
-    (path / "index").unlink()
+    (spool / "index").unlink()
     assert rest(reader) == [0, 1, 2, 3, 4, 5]
 
 

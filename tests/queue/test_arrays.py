@@ -1,0 +1,271 @@
+"""An array, or a dict of named arrays, comes back as it was put; what cannot be stored is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.arrays import ALIGNED, DTYPES, LARGE, NESTED, Array, filled, same
+
+from spoolipc import SpoolReader, SpoolWriter, UnsupportedArray
+
+ROUNDS = 12
+"""Enough for files to be written again, and for whatever is remembered of the last put to be used."""
+UNSIZED: list[Any] = ["U0", "S0", "V0", np.dtype([])]
+NAMED: dict[str, Array] = {
+    "image": np.arange(50_000, dtype="f4").reshape(250, 200),
+    "mask": np.asfortranarray(np.arange(50_000).reshape(250, 200) % 3 == 0),
+    "größe": np.array(2.5),
+    "": np.zeros((0, 3), "i2"),
+    "records": filled(NESTED, 100),
+    "last": np.arange(7, dtype=">i8"),
+}
+
+
+class Plain(np.ndarray[Any, Any]):
+    """A subclass, which is stored as a plain array."""
+
+
+def layouts() -> dict[str, Array]:
+    base = np.arange(60_000, dtype="f8")
+    cube = base[:59_400].reshape(30, 44, 45)
+    locked = base[:9000].copy()
+    locked.flags.writeable = False
+    return {
+        "0-d": np.array(2.5),
+        "0-d structured": np.array((1, 2.0, 3), ALIGNED),
+        "no elements": np.zeros((0, 3)),
+        "no elements, Fortran": np.zeros((0, 3, 2), order="F"),
+        "Fortran": np.asfortranarray(cube[0]),
+        "Fortran, large": np.asfortranarray(cube),
+        "transposed": cube.transpose(1, 2, 0),
+        "stepped": base[::3],
+        "reversed": base[::-1],
+        "broadcast": np.broadcast_to(base[:7], (4000, 7)),
+        "unaligned": np.ndarray((5000,), "f8", bytearray(range(256)) * 160, 3),
+        "read-only": locked,
+        "subclass": base[:8000].view(Plain),
+        "masked": np.ma.masked_less(base[:8000], 5.0).data,
+        "one byte below a page": np.ones(4096 - 128 - 49, "u1"),
+    }
+
+
+LAYOUTS = layouts()
+
+
+def item_file(spool: Path) -> Path:
+    (file,) = (spool / "items").iterdir()
+    return file
+
+
+def nothing_left(spool: Path) -> bool:
+    return list((spool / "tmp").iterdir()) == list((spool / "items").iterdir()) == []
+
+
+@pytest.mark.parametrize("least", [0, LARGE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_comes_back_time_after_time(
+    writer: SpoolWriter, reader: SpoolReader, dtype: Any, least: int
+) -> None:
+    array = filled(dtype, least)
+    for _ in range(ROUNDS):
+        array = np.roll(array, 1)
+        writer.put(array)
+        same(reader.get_nowait(), array)
+
+
+@pytest.mark.parametrize("dtype", UNSIZED, ids=str)
+def test_dtypes_of_no_size_come_back(writer: SpoolWriter, reader: SpoolReader, dtype: Any) -> None:
+    array = np.zeros((3, 4), dtype)
+    writer.put(array)
+    same(reader.get_nowait(), array)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_comes_back(writer: SpoolWriter, reader: SpoolReader, name: str) -> None:
+    for _ in range(3):
+        writer.put(LAYOUTS[name])
+        same(reader.get_nowait(), LAYOUTS[name].view(np.ndarray))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_kinds_orders_and_shapes_may_alternate_in_the_same_files(
+    writer: SpoolWriter, reader: SpoolReader, large: bool
+) -> None:
+    base = np.arange(20_000.0 if large else 20.0)
+    wide = base.reshape(4, -1)
+    same_size: list[Array] = [
+        *(wide, wide.T.copy(), np.asfortranarray(wide), wide.astype(">f8"), wide.astype("i8"), base),
+        *(np.repeat(wide, 2, axis=1)[:, ::2], base.view("V8"), base.view("M8[s]"), base[::-1]),
+    ]
+    same_size += [base.view([("a", "f4"), ("b", "i4")]), base[: len(base) // 2].astype("c16"), wide[:0]]
+    for number in range(3):
+        for first in same_size:
+            seconds: list[Array | dict[str, Array]] = [
+                wide + number,
+                first,
+                {"a": first},
+                {"b": wide, "a": first[:1]},
+                first,
+            ]
+            for second in seconds:
+                writer.put(second)
+                found = reader.get_nowait()
+                if isinstance(second, dict):
+                    for name, array in second.items():
+                        same(found[name], array)
+                else:
+                    same(found, second)
+
+
+def test_an_array_of_the_kind_of_a_named_one_before_it_comes_back(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    array = np.arange(77, dtype="<u4")
+    writer.put({"a": np.zeros(8), "b": array})  # whose header is then the same, at another place of the file
+    same(reader.get_nowait()["b"], array)
+    for _ in range(ROUNDS):
+        writer.put(array)
+        same(reader.get_nowait(), array)
+
+
+def test_memory_mapped_array_comes_back(writer: SpoolWriter, reader: SpoolReader, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", LAYOUTS["stepped"])
+    writer.put(np.load(tmp_path / "a.npy", mmap_mode="r"))
+    same(reader.get_nowait(), LAYOUTS["stepped"])
+
+
+def test_item_that_was_got_can_be_put_again(writer: SpoolWriter, reader: SpoolReader) -> None:
+    writer.put(LAYOUTS["Fortran, large"])
+    for _ in range(4):
+        writer.put(reader.get_nowait())
+    same(reader.get_nowait(), LAYOUTS["Fortran, large"])
+
+
+@pytest.mark.parametrize("size", [1, LARGE])
+def test_put_keeps_nothing_of_the_array(writer: SpoolWriter, reader: SpoolReader, size: int) -> None:
+    array = np.zeros(size)
+    for _ in range(3):
+        array[:] = 1
+        writer.put(array)
+        array[:] = 2
+        assert (reader.get_nowait() == 1).all()
+
+
+@pytest.mark.parametrize("size", [1, LARGE])
+def test_got_array_is_read_only_and_a_copy_is_writable(
+    writer: SpoolWriter, reader: SpoolReader, size: int
+) -> None:
+    for _ in range(4):
+        writer.put(np.zeros(size))
+    with pytest.raises(ValueError, match="read-only"):
+        reader.get()[0] = 1
+    assert not reader.get()[:1].flags.writeable
+    copy = reader.get(copy=True)
+    copy[:] = 7
+    assert copy.flags.owndata
+    assert (reader.get() == 0).all()
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["", "table lost"])
+def test_named_arrays_come_back_in_their_order(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, lost: bool
+) -> None:
+    def check(found: dict[str, Array]) -> None:
+        assert list(found) == list(NAMED)
+        for name, array in NAMED.items():
+            same(found[name], array)
+            assert not found[name].flags.writeable
+            assert not array.size or found[name].ctypes.data % 64 == 0
+
+    for _ in range(3):
+        for _ in range(3):
+            writer.put(NAMED, meta="m")
+        if lost:
+            (spool / "index").unlink()
+        assert reader.peek().names == tuple(NAMED)
+        with reader.receive(block=False) as item:
+            check(dict(item.arrays))
+            assert item.meta == "m"
+            with pytest.raises(TypeError, match="named arrays"):
+                _ = item.array
+        check(dict(reader.get()))
+        copies = reader.get(copy=True)
+        copies["mask"][:] = copies["last"][0] = 1
+        assert copies["mask"].flags.f_contiguous
+
+
+def test_a_single_named_array_stays_named(writer: SpoolWriter, reader: SpoolReader) -> None:
+    writer.put({"only": np.arange(3)})
+    assert list(reader.get()) == ["only"]
+
+
+def test_same_object_under_two_names_is_two_arrays(writer: SpoolWriter, reader: SpoolReader) -> None:
+    array = np.arange(5000)
+    writer.put({"z": array, "a": array[::-1], "b": array})
+    found = reader.get()
+    assert list(found) == ["z", "a", "b"]
+    assert (found["z"] == found["a"][::-1]).all()
+    assert (found["b"] == array).all()
+
+
+def test_many_arrays_of_one_item(writer: SpoolWriter, reader: SpoolReader) -> None:
+    several = {f"a{number}": np.full(number, number) for number in range(300)}
+    for _ in range(2):
+        writer.put(several)
+        found = reader.get()
+        assert list(found) == list(several)
+        assert all((found[name] == array).all() for name, array in several.items())
+
+
+def test_item_file_is_plain_npy_until_it_is_got(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    for array in (filled("f8", 0), filled(NESTED, LARGE), filled(">c8", LARGE)):
+        for _ in range(2):
+            seq = writer.put(array)
+            assert item_file(spool).name == f"{seq:020d}.npy"
+            same(np.load(item_file(spool), allow_pickle=False), array)
+            reader.get_nowait()
+    for _ in range(2):
+        writer.put(NAMED)
+        with open(item_file(spool), "rb") as file:  # one after another
+            for array in NAMED.values():
+                same(np.load(file, allow_pickle=False), array)
+        reader.get_nowait()
+
+
+@pytest.mark.parametrize("dtype", ["O", [("a", "i4"), ("b", "O")]], ids=str)
+@pytest.mark.parametrize("recycled", [False, True])
+def test_object_arrays_are_a_type_error_and_leave_nothing(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, dtype: Any, recycled: bool
+) -> None:
+    if recycled:
+        for _ in range(2):
+            writer.put(np.zeros(LARGE))
+            reader.get()
+    with pytest.raises(TypeError, match="object"):
+        writer.put(np.zeros(LARGE, dtype))
+    with pytest.raises(UnsupportedArray):
+        writer.put({"a": np.zeros(3), "b": np.zeros(3, dtype)})
+    assert writer.empty()
+    assert nothing_left(spool)
+    assert writer.put(np.zeros(3)) == (3 if recycled else 1)
+
+
+@pytest.mark.parametrize("thing", [[1, 2], 3.0, "text", None, b"bytes"], ids=repr)
+def test_what_is_not_an_array_is_a_type_error(writer: SpoolWriter, thing: Any) -> None:
+    with pytest.raises(TypeError):
+        writer.put(thing)
+    with pytest.raises(TypeError):
+        writer.put({"a": thing})
+
+
+def test_empty_dict_and_names_that_are_no_strings_are_refused(writer: SpoolWriter, spool: Path) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        writer.put({})
+    with pytest.raises(UnsupportedArray, match="strings"):
+        writer.put({1: np.zeros(3)})  # type: ignore[dict-item]
+    assert nothing_left(spool)

@@ -1,0 +1,233 @@
+"""The limits of a spool are decided by the first who asks, hold for all, and what can never fit is refused at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.arrays import Array
+from support.calls import Call
+from support.peer import Peer
+
+from spoolipc import Full, LimitMismatch, ShutDown, SpoolReader, SpoolWriter, TooLarge
+
+PAGE = 4096
+NAMES = ("maxsize", "max_bytes", "recycle_bytes", "max_attempts")
+
+
+def pages(count: int) -> Array:
+    """An array whose file has this many pages."""
+    return np.ones(count * PAGE - 1024, "u1")
+
+
+class TestAgreement:
+    @pytest.mark.parametrize("first", [SpoolWriter, SpoolReader])
+    @pytest.mark.parametrize("second", [SpoolWriter, SpoolReader])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_first_who_asks_decides_and_another_value_is_an_error(
+        self, spool: Path, first: Any, second: Any, name: str
+    ) -> None:
+        with first(spool, **{name: 7}):
+            with pytest.raises(LimitMismatch, match=f"{name}=7, not 8"):
+                second(spool, **{name: 8})
+            with pytest.raises(ValueError, match=str(spool)):
+                second(spool, **{name: 0})
+            second(spool, **{name: 7}).close()
+            second(spool).close()
+        with pytest.raises(LimitMismatch):
+            second(spool, **{name: 8})
+        assert json.loads((spool / "spool.json").read_text())[name] == 7
+
+    def test_who_asks_later_decides_what_nobody_asked_before(self, spool: Path) -> None:
+        with SpoolReader(spool) as reader, SpoolWriter(spool) as writer:
+            assert (reader.maxsize, writer.maxsize) == (0, 0)
+            writer.put_nowait(np.zeros(1))
+            with SpoolWriter(spool, maxsize=2) as asking:
+                assert (reader.maxsize, writer.maxsize, asking.maxsize) == (2, 2, 2)
+            writer.put_nowait(np.zeros(1))
+            with pytest.raises(Full):
+                writer.put_nowait(np.zeros(1))
+            with pytest.raises(LimitMismatch):
+                SpoolReader(spool, maxsize=3)
+        with SpoolWriter(spool) as writer:
+            assert writer.maxsize == 2
+            assert writer.full()
+
+    def test_no_limit_is_a_limit_that_was_asked_for(self, spool: Path) -> None:
+        with SpoolWriter(spool, maxsize=0), pytest.raises(LimitMismatch):
+            SpoolReader(spool, maxsize=5)
+
+    @pytest.mark.parametrize("value", [-1, 1.5, True, "3"], ids=repr)
+    @pytest.mark.parametrize("name", NAMES)
+    def test_limit_that_is_no_whole_number_is_refused_and_makes_nothing(
+        self, spool: Path, name: str, value: Any
+    ) -> None:
+        with pytest.raises(ValueError, match=name):
+            SpoolWriter(spool, **{name: value})
+        assert not spool.exists()
+
+    def test_limits_of_another_process_hold_here(self, spool: Path) -> None:
+        with SpoolReader(spool) as reader, Peer(spool) as peer:
+            peer.run("writer = SpoolWriter(path, maxsize=3)")
+            assert reader.maxsize == 3
+            with pytest.raises(LimitMismatch, match="maxsize=3, not 4"):
+                SpoolWriter(spool, maxsize=4)
+            assert peer.ask("SpoolWriter(path).maxsize") == 3
+
+    def test_of_many_who_ask_at_once_one_decides(self, spool: Path) -> None:
+        def ask(maxsize: int) -> int | None:
+            try:
+                with SpoolWriter(spool, maxsize=maxsize) as writer:
+                    return writer.maxsize
+            except LimitMismatch:
+                return None
+
+        with ThreadPoolExecutor(8) as threads:
+            found = {size for size in threads.map(ask, range(1, 17)) if size is not None}
+        assert len(found) == 1
+
+
+class TestBytes:
+    def test_larger_than_the_limit_is_refused_at_once_with_the_numbers(self, spool: Path) -> None:
+        with SpoolWriter(spool, max_bytes=10 * PAGE) as writer:
+            for put in (writer.put, writer.put_nowait):
+                with pytest.raises(TooLarge, match=rf"{11 * PAGE} bytes.*max_bytes is {10 * PAGE}.*free"):
+                    put(pages(11))
+            assert isinstance(TooLarge(), ValueError)
+            writer.put_nowait(pages(10))
+
+    def test_larger_than_the_file_system_is_refused_at_once(self, writer: SpoolWriter, spool: Path) -> None:
+        huge = np.broadcast_to(np.uint8(0), (1 << 50,))
+        with pytest.raises(TooLarge, match=r"max_bytes is not set.*file system has \d+ bytes \(\d+ free"):
+            writer.put(huge)
+        assert list((spool / "tmp").iterdir()) == []
+        assert writer.empty()
+
+    @pytest.mark.parametrize("used", [False, True])
+    def test_metadata_counts(self, spool: Path, used: bool) -> None:
+        """It lies in the file too, so it may be what makes an item too large, or the spool full."""
+        with SpoolWriter(spool, max_bytes=4 * PAGE) as writer, SpoolReader(spool) as reader:
+            for _ in range(2 if used else 0):
+                writer.put(np.zeros(1))
+                reader.get_nowait()
+            with pytest.raises(TooLarge):
+                writer.put(np.zeros(1), meta="x" * 4 * PAGE)
+            writer.put(np.zeros(1), meta="x" * 2 * PAGE)
+            for timeout in (0.0, 0.05):
+                with pytest.raises(Full):
+                    writer.put(np.zeros(1), meta="x" * PAGE, timeout=timeout)
+            with pytest.raises(Full):
+                writer.put_nowait({"a": np.zeros(1), "b": np.zeros(PAGE // 8)})
+            writer.put_nowait(np.zeros(1))
+
+    def test_blocked_put_goes_on_when_there_are_bytes_enough(self, spool: Path) -> None:
+        with SpoolWriter(spool, max_bytes=10 * PAGE) as writer, SpoolReader(spool) as reader:
+            for _ in range(10):
+                writer.put(pages(1))
+            waiting = Call(writer.put, pages(3))
+            waiting.until_asleep()
+            for _ in range(3):
+                assert not waiting.done
+                reader.get_nowait()
+            assert waiting.result() == 11
+
+    def test_small_item_is_put_though_a_large_one_waits_for_room(self, spool: Path) -> None:
+        writer, other, reader = (
+            SpoolWriter(spool, max_bytes=10 * PAGE),
+            SpoolWriter(spool),
+            SpoolReader(spool),
+        )
+        with writer, other, reader:
+            for _ in range(10):
+                writer.put(pages(1))
+            large = Call(writer.put, pages(8))
+            large.until_asleep()
+            small = Call(other.put, pages(1))
+            reader.get_nowait()
+            assert small.result() == 11
+            for _ in range(8):
+                reader.get_nowait()
+            assert large.result() == 12
+
+
+class TestFileSystem:
+    """What the kernel says of the file system is changed here; one that is really full is another test's."""
+
+    @pytest.fixture
+    def free(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        free = [1 << 40]
+
+        def status(_: object) -> os.statvfs_result:
+            available = free[0] // PAGE
+            return os.statvfs_result((PAGE, PAGE, 1000, available, available, 9, 9, 9, 0, 255))
+
+        monkeypatch.setattr(os, "statvfs", status)
+        monkeypatch.setattr(os, "fstatvfs", status)
+        return free
+
+    def test_too_little_free_space_is_full(self, writer: SpoolWriter, free: list[int]) -> None:
+        free[0] = 2 * PAGE
+        with pytest.raises(Full):
+            writer.put_nowait(pages(3))
+        with pytest.raises(Full):
+            writer.put(pages(3), timeout=0.05)
+        writer.put_nowait(pages(2))
+        waiting = Call(writer.put, pages(3))
+        waiting.until_asleep()
+        free[0] = 3 * PAGE
+        assert waiting.result() == 2
+        with pytest.raises(TooLarge, match=rf"{1000 * PAGE} bytes \({3 * PAGE} free"):
+            writer.put(pages(1001))
+
+    def test_consumed_files_give_way_before_a_put_waits(
+        self, spool: Path, writer: SpoolWriter, reader: SpoolReader, free: list[int]
+    ) -> None:
+        for _ in range(5):
+            writer.put(pages(2))
+        for _ in range(5):
+            reader.get_nowait()
+        with SpoolWriter(spool) as other:  # the first may have kept one
+            free[0] = PAGE
+            with pytest.raises(Full):
+                other.put_nowait(pages(3))
+        assert len(list((spool / "free").iterdir())) <= 1
+
+
+def test_maxsize_holds_for_many_threads_at_once(spool: Path) -> None:
+    def put_some(writer: SpoolWriter) -> None:
+        for _ in range(50):
+            writer.put(pages(1))
+
+    most = 0
+    with SpoolWriter(spool, maxsize=3) as writer, SpoolReader(spool) as reader:
+        calls = [Call(put_some, writer) for _ in range(4)]
+        for _ in range(200):
+            most = max(most, reader.qsize())
+            reader.get(timeout=10)
+        for call in calls:
+            call.result()
+        assert most <= 3
+        writer.shutdown()
+        with pytest.raises(ShutDown):
+            reader.get()
+
+
+@pytest.mark.parametrize("delay", [0, 1000])
+def test_redelivered_and_delayed_items_count(spool: Path, delay: float) -> None:
+    with SpoolWriter(spool, maxsize=2, preallocate=(4, PAGE)) as writer, SpoolReader(spool) as reader:
+        for _ in range(20):  # until whatever is remembered of the last put is used
+            writer.put(pages(2))
+            reader.get()
+        writer.put_nowait(pages(2))
+        item = reader.receive()
+        writer.put_nowait(pages(2))
+        item.nack(delay)
+        with pytest.raises(Full):
+            writer.put_nowait(pages(2))
+        reader.get()
+        writer.put_nowait(pages(2))

@@ -1,0 +1,317 @@
+"""A lent array is the very memory that readers will see: put without a copy, or not put at all."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.arrays import Array, same
+from support.calls import Call
+from support.peek import peek_table
+from support.peer import Peer
+
+from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter, UnsupportedArray
+
+LARGE = 5000
+
+
+def inode_of(array: Array) -> int:
+    """The inode of the file whose mapping an array lies in, as the kernel says."""
+    address = array.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split()
+        start, end = (int(part, 16) for part in span.split("-"))
+        if start <= address < end:
+            return int(inode)
+    raise AssertionError("the array is in no mapping")
+
+
+def files(spool: Path, part: str) -> list[Path]:
+    return list((spool / part).iterdir())
+
+
+def lend(writer: SpoolWriter, value: float, size: int = LARGE) -> int:
+    """Put by a loan; returns the inode of its memory."""
+    with writer.loan(size) as array:
+        array[:] = value
+        return inode_of(array)
+
+
+@pytest.fixture
+def warm(writer: SpoolWriter, reader: SpoolReader) -> None:
+    """Have consumed files go round."""
+    for _ in range(4):
+        writer.put(np.zeros(LARGE))
+        reader.get()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), 0, 3, (3, 0), (40, 50, 3), LARGE], ids=str)
+@pytest.mark.parametrize("dtype", ["f8", "u1", ">c8", "M8[us]", "S5", [("a", "i1"), ("b", "f8")]], ids=str)
+def test_what_was_filled_in_is_what_readers_get(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, order: Any, shape: Any, dtype: Any
+) -> None:
+    expected = np.full(shape, np.ones((), dtype), dtype, order)
+    for _ in range(3):
+        with writer.loan(shape, dtype, order=order, meta={"m": 1}) as array:
+            assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
+            assert array.flags.fnc == expected.flags.fnc
+            assert array.flags.writeable
+            array[...] = expected
+        same(np.load(files(spool, "items")[0], allow_pickle=False), expected)
+        with reader.receive(block=False) as item:
+            assert item.meta == {"m": 1}
+            same(item.array, expected)
+
+
+@pytest.mark.parametrize("durability", ["none", "fsync"])
+def test_nothing_is_copied_the_item_is_the_file_that_was_filled(
+    spool: Path, reader: SpoolReader, durability: Any
+) -> None:
+    with SpoolWriter(spool, durability=durability) as writer:
+        for number in range(5):
+            memory = lend(writer, number)
+            assert [file.stat().st_ino for file in files(spool, "items")] == [memory]
+            found = reader.get()
+            assert (found == number).all()
+            assert inode_of(found) == memory
+            del found
+
+
+@pytest.mark.parametrize("consumed", [False, True], ids=["new file", "consumed file"])
+@pytest.mark.parametrize("error", [RuntimeError("no luck"), KeyboardInterrupt()], ids=repr)
+def test_exception_discards_it_and_leaves_nothing(
+    writer: SpoolWriter,
+    reader: SpoolReader,
+    spool: Path,
+    request: pytest.FixtureRequest,
+    consumed: bool,
+    error: BaseException,
+) -> None:
+    if consumed:
+        request.getfixturevalue("warm")
+    reserved = len(peek_table(spool).of("reserved"))
+    with pytest.raises(type(error)) as raised, writer.loan(LARGE):
+        raise error
+    assert raised.value is error
+    assert writer.empty()
+    assert files(spool, "tmp") == []
+    assert len(peek_table(spool).of("reserved")) <= reserved
+    lend(writer, 2)
+    assert (reader.get() == 2).all()
+
+
+@pytest.mark.usefixtures("warm")
+def test_array_kept_after_an_exception_is_nobody_elses_memory(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    kept: list[Array] = []
+    for _ in range(3):
+        with contextlib.suppress(ZeroDivisionError), writer.loan(LARGE) as array:
+            kept.append(array)
+            array[0] = 1 // 0
+    for number in range(6):
+        writer.put(np.full(LARGE, number))
+        kept[number % 3][:] = -1
+        assert (reader.get() == number).all()
+
+
+def test_array_is_read_only_after_the_block(writer: SpoolWriter) -> None:
+    with writer.loan(LARGE) as array:
+        array[:] = 1
+    for part in (array, array[1:]):
+        with pytest.raises(ValueError, match="read-only"):
+            part[0] = 2
+
+
+@pytest.mark.parametrize("how", ["get", "receive"])
+def test_array_kept_keeps_its_file_from_being_written_again(
+    writer: SpoolWriter, reader: SpoolReader, how: str
+) -> None:
+    kept: list[Array] = []
+    memory = []
+    for number in range(4):
+        with writer.loan(LARGE) as array:
+            array[:] = number
+        memory.append(inode_of(array))
+        kept.append(array[10:20])
+        del array
+        if how == "get":
+            reader.get()
+        else:
+            reader.receive().ack()
+    assert len(set(memory)) == 4
+    for _ in range(20):
+        assert lend(writer, -1) not in memory
+        reader.get()
+    assert [set(view) for view in kept] == [{0.0}, {1.0}, {2.0}, {3.0}]
+    kept.clear()
+    gc.collect()
+    again = set()
+    for _ in range(20):
+        again.add(lend(writer, -1))
+        reader.get()
+    assert again & set(memory)
+
+
+def test_steady_loans_go_round_in_a_few_files(writer: SpoolWriter, reader: SpoolReader) -> None:
+    used = set()
+    for number in range(50):
+        used.add(lend(writer, number))
+        assert (reader.get() == number).all()
+    assert len(used) <= 4
+
+
+def test_table_lost_during_the_loan_costs_nothing(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    for number in range(6):
+        with writer.loan(LARGE, meta=number) as array:
+            array[:] = number
+            (spool / "index").unlink()
+            with pytest.raises(Empty):  # whoever looks builds it again, without the file that is lent
+                reader.get_nowait()
+        with reader.receive(block=False) as item:
+            assert item.meta == number
+            assert (item.array == number).all()
+        assert (array == number).all()
+
+
+def test_file_removed_during_the_loan_costs_a_copy(spool: Path, reader: SpoolReader) -> None:
+    with SpoolWriter(spool) as writer:
+        for number in range(4):
+            with writer.loan(LARGE) as array:
+                array[:] = number
+                memory = inode_of(array)
+                (file,) = [
+                    file
+                    for file in files(spool, "tmp") + files(spool, "free")
+                    if file.stat().st_ino == memory
+                ]
+                file.unlink()
+            assert (reader.get_nowait() == number).all()
+
+
+def test_loan_waits_for_room_when_it_begins(spool: Path, reader: SpoolReader) -> None:
+    with SpoolWriter(spool, maxsize=1) as writer:
+        writer.put(np.zeros(3))
+        for block, timeout in ((False, None), (True, 0.01), (True, 0.0)):
+            with pytest.raises(Full), writer.loan(3, block=block, timeout=timeout):
+                pytest.fail("the loan was given")
+        lending = Call(lend, writer, 5, 9000)
+        lending.until_asleep()
+        assert reader.get()[0] == 0
+        lending.result()
+        assert reader.get()[0] == 5
+
+
+def test_loan_waits_for_room_when_it_ends(spool: Path, reader: SpoolReader) -> None:
+    filled = threading.Event()
+
+    def lending(writer: SpoolWriter, other: SpoolWriter) -> None:
+        with writer.loan(LARGE) as array:
+            array[:] = 5
+            other.put(np.zeros(3))
+            filled.set()
+
+    with SpoolWriter(spool, maxsize=1) as writer, SpoolWriter(spool) as other:
+        call = Call(lending, writer, other)
+        assert filled.wait(20)
+        call.until_asleep()
+        assert reader.get(timeout=10)[0] == 0
+        call.result()
+        assert reader.get_nowait()[0] == 5
+
+
+def test_loan_of_what_is_no_array_is_refused(writer: SpoolWriter, spool: Path) -> None:
+    with pytest.raises(UnsupportedArray), writer.loan(3, object):
+        pytest.fail("the loan was given")
+    with pytest.raises(ValueError, match="negative"), writer.loan(-1):
+        pytest.fail("the loan was given")
+    assert files(spool, "tmp") == []
+
+
+def test_shutdown_during_the_loan_discards_it(writer: SpoolWriter, spool: Path) -> None:
+    with pytest.raises(ShutDown), writer.loan(LARGE):
+        writer.shutdown()
+    assert files(spool, "items") == files(spool, "tmp") == []
+
+
+def test_writer_killed_during_the_loan_leaves_nothing(spool: Path) -> None:
+    with Peer(spool) as peer:
+        peer.run(
+            "writer = SpoolWriter(path); loan = writer.loan(5000); array = loan.__enter__(); array[:] = 1"
+        )
+        assert len(files(spool, "tmp")) == 1
+        peer.kill()
+    with SpoolWriter(spool) as writer:
+        assert files(spool, "tmp") == []
+        assert writer.empty()
+
+
+def test_writer_gone_with_its_array_leaves_no_file_behind(spool: Path, reader: SpoolReader) -> None:
+    with SpoolWriter(spool) as writer:
+        with writer.loan(LARGE) as array:
+            array[:] = 1
+        reader.get()
+    with pytest.raises(Empty):
+        reader.get(block=False)  # passes the file on to its lender, who is gone
+    with SpoolReader(spool):
+        assert files(spool, "free") == []
+    assert (array == 1).all()
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_during_the_loan_keeps_the_file_from_being_written_again(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    """The child has the array too, and may look at it, or even write to it, for ever."""
+    awake, go_on = os.pipe()
+    with writer.loan(LARGE) as array:
+        array[:] = 1
+        memory = inode_of(array)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os.read(awake, 1)
+            os._exit(0 if (array == 1).all() else 1)
+    del array
+    reader.get()
+    for _ in range(10):
+        assert lend(writer, 2) != memory
+        reader.get()
+    os.write(go_on, b"!")
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    os.close(awake)
+    os.close(go_on)
+
+
+def test_threads_may_lend_at_once(writer: SpoolWriter, reader: SpoolReader) -> None:
+    def several(first: int) -> None:
+        for number in range(first, first + 30):
+            with writer.loan(LARGE) as array:
+                array[:] = number
+                time.sleep(0)  # let another thread in
+                assert (array == number).all()
+
+    seen: list[int] = []
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(several, first) for first in (0, 100, 200, 300)]
+        while len(seen) < 120:
+            array = reader.get(timeout=10)
+            assert (array == array[0]).all()
+            seen.append(int(array[0]))
+        for future in futures:
+            future.result(10)
+    assert sorted(seen) == [first + number for first in (0, 100, 200, 300) for number in range(30)]

@@ -1,0 +1,149 @@
+"""Consumed files are written again, if nobody else may see them, and give way as `recycle_bytes` says."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.arrays import Array
+
+from spoolipc import Empty, SpoolReader, SpoolWriter, stat
+
+PAGE = 4096
+SIZE = 5000
+"""Of float64: 40 KB, which is given out as a view of the file."""
+ROUNDS = 16
+
+
+def inodes(spool: Path) -> set[int]:
+    return {file.stat().st_ino for part in ("items", "free") for file in (spool / part).iterdir()}
+
+
+def traffic(writer: SpoolWriter, reader: SpoolReader, array: Array, rounds: int = ROUNDS) -> None:
+    for number in range(rounds):
+        expected = array - number
+        writer.put(expected)
+        writer.put(array)
+        assert (reader.get() == expected).all()
+        assert (reader.get() == array).all()
+
+
+def pages(count: int) -> Array:
+    """An array whose file has this many pages."""
+    return np.ones(count * PAGE - 1024, "u1")
+
+
+def test_consumed_file_is_written_again_when_no_view_is_left(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    writer.put(np.ones(SIZE))
+    before = inodes(spool)
+    array = reader.get_nowait()
+    assert (array == 1).all()
+    del array
+    gc.collect()
+    with pytest.raises(Empty):
+        reader.get_nowait()
+    writer.put(np.full(SIZE, 2.0))
+    assert inodes(spool) == before
+    assert (reader.get_nowait() == 2).all()
+
+
+@pytest.mark.parametrize("size", [50, SIZE])
+def test_traffic_keeps_to_a_few_files(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, size: int
+) -> None:
+    traffic(writer, reader, np.ones(size), 200)
+    assert len(inodes(spool)) <= 8
+
+
+@pytest.mark.parametrize("when", ["waiting", "got", "received"])
+@pytest.mark.parametrize("size", [50, SIZE])
+def test_file_with_another_name_is_not_written_again(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, size: int, when: str
+) -> None:
+    mine = spool.parent / "mine.npy"
+    traffic(writer, reader, np.ones(size))
+    seq = writer.put(np.full(size, 7.0))
+    item = spool / "items" / f"{seq:020d}.npy"
+    inode = item.stat().st_ino
+    if when == "waiting":
+        os.link(item, mine)
+        assert (reader.get() == 7).all()
+    elif when == "received":
+        with reader.receive() as received:
+            assert (received.array == 7).all()
+            os.link(item, mine)
+        del received
+    else:
+        array = reader.get()
+        (file,) = [file for file in (spool / "free").iterdir() if file.stat().st_ino == inode]
+        os.link(file, mine)
+        assert (array == 7).all()
+        del array
+    traffic(writer, reader, np.ones(size))
+    assert (np.load(mine) == 7).all()
+
+
+def link(file: Path) -> None:
+    os.link(file, file.parents[2] / f"linked-{file.name}")
+
+
+def shorten(file: Path) -> None:
+    os.truncate(file, 100)
+
+
+def replace(file: Path) -> None:
+    other = file.with_suffix(".other")
+    other.write_bytes(file.read_bytes())
+    other.chmod(0o600)
+    other.rename(file)
+
+
+@pytest.mark.parametrize("size", [50, SIZE])
+@pytest.mark.parametrize("harm", [link, shorten, replace, Path.unlink])
+def test_consumed_file_that_was_tampered_with_is_not_written(
+    spool: Path, writer: SpoolWriter, reader: SpoolReader, harm: Callable[[Path], None], size: int
+) -> None:
+    traffic(writer, reader, np.ones(size))
+    for file in list((spool / "free").iterdir()):
+        harm(file)
+    linked = {file: file.read_bytes() for file in spool.parent.glob("linked-*")}
+    assert bool(linked) == (harm is link)
+    traffic(writer, reader, np.zeros(size))
+    assert all(file.read_bytes() == before for file, before in linked.items())
+    assert stat(spool).failed == 0
+
+
+def test_recycled_bytes_are_what_a_backlog_left_and_soon_within_the_limit(
+    spool: Path, spend: Callable[[float], None]
+) -> None:
+    with SpoolWriter(spool, recycle_bytes=8 * PAGE) as writer, SpoolReader(spool) as reader:
+        for _ in range(20):
+            writer.put(pages(2))
+        for left in range(19, -1, -1):
+            reader.get_nowait()
+            assert stat(spool).free_bytes <= (20 - left) * 2 * PAGE
+        assert stat(spool).free_bytes >= 36 * PAGE
+        for _ in range(60):
+            before = stat(spool).free_bytes
+            spend(1.1)
+            with pytest.raises(Empty):
+                reader.get_nowait()
+            assert 8 * PAGE <= stat(spool).free_bytes <= before
+        assert stat(spool).free_bytes == 8 * PAGE
+        assert sum(file.stat().st_size for file in (spool / "free").iterdir()) <= 10 * PAGE
+
+
+def test_nothing_is_recycled_when_the_limit_is_zero(spool: Path) -> None:
+    with SpoolWriter(spool, recycle_bytes=0) as writer, SpoolReader(spool) as reader:
+        for size in (1, 9) * 5:
+            writer.put(pages(size))
+            reader.get_nowait()
+        with pytest.raises(Empty):
+            reader.get_nowait()
+        assert list((spool / "free").iterdir()) == []

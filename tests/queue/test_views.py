@@ -1,0 +1,140 @@
+"""An array that a reader returned never changes, whatever becomes of its item, file, reader or process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from support.arrays import Array
+from support.peer import Peer
+
+from spoolipc import Empty, Item, SpoolReader, SpoolWriter
+
+SIZE = 5000
+"""Of float64: 40 KB, which is given out as a view of the file."""
+WAYS: list[Callable[[Array], Array]] = [
+    lambda a: a,
+    lambda a: a[10:],
+    lambda a: a[::-2][3:][:5],
+    lambda a: a.reshape(50, 100).T[3],
+    lambda a: a.view("u1")[8:],
+    lambda a: a.view(np.recarray),
+    lambda a: np.asarray(memoryview(cast(Any, a))[5:]),
+    lambda a: np.frombuffer(a, "f8", 7, 80),
+    lambda a: np.lib.stride_tricks.sliding_window_view(a, 9),
+    lambda a: np.broadcast_to(a[:1], (3, 1)),
+    lambda a: a.view([("a", "f4"), ("b", "i2", (2,))])["b"],
+    lambda a: a.view([("a", "f4"), ("b", "i2", (2,))])[17],
+    lambda a: a.view([("a", "f4"), ("b", "i2", (2,))])["b"][3],
+]
+
+
+def full_of(number: float) -> Array:
+    return np.full(SIZE, number)
+
+
+def traffic(writer: SpoolWriter, reader: SpoolReader, rounds: int = 30) -> None:
+    """Puts and gets of the same size, so that every file that may be written again is."""
+    gc.collect()
+    for number in range(rounds):
+        for _ in range(3):
+            writer.put(full_of(-number))
+        for _ in range(3):
+            assert (reader.get_nowait() == -number).all()
+
+
+@pytest.mark.parametrize("keep", WAYS)
+def test_any_view_of_a_view_keeps_the_file_as_it_is(
+    writer: SpoolWriter, reader: SpoolReader, keep: Callable[[Array], Array]
+) -> None:
+    writer.put(full_of(7))
+    kept = keep(reader.get_nowait())
+    before = kept.tobytes()
+    traffic(writer, reader)
+    assert kept.tobytes() == before
+
+
+def test_view_got_in_another_process_stays_while_this_one_puts(
+    spool: Path, writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    for number in range(10):
+        writer.put(full_of(number))
+    with Peer(spool) as peer:
+        peer.run("reader = SpoolReader(path); views = [reader.get_nowait() for _ in range(10)]")
+        traffic(writer, reader)
+        found = peer.ask("[float(view[0]) if (view == view[0]).all() else None for view in views]")
+        assert found == list(range(10))
+
+
+def test_process_that_ends_without_closing_leaves_nothing_broken(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        for number in range(4):
+            writer.put(full_of(number))
+        with Peer(spool) as peer:
+            peer.run("writer, reader = SpoolWriter(path), SpoolReader(path); view = reader.get_nowait()")
+            peer.run("item = reader.receive(); also = item.array")
+            peer.run("loan = writer.loan(5000); lent = loan.__enter__(); lent[:] = 7")
+            peer.kill()
+        found = [float(reader.get(timeout=5)[0]) for _ in range(3)]
+        assert sorted(found) == [1, 2, 3]  # 0 was got, 1 was in flight
+        traffic(writer, reader)
+    with SpoolReader(spool) as reader, pytest.raises(Empty):
+        reader.get_nowait()
+    assert list((spool / "tmp").iterdir()) == list((spool / "alive").iterdir()) == []
+
+
+def each(*steps: Callable[[], object]) -> None:
+    for step in steps:
+        step()
+
+
+EVENTS: dict[str, Callable[[Item, SpoolReader, SpoolWriter, SpoolReader], object]] = {
+    "acked": lambda item, reader, writer, other: item.ack(),
+    "nacked": lambda item, reader, writer, other: item.nack(),
+    "nacked, got by the same": lambda item, reader, writer, other: each(item.nack, reader.get_nowait),
+    "nacked, received by the same": lambda item, reader, writer, other: each(item.nack, lambda: use(reader)),
+    "nacked, received by another": lambda item, reader, writer, other: each(item.nack, lambda: use(other)),
+    "rejected": lambda item, reader, writer, other: item.reject("on purpose"),
+    "reader closed": lambda item, reader, writer, other: reader.close(),
+    "all closed": lambda item, reader, writer, other: each(reader.close, writer.close, other.close),
+    "spool deleted": lambda item, reader, writer, other: shutil.rmtree(writer.path),
+    "table lost": lambda item, reader, writer, other: os.unlink(f"{writer.path}/index"),
+    "shut down": lambda item, reader, writer, other: writer.shutdown(immediate=True),
+}
+
+
+def use(reader: SpoolReader) -> None:
+    """Receive an item, whose second view is then dropped before the first."""
+    with reader.receive(block=False) as item:
+        assert (item.array == 4).all()
+
+
+@pytest.mark.parametrize("lease", [None, 60.0])
+@pytest.mark.parametrize("event", EVENTS)
+def test_views_outlive_what_becomes_of_item_reader_and_spool(
+    spool: Path, event: str, lease: float | None
+) -> None:
+    """Of items got and of one received, which `event` is done to; afterwards whatever may be written again is."""
+    with SpoolWriter(spool) as writer, SpoolReader(spool, lease=lease) as reader, SpoolReader(spool) as other:
+        writer.put_many([full_of(number) for number in range(5)])
+        views = reader.get_many(4)
+        item = reader.receive()
+        views.append(item.array)
+        EVENTS[event](item, reader, writer, other)
+        del item
+        for number in (5, 6):
+            with SpoolWriter(spool, reopen=True) as again, SpoolReader(spool) as another:
+                again.put(full_of(number))
+                while another.get_nowait()[0] != number:
+                    pass  # what was received may have come back
+                traffic(again, another)
+                if event in ("acked", "rejected", "table lost") or event.startswith("nacked"):
+                    traffic(writer, reader)
+        for number, view in enumerate(views):
+            assert (view == number).all()

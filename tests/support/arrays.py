@@ -1,0 +1,55 @@
+"""Arrays of every kind, and whether one came back as it was put."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+ALIGNED: Final = np.dtype([("a", "i1"), ("b", "f8"), ("c", "i2")], align=True)
+NESTED: Final = np.dtype([("x", ALIGNED), ("y", [("p", ">i4", (2, 3)), ("q", "S3")], (2,)), ("z", "M8[us]")])
+DTYPES: Final[list[Any]] = [
+    *"?bBhHiIlLqQefdgFDG",
+    *("S5", "U3", "V7", "<c16", ">c8", ">i2", ">f8", ">U2", ">M8[s]"),
+    *("M8[ns]", "M8[D]", "M8[25s]", "M8", "m8[ms]", "m8"),
+    *(ALIGNED, NESTED, np.dtype([("größe", "f4"), ("長さ", "i2")])),
+    np.dtype((np.record, [("r", "u1"), ("g", "u1")])),
+    np.dtype({"names": ["late"], "formats": ["<i4"], "offsets": [12], "itemsize": 32}),
+]
+LARGE: Final = 40_000
+"""Bytes beyond which an array is given out as a view of its file."""
+
+
+def filled(dtype: Any, least: int) -> Array:
+    """An array of distinct bytes, without invalid characters or booleans, of at least `least` bytes."""
+    dtype = np.dtype(dtype)
+    count = least // max(dtype.itemsize, 1) + 3
+    size = count * dtype.itemsize
+    raw = bytes(range(1, 128)) * (size // 127 + 1)
+    if dtype.kind == "U":
+        text = "".join(chr(33 + i % 5000) for i in range(size // 4))
+        raw = text.encode("utf-32-be" if dtype.str[0] == ">" else "utf-32-le")
+    if dtype.kind == "b":
+        raw = b"\x01\x00" * size
+    array: Array = np.ndarray((count,), dtype, bytearray(raw[:size] or b"\0"))
+    return array
+
+
+def same(found: Array, array: Array) -> None:
+    """Assert that `found` is a plain array with the dtype, byte order, shape, memory order and values of `array`."""
+    assert type(found) is np.ndarray
+    assert found.dtype == array.dtype
+    assert found.dtype.byteorder == array.dtype.byteorder
+    assert found.shape == array.shape
+    assert found.flags.fnc == array.flags.fnc
+    _same_values(found, array)
+
+
+def _same_values(found: Array, array: Array) -> None:
+    """The same bytes, but for the padding between fields."""
+    if array.dtype.names is None:
+        assert found.tobytes() == array.tobytes()
+    else:
+        for name in array.dtype.names:
+            _same_values(found[name], array[name])
