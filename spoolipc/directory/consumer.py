@@ -194,7 +194,7 @@ class DirectoryConsumer:
         if self._verify:
             verify(buffer, tail)
         pinned = tail.data_end > SMALL
-        copied = not pinned and kept is not None
+        copied = not pinned and type(buffer) is not bytes
         return seq, message(buffer, blocks, tail, copy=copied), pinned, status[3] == 1
 
     def _take(self, limit: int, ahead: list[Opened]) -> tuple[tuple[list[Message], bool], int, int]:
@@ -233,6 +233,8 @@ class DirectoryConsumer:
         except Exception:
             if not got:
                 raise
+        if not got:
+            recycler.reclaim()
         space += len(got)
         return (got, not got and self._has_ended()), items + self._pass_on(space), space
 

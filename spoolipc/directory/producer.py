@@ -141,7 +141,8 @@ class DirectoryProducer:
         staged: list[Staged] = []
         try:
             try:
-                self._put_some(messages, staged, seqs)
+                if messages:
+                    self._put_some(messages, staged, seqs)
             except Full:
                 if until == NOW:
                     raise
@@ -196,10 +197,8 @@ class DirectoryProducer:
         if words[SHUTDOWN]:
             raise self._shut_down()
         self._places = places(words, need)
-        if (limit and need > limit) or (not self._recycler.reserved and not self._recycler.fits(need)):
+        if not self._recycler.reserved or (limit and need > limit):
             self._refuse_impossible(need, limit)
-            if not self.session.step(self._recycler.make_room, need):
-                self._places = 0
         if self._places <= 0:
             raise Full(f"the spool {self.path} has no room now")
 
@@ -353,6 +352,8 @@ class DirectoryProducer:
         directories = self.session.directories
         name = f"{token_name(self.session.token)}-{next(self._numbers)}.npy"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | fs.CAREFUL
+        if not self._recycler.fits(size) and not self.session.step(self._recycler.make_room, size):
+            raise Full(f"the file system of {self.path} has not {size} bytes free now")
         try:
             fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
             try:

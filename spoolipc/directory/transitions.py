@@ -296,6 +296,8 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
         stores[record + STATE] = PINNED
         stores[record + OWNER] = owner
         stores[record + DUE] = 0
+        if owner == words[record + LOAN]:  # the lender itself, who may still have the array
+            stores[record + LOAN] = 0
     else:
         released = record
     if released:

@@ -26,7 +26,7 @@ from spoolipc import (
 )
 
 LARGE = 5000
-CRASHED = "its reader died"
+CRASHED = "its reader crashed"
 """What the history says of a reader that crashed."""
 Pair = tuple[SpoolWriter, SpoolReader]
 

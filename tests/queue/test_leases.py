@@ -16,7 +16,7 @@ from spoolipc import Empty, Failure, Item, LeaseExpired, SpoolReader, SpoolWrite
 LARGE = 5000
 SHORT = 0.05
 """Seconds of a lease that is to end."""
-CRASHED = "its reader died"
+CRASHED = "its reader crashed"
 """What the history says of a reader that crashed."""
 Pair = tuple[SpoolWriter, SpoolReader]
 

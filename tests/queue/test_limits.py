@@ -15,6 +15,7 @@ from support.calls import Call
 from support.peer import Peer
 
 from spoolipc import Full, LimitMismatch, ShutDown, SpoolReader, SpoolWriter, TooLarge
+from spoolipc.directory import fs
 
 PAGE = 4096
 NAMES = ("maxsize", "max_bytes", "recycle_bytes", "max_attempts")
@@ -166,8 +167,7 @@ class TestFileSystem:
             available = free[0] // PAGE
             return os.statvfs_result((PAGE, PAGE, 1000, available, available, 9, 9, 9, 0, 255))
 
-        monkeypatch.setattr(os, "statvfs", status)
-        monkeypatch.setattr(os, "fstatvfs", status)
+        monkeypatch.setattr(fs, "statvfs", status)
         return free
 
     def test_too_little_free_space_is_full(self, writer: SpoolWriter, free: list[int]) -> None:

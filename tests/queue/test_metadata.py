@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spoolipc import SpoolReader, SpoolWriter
+from spoolipc.directory import fs
 
 LARGE = 200_000
 VALUES: list[Any] = [
@@ -51,7 +52,7 @@ def test_metadata_is_read_without_mapping_the_file(
         return real(*args, **kwargs)
 
     writer.put({"a": np.zeros(LARGE), "b": np.zeros(3)}, meta={"camera": 3})
-    monkeypatch.setattr(mmap, "mmap", counted)
+    monkeypatch.setattr(fs, "map_file", counted)
     assert reader.peek().meta == {"camera": 3}
     with reader.receive() as item:
         assert item.meta == {"camera": 3}

@@ -243,7 +243,7 @@ class SpoolMachine(RuleBasedStateMachine):
         if immediate:
             self.model.state = DISCARDED
             self.discarded = True
-            self.model.fresh, self.model.redelivered = [], []
+            self.model.fresh, self.model.redelivered, self.model.away = [], [], self.model.in_flight
         elif self.model.state == OPEN:
             self.model.state = DRAINING
 
@@ -535,7 +535,8 @@ class SpoolMachine(RuleBasedStateMachine):
             counts = (len(model.queue), len(model.delayed), len(model.in_flight))
             assert (found.depth, found.delayed, found.in_flight) == counts
         names = {int(name[:20]) for name in os.listdir(self.path / "items")}
-        sure = {entry.seq for entry in model.away + ([] if model.state == DISCARDED else model.queue)}
+        waits = [] if model.state == DISCARDED else model.queue + model.delayed
+        sure = {entry.seq for entry in model.in_flight + waits}
         assert sure <= names <= model.numbers() - set(model.dead)
         assert model.leftovers or os.listdir(self.path / "tmp") == []
         check_spool(self.path, checked=False)

@@ -171,7 +171,7 @@ class Model:
         """`gc`: housekeeping, and nothing waits any more in a spool that was discarded."""
         self.notice()
         if self.state == DISCARDED:
-            self.fresh, self.redelivered = [], []
+            self.fresh, self.redelivered, self.away = [], [], self.in_flight
 
     def lose_table(self) -> None:
         """All wait in the order of their numbers; an attempt is remembered when its failure was noted."""
