@@ -15,15 +15,8 @@ from numpy.typing import DTypeLike
 
 from .connect import connect
 from .engine import (
-    Consumer,
-    ConsumerOptions,
-    Durability,
-    Lender,
-    Preallocator,
-    Producer,
-    ProducerOptions,
-    Session,
-)
+    Consumer, ConsumerOptions, Durability, Lender, Preallocator, Producer, ProducerOptions, Session,
+)  # fmt: skip
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
 from .format.item import plain
 from .item import Item

@@ -9,81 +9,32 @@ crash after it leaves an item.
 from __future__ import annotations
 
 import contextlib
-import errno
-import itertools
-import mmap
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from ..engine import Kind, ProducerOptions, retry
-from ..errors import BadItem, Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
+from ..errors import Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
 from ..format import footer
-from ..format.item import ALIGN, Layout, checksum_of, layout_of, layout_of_spec, store, to_bytes, view
+from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
 from . import fs, housekeeping, transitions
 from .doorbell import SessionWatch
-from .itemfile import ItemFile, check_regular
-from .liveness import token_name
-from .recycling import MOST_RESERVED, NO_FILE, PAGE, SMALL, Pin, Recycler, Reserved, rounded
+from .itemfile import ItemFile
+from .recycling import MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
 from .session import Session, operation
+from .staging import Staged, Staging
 from .table import (
-    DELIVERED_TOTAL,
-    DISCARDED,
-    DRAINING,
-    FIRST_DONATED,
-    HAS_METADATA,
-    HOUSEKEPT,
-    ITEM,
-    ITEM_AT,
-    MAX_BYTES,
-    MAXSIZE,
-    NEVER_AGAIN,
-    OPEN,
-    OWNER,
-    PINNED,
-    POOL_BYTES,
-    POOL_COUNT,
-    RECYCLE_BYTES,
-    SHUTDOWN,
-    STATE,
-    WORD,
-    Words,
-    active,
-    bucket,
-)
+    DISCARDED, DRAINING, FIRST_DONATED, HOUSEKEPT, ITEM, ITEM_AT, MAX_BYTES, MAXSIZE, NEVER_AGAIN, OPEN, OWNER,
+    PINNED, POOL_BYTES, POOL_COUNT, RECYCLE_BYTES, SHUTDOWN, STATE, WORD, Words, active, bucket,
+)  # fmt: skip
 from .transitions import find_pooled, has_room, places
 
 T = TypeVar("T")
 RETRY_AFTER: Final = 1.0
 """Seconds after which a write that the file system refused is tried again."""
-
-
-class Staged:
-    """A message in a file not yet in `items/`: a reserved file, or `name` in `tmp/`.
-
-    need: bytes written. size: bytes of the file. loan: the array is the file's own memory; pin: who shows that.
-    """
-
-    file: Reserved | None = None
-    name = ""
-    size = 0
-    loan = False
-    pin: Pin | None = None
-    buffer: mmap.mmap | None = None
-    status: os.stat_result | None = None
-
-    def __init__(self, message: Message, layout: Layout, said: bytes) -> None:
-        self.arrays, names, meta, _, _ = message
-        self.names, self.meta = names, meta
-        self.id = said
-        self.layout = layout
-        self.put_time = put_time = time.time_ns()
-        self.tail = tail = footer.pack(layout.end, put_time, said, names, meta)
-        self.need = layout.end + len(tail)
-        self.flags = 0 if names is None and meta is None else HAS_METADATA
 
 
 class DirectoryProducer:
@@ -97,13 +48,12 @@ class DirectoryProducer:
     def __init__(self, path: str | os.PathLike[str], options: ProducerOptions) -> None:
         self.session = Session(path, options.limits, "writer")
         self._durable = options.durability == "fsync"
-        self._checksum = options.checksum
-        self._numbers = itertools.count()
         self._recycler = Recycler(self.session, writable=True)
+        self._staging = Staging(
+            self.session, self._recycler, durable=self._durable, checksum=options.checksum
+        )
         self._places = 0  # for how many more items there was room when the last was put
-        self._limits_bytes = False
         self._last_size = PAGE
-        self._no_space: tuple[int, int] | None = None  # what the spool was like when the file system refused
         try:
             self.session.step(housekeeping.round_of, self.session, True)
             if self._durable:
@@ -157,7 +107,7 @@ class DirectoryProducer:
             raise
         finally:
             for left in staged:
-                self._unstage(left)
+                self._staging.unstage(left)
         return seqs
 
     def _put_some(self, messages: Sequence[Message], staged: list[Staged], seqs: list[int]) -> None:
@@ -170,30 +120,26 @@ class DirectoryProducer:
             batch = messages[start : start + min(MOST_RESERVED, self._places)]
             if len(batch) > 1 and not self._durable:
                 needs = [_need(message) for message in batch]
-                self._recycler.stock_up([(need, self._most(need)) for need in needs])
+                self._recycler.stock_up([(need, self._staging.most(need)) for need in needs])
             try:
                 for message in batch:
-                    staged.append(self._stage(message))
+                    staged.append(self._staging.stage(message))
             except Full:
                 if not staged:
                     raise  # else what is staged goes first: nobody could make room by taking it otherwise
         while self.session.step(self._commit_all, staged, seqs):
-            self._write_new(staged[0])  # its file was lost with the table, or removed by hand
+            self._staging.write_new(staged[0])  # its file was lost with the table, or removed by hand
         if self._durable and len(seqs) > start:
             self._make_durable(seqs[start:])
         if len(seqs) == start:
             raise Full(f"the spool {self.path} has no room now")
-
-    def _most(self, need: int) -> int:
-        """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
-        return rounded(need) if self._limits_bytes else max(PAGE, 2 * need)
 
     def _look_for_room(self, need: int) -> None:
         """Learn how many items of `need` bytes there is room for. Raises Full, ShutDown, TooLarge."""
         need = rounded(need)
         words = self.session.look()
         limit = words[MAX_BYTES]
-        self._limits_bytes = limit > 0
+        self._staging.limits_bytes = limit > 0
         if words[SHUTDOWN]:
             raise self._shut_down()
         self._places = places(words, need)
@@ -222,14 +168,14 @@ class DirectoryProducer:
         """
         need = rounded(need)
         self._refuse_impossible(need, self.session.look()[MAX_BYTES])
-        before, self._no_space = self._no_space, None
+        before, self._staging.no_space = self._staging.no_space, None
         self._places = 0
 
         def look(words: Words) -> bool:
             if words[SHUTDOWN]:
                 return True
             if before is not None:
-                return before != self._space(words)
+                return before != self._staging.space(words)
             return has_room(words, need) and (self._recycler.fits(need) or bool(words[POOL_COUNT]))
 
         soon = until
@@ -248,157 +194,6 @@ class DirectoryProducer:
     def _sweep(self) -> tuple[None, int, int]:
         self._recycler.mappings.sweep(self.session.journal.words)
         return None, 0, 0
-
-    def _space(self, words: Words) -> tuple[int, int]:
-        return words[DELIVERED_TOTAL], fs.statvfs(self.session.directories.root).f_bavail
-
-    # Staging
-
-    def _stage(self, message: Message) -> Staged:
-        """Write a message to a file that nobody sees yet. Raises Full when the file system is full."""
-        said = bytes.fromhex(message.id) if message.id else self._new_id()
-        staged = Staged(message, layout_of(message[0]), said)
-        if not self._durable:
-            most = self._most(staged.need)
-            while (file := self._recycler.pick(staged.need, most)) is not None:
-                if self._fill(file, staged):
-                    return staged
-        self._write_new(staged)
-        return staged
-
-    def _new_id(self) -> bytes:
-        """An id that no other item has: the session's random number and one that counts."""
-        return self.session.token.to_bytes(8, "big") + next(self._numbers).to_bytes(8, "big")
-
-    def _fill(self, file: Reserved, staged: Staged) -> bool:
-        """Write into a consumed file through its mapping, or a small one with one write; false when it is not as it
-        should be any more, and was discarded."""
-        mappings, free, name = self._recycler.mappings, self.session.directories.free, file.name
-        layout, end, need = staged.layout, staged.layout.end, staged.need
-        try:
-            if file.size <= SMALL and not mappings.wants(file.generation):
-                data = to_bytes(layout, staged.arrays)
-                if self._checksum:
-                    staged.tail = self._sealed(staged, data)
-                with ItemFile(free, name, writable=True) as opened:
-                    if opened.status.st_nlink != 1 or opened.size != file.size:
-                        raise BadItem("the file is linked elsewhere or has changed its size")
-                    opened.write(data + staged.tail)
-            else:
-                status = fs.stat_at(name, dir_fd=free)
-                if status[3] != 1 or status[6] != file.size:
-                    raise BadItem("the file is linked elsewhere or has changed its size")
-                kept = mappings.kept.get(file.generation)
-                if kept is not None and kept.identity == status[1:3] and kept.size == status[6]:
-                    buffer = kept.buffer
-                else:
-                    check_regular(status)
-                    buffer = mappings.of(free, name, status, file.generation, file.record)
-                store(buffer, layout, staged.arrays)
-                if self._checksum:
-                    staged.tail = self._sealed(staged, buffer)
-                buffer[end:need] = staged.tail
-        except (BadItem, FileNotFoundError):
-            self._recycler.discard(file)
-            return False
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                self._recycler.discard(file)
-                return False
-            self._recycler.put_aside(file)
-            where = str(self.session.directories.path / "free" / name)
-            raise StorageError(error.errno, error.strerror, where) from error
-        except BaseException:
-            self._recycler.put_aside(file)
-            raise
-        staged.file, staged.size = file, file.size
-        return True
-
-    def _sealed(self, staged: Staged, buffer: mmap.mmap | bytes) -> bytes:
-        """The footer with the checksum of the blocks in `buffer`; it is as long as without."""
-        end = staged.layout.end
-        return footer.pack(
-            end, staged.put_time, staged.id, staged.names, staged.meta, checksum_of(buffer, end)
-        )
-
-    def _write_new(self, staged: Staged) -> None:
-        """Write it to a new file in `tmp/`. A crash leaves it there under a crashed session's token."""
-        staged.file, staged.loan = None, False
-        layout, arrays, end = staged.layout, staged.arrays, staged.layout.end
-        size = rounded(staged.need)
-
-        def fill(fd: int) -> None:
-            tail = staged.tail + bytes(size - staged.need)
-            if size <= SMALL:
-                fs.write_whole(fd, to_bytes(layout, arrays) + tail)
-            else:
-                fs.save(fd, arrays, layout, tail)
-            if self._checksum:
-                with fs.map_file(fd, end, access=mmap.ACCESS_READ) as written:
-                    staged.tail = self._sealed(staged, written)
-                fs.pwrite(fd, staged.tail[: footer.SIZE], end)
-            if self._durable:
-                fs.sync(fd)
-
-        staged.name, _ = self._make_file(size, fill)
-        staged.size = size
-
-    def _make_file(self, size: int, fill: Callable[[int], T]) -> tuple[str, T]:
-        """A new file in `tmp/`, filled; its name, and what `fill` returned.
-
-        Raises Full when the file system or a quota is full, StorageError for any other failure; the file is then
-        removed.
-        """
-        directories = self.session.directories
-        name = f"{token_name(self.session.token)}-{next(self._numbers)}.npy"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | fs.CAREFUL
-        if not self._recycler.fits(size) and not self.session.step(self._recycler.make_room, size):
-            raise Full(f"the file system of {self.path} has not {size} bytes free now")
-        try:
-            fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
-            try:
-                if directories.file_mode != 0o600:
-                    fs.fchmod(fd, directories.file_mode)
-                return name, fill(fd)
-            except BaseException:
-                fs.unlink_missing_ok(directories.tmp, name)
-                raise
-            finally:
-                fs.close(fd)
-        except OSError as error:
-            if fs.is_shortage(error):
-                self.session.step(self._recycler.make_room, size)
-                self._no_space = self._space(self.session.look())
-                what = f"the file system of {self.path} is full: {size} bytes do not fit now"
-                raise Full(what) from error
-            fs.check_present(directories.root, self.path)
-            where = str(directories.path / "tmp" / name)
-            raise StorageError(error.errno, error.strerror or str(error), where) from error
-
-    def _make_mapped(self, size: int) -> tuple[str, mmap.mmap, os.stat_result]:
-        """A new file of `size` bytes in `tmp/`, mapped to be written. Raises what `_make_file` does.
-
-        Its blocks are allocated first: a store to a hole of a full file system would end the process.
-        """
-
-        def fill(fd: int) -> tuple[mmap.mmap, os.stat_result]:
-            fs.allocate(fd, 0, size)
-            return fs.map_file(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), fs.fstat(fd)
-
-        name, (buffer, status) = self._make_file(size, fill)
-        return name, buffer, status
-
-    def _unstage(self, staged: Staged) -> None:
-        """Remove what was staged and not committed. What a close meanwhile leaves is a crashed session's."""
-        try:
-            if staged.file is not None and staged.loan:
-                self._recycler.discard(staged.file)  # whoever filled it may still write to it
-            elif staged.file is not None:
-                self._recycler.put_aside(staged.file)
-            elif staged.name:
-                fs.unlink_missing_ok(self.session.directories.tmp, staged.name)
-        except SpoolClosed:
-            pass
 
     # Committing
 
@@ -427,7 +222,7 @@ class DirectoryProducer:
             if put:
                 pass  # those are put; what stands in the way of the next is told when it is tried again
             elif fs.is_shortage(error):
-                self._no_space = self._space(words)
+                self._staging.no_space = self._staging.space(words)
                 raise Full(f"the file system of {self.path} is full: {error.strerror}") from error
             else:
                 raise
@@ -528,37 +323,18 @@ class DirectoryProducer:
     def _lend(self, message: Message, layout: Layout, need: int) -> DirectoryLoan:
         """Raises Full, ShutDown, TooLarge."""
         self._look_for_room(need)
-        staged = Staged(message, layout, self._new_id())
+        staged = Staged(message, layout, self._staging.new_id())
         staged.loan = True
-        buffer = None if self._durable else self._map_reserved(staged)
+        buffer = None if self._durable else self._staging.map_reserved(staged)
         if buffer is None:
             staged.size = rounded(need)
-            staged.name, buffer, staged.status = self._make_mapped(staged.size)
+            staged.name, buffer, staged.status = self._staging.make_mapped(staged.size)
         staged.buffer = buffer
         array = view(buffer, layout.blocks[0], writeable=True)
         staged.arrays = (array,)
         staged.pin = Pin(self.session.journal.identity, 0, NO_FILE)
         self._recycler.pins.add(staged.pin, staged.arrays)  # now, so that a fork meanwhile is known
         return DirectoryLoan(self, staged)
-
-    def _map_reserved(self, staged: Staged) -> mmap.mmap | None:
-        """The mapping of a consumed file to be lent, None where there is none."""
-        free, mappings = self.session.directories.free, self._recycler.mappings
-        while (file := self._recycler.pick(staged.need, self._most(staged.need))) is not None:
-            try:
-                status = fs.stat_at(file.name, dir_fd=free)
-                check_regular(status)
-                if status.st_nlink == 1 and status.st_size == file.size:
-                    buffer = mappings.of(free, file.name, status, file.generation, file.record)
-                    staged.file, staged.size = file, file.size
-                    return buffer
-            except (BadItem, FileNotFoundError):
-                pass  # not as it should be any more
-            except BaseException:
-                self._recycler.put_aside(file)
-                raise
-            self._recycler.discard(file)
-        return None
 
     @operation
     def commit_loan(self, staged: Staged, until: Deadline) -> int:
@@ -568,9 +344,9 @@ class DirectoryProducer:
         (header,), (block,) = layout.headers, layout.blocks
         staged.put_time = time.time_ns()
         staged.tail = footer.pack(layout.end, staged.put_time, staged.id, None, staged.meta)
-        if self._checksum:
+        if self._staging.checksum:
             buffer[block.offset - len(header) : block.offset] = header
-            staged.tail = self._sealed(staged, buffer)
+            staged.tail = self._staging.sealed(staged, buffer)
         buffer[block.offset - len(header) : block.offset] = header
         buffer[layout.end : staged.need] = staged.tail
         if self._durable:
@@ -588,7 +364,7 @@ class DirectoryProducer:
     @operation
     def discard_loan(self, staged: Staged) -> None:
         """Put nothing."""
-        self._unstage(staged)
+        self._staging.unstage(staged)
 
     @operation
     def preallocate(self, count: int, nbytes: int) -> None:
@@ -606,7 +382,7 @@ class DirectoryProducer:
                 f" recycle_bytes={limit}; give a new spool a larger recycle_bytes"
             )
         while self.session.look()[POOL_BYTES] < count * size:
-            name, buffer, status = self._make_mapped(size)
+            name, buffer, status = self._staging.make_mapped(size)
             try:
                 number, record = self.session.step(self._donate, name, size)
             except BaseException:

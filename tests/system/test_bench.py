@@ -20,7 +20,8 @@ from benchmarks.crowd import crowd
 from benchmarks.memory import memory
 from benchmarks.pair import WINDOW, MakeLink, Pair, compare
 from benchmarks.wake import wake
-from spoolipc import cli, cli_bench
+from spoolipc.cli import bench as cli_bench
+from spoolipc.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 TINY = 8_000

@@ -1,0 +1,242 @@
+"""Staging: a message written to a file that nobody sees yet.
+
+The file is a consumed one, written through a mapping kept from last time (a small one that is not mapped, with one
+write), or a new one in `tmp/`. A crash leaves a reserved file, or a temporary file under a crashed session's token.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from ..errors import BadItem, Full, SpoolClosed, StorageError
+from ..format import footer
+from ..format.item import Layout, checksum_of, layout_of, store, to_bytes
+from ..message import Message
+from . import fs
+from .itemfile import ItemFile, check_regular
+from .liveness import token_name
+from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, rounded
+from .session import Session
+from .table import DELIVERED_TOTAL, HAS_METADATA, Words
+
+T = TypeVar("T")
+
+
+class Staged:
+    """A message in a file not yet in `items/`: a reserved file, or `name` in `tmp/`.
+
+    need: bytes written. size: bytes of the file. loan: the array is the file's own memory; pin: who shows that.
+    """
+
+    file: Reserved | None = None
+    name = ""
+    size = 0
+    loan = False
+    pin: Pin | None = None
+    buffer: mmap.mmap | None = None
+    status: os.stat_result | None = None
+
+    def __init__(self, message: Message, layout: Layout, said: bytes) -> None:
+        self.arrays, names, meta, _, _ = message
+        self.names, self.meta = names, meta
+        self.id = said
+        self.layout = layout
+        self.put_time = put_time = time.time_ns()
+        self.tail = tail = footer.pack(layout.end, put_time, said, names, meta)
+        self.need = layout.end + len(tail)
+        self.flags = 0 if names is None and meta is None else HAS_METADATA
+
+
+class Staging:
+    """Where one writer stages its messages.
+
+    durable: every file is synced, and no consumed file is written again. checksum: stored with every item.
+    limits_bytes: whether `max_bytes` is set. no_space: what the spool was like when the file system refused a write.
+    """
+
+    def __init__(self, session: Session, recycler: Recycler, *, durable: bool, checksum: bool) -> None:
+        self.session = session
+        self.recycler = recycler
+        self.durable = durable
+        self.checksum = checksum
+        self.limits_bytes = False
+        self.no_space: tuple[int, int] | None = None
+        self._numbers = itertools.count()
+
+    def most(self, need: int) -> int:
+        """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
+        return rounded(need) if self.limits_bytes else max(PAGE, 2 * need)
+
+    def space(self, words: Words) -> tuple[int, int]:
+        return words[DELIVERED_TOTAL], fs.statvfs(self.session.directories.root).f_bavail
+
+    def stage(self, message: Message) -> Staged:
+        """Write a message to a file that nobody sees yet. Raises Full when the file system is full."""
+        said = bytes.fromhex(message.id) if message.id else self.new_id()
+        staged = Staged(message, layout_of(message[0]), said)
+        if not self.durable:
+            most = self.most(staged.need)
+            while (file := self.recycler.pick(staged.need, most)) is not None:
+                if self._fill(file, staged):
+                    return staged
+        self.write_new(staged)
+        return staged
+
+    def new_id(self) -> bytes:
+        """An id that no other item has: the session's random number and one that counts."""
+        return self.session.token.to_bytes(8, "big") + next(self._numbers).to_bytes(8, "big")
+
+    def _fill(self, file: Reserved, staged: Staged) -> bool:
+        """Write into a consumed file through its mapping, or a small one with one write; false when it is not as it
+        should be any more, and was discarded."""
+        mappings, free, name = self.recycler.mappings, self.session.directories.free, file.name
+        layout, end, need = staged.layout, staged.layout.end, staged.need
+        try:
+            if file.size <= SMALL and not mappings.wants(file.generation):
+                data = to_bytes(layout, staged.arrays)
+                if self.checksum:
+                    staged.tail = self.sealed(staged, data)
+                with ItemFile(free, name, writable=True) as opened:
+                    if opened.status.st_nlink != 1 or opened.size != file.size:
+                        raise BadItem("the file is linked elsewhere or has changed its size")
+                    opened.write(data + staged.tail)
+            else:
+                status = fs.stat_at(name, dir_fd=free)
+                if status[3] != 1 or status[6] != file.size:
+                    raise BadItem("the file is linked elsewhere or has changed its size")
+                kept = mappings.kept.get(file.generation)
+                if kept is not None and kept.identity == status[1:3] and kept.size == status[6]:
+                    buffer = kept.buffer
+                else:
+                    check_regular(status)
+                    buffer = mappings.of(free, name, status, file.generation, file.record)
+                store(buffer, layout, staged.arrays)
+                if self.checksum:
+                    staged.tail = self.sealed(staged, buffer)
+                buffer[end:need] = staged.tail
+        except (BadItem, FileNotFoundError):
+            self.recycler.discard(file)
+            return False
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                self.recycler.discard(file)
+                return False
+            self.recycler.put_aside(file)
+            where = str(self.session.directories.path / "free" / name)
+            raise StorageError(error.errno, error.strerror, where) from error
+        except BaseException:
+            self.recycler.put_aside(file)
+            raise
+        staged.file, staged.size = file, file.size
+        return True
+
+    def sealed(self, staged: Staged, buffer: mmap.mmap | bytes) -> bytes:
+        """The footer with the checksum of the blocks in `buffer`; it is as long as without."""
+        end = staged.layout.end
+        return footer.pack(
+            end, staged.put_time, staged.id, staged.names, staged.meta, checksum_of(buffer, end)
+        )
+
+    def write_new(self, staged: Staged) -> None:
+        """Write it to a new file in `tmp/`. A crash leaves it there under a crashed session's token."""
+        staged.file, staged.loan = None, False
+        layout, arrays, end = staged.layout, staged.arrays, staged.layout.end
+        size = rounded(staged.need)
+
+        def fill(fd: int) -> None:
+            tail = staged.tail + bytes(size - staged.need)
+            if size <= SMALL:
+                fs.write_whole(fd, to_bytes(layout, arrays) + tail)
+            else:
+                fs.save(fd, arrays, layout, tail)
+            if self.checksum:
+                with fs.map_file(fd, end, access=mmap.ACCESS_READ) as written:
+                    staged.tail = self.sealed(staged, written)
+                fs.pwrite(fd, staged.tail[: footer.SIZE], end)
+            if self.durable:
+                fs.sync(fd)
+
+        staged.name, _ = self._make_file(size, fill)
+        staged.size = size
+
+    def _make_file(self, size: int, fill: Callable[[int], T]) -> tuple[str, T]:
+        """A new file in `tmp/`, filled; its name, and what `fill` returned.
+
+        Raises Full when the file system or a quota is full, StorageError for any other failure; the file is then
+        removed.
+        """
+        directories = self.session.directories
+        name = f"{token_name(self.session.token)}-{next(self._numbers)}.npy"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | fs.CAREFUL
+        if not self.recycler.fits(size) and not self.session.step(self.recycler.make_room, size):
+            raise Full(f"the file system of {self.session.path} has not {size} bytes free now")
+        try:
+            fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
+            try:
+                if directories.file_mode != 0o600:
+                    fs.fchmod(fd, directories.file_mode)
+                return name, fill(fd)
+            except BaseException:
+                fs.unlink_missing_ok(directories.tmp, name)
+                raise
+            finally:
+                fs.close(fd)
+        except OSError as error:
+            if fs.is_shortage(error):
+                self.session.step(self.recycler.make_room, size)
+                self.no_space = self.space(self.session.look())
+                what = f"the file system of {self.session.path} is full: {size} bytes do not fit now"
+                raise Full(what) from error
+            fs.check_present(directories.root, self.session.path)
+            where = str(directories.path / "tmp" / name)
+            raise StorageError(error.errno, error.strerror or str(error), where) from error
+
+    def make_mapped(self, size: int) -> tuple[str, mmap.mmap, os.stat_result]:
+        """A new file of `size` bytes in `tmp/`, mapped to be written. Raises what `_make_file` does.
+
+        Its blocks are allocated first: a store to a hole of a full file system would end the process.
+        """
+
+        def fill(fd: int) -> tuple[mmap.mmap, os.stat_result]:
+            fs.allocate(fd, 0, size)
+            return fs.map_file(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), fs.fstat(fd)
+
+        name, (buffer, status) = self._make_file(size, fill)
+        return name, buffer, status
+
+    def unstage(self, staged: Staged) -> None:
+        """Remove what was staged and not committed. What a close meanwhile leaves is a crashed session's."""
+        try:
+            if staged.file is not None and staged.loan:
+                self.recycler.discard(staged.file)  # whoever filled it may still write to it
+            elif staged.file is not None:
+                self.recycler.put_aside(staged.file)
+            elif staged.name:
+                fs.unlink_missing_ok(self.session.directories.tmp, staged.name)
+        except SpoolClosed:
+            pass
+
+    def map_reserved(self, staged: Staged) -> mmap.mmap | None:
+        """The mapping of a consumed file to be lent, None where there is none."""
+        free, mappings = self.session.directories.free, self.recycler.mappings
+        while (file := self.recycler.pick(staged.need, self.most(staged.need))) is not None:
+            try:
+                status = fs.stat_at(file.name, dir_fd=free)
+                check_regular(status)
+                if status.st_nlink == 1 and status.st_size == file.size:
+                    buffer = mappings.of(free, file.name, status, file.generation, file.record)
+                    staged.file, staged.size = file, file.size
+                    return buffer
+            except (BadItem, FileNotFoundError):
+                pass  # not as it should be any more
+            except BaseException:
+                self.recycler.put_aside(file)
+                raise
+            self.recycler.discard(file)
+        return None
