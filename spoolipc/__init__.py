@@ -7,10 +7,27 @@ from .directory.dead_letters import failed_drop, failed_list, failed_retry, fail
 from .directory.housekeeping import GcReport, gc
 from .directory.stat import stat
 from .errors import (
-    AlreadySettled, BadItem, Empty, Full, LeaseExpired, LimitMismatch, LockTimeout, NetworkFileSystem,
-    NoSuchItem, NotASpool, ShutDown, SpoolClosed, SpoolError, SpoolGone, StorageError, TooLarge, UnknownVersion,
-    UnsafeSpool, UnsupportedArray, UnsupportedOperation,
-)  # fmt: skip
+    AlreadySettled,
+    BadItem,
+    Empty,
+    Full,
+    LeaseExpired,
+    LimitMismatch,
+    LockTimeout,
+    NetworkFileSystem,
+    NoSuchItem,
+    NotASpool,
+    ShutDown,
+    SpoolClosed,
+    SpoolError,
+    SpoolGone,
+    StorageError,
+    TooLarge,
+    UnknownVersion,
+    UnsafeSpool,
+    UnsupportedArray,
+    UnsupportedOperation,
+)
 from .item import Item
 from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
 from .queue import SpoolReader, SpoolWriter

@@ -12,9 +12,21 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from .errors import Empty, Full
 from .message import (
-    NOW, Array, ArraySpec, Contents, DeadLetter, Deadline, Delivery, Json, Limits, Message, Peeked, Retried,
-    SpoolStat, Verdict,
-)  # fmt: skip
+    NOW,
+    Array,
+    ArraySpec,
+    Contents,
+    DeadLetter,
+    Deadline,
+    Delivery,
+    Json,
+    Limits,
+    Message,
+    Peeked,
+    Retried,
+    SpoolStat,
+    Verdict,
+)
 
 T = TypeVar("T")
 Kind = Literal["items", "space"]

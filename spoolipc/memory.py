@@ -28,9 +28,17 @@ from typing import Final, TypeVar
 from . import message as values
 from .engine import ConsumerOptions, ProducerOptions, retry
 from .errors import (
-    AlreadySettled, Empty, Full, LeaseExpired, LimitMismatch, NoSuchItem, NotASpool, ShutDown, SpoolClosed,
+    AlreadySettled,
+    Empty,
+    Full,
+    LeaseExpired,
+    LimitMismatch,
+    NoSuchItem,
+    NotASpool,
+    ShutDown,
+    SpoolClosed,
     TooLarge,
-)  # fmt: skip
+)
 from .format import footer as footers
 from .format import item as items
 from .message import Deadline, Delivery, Limits, Message

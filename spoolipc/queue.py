@@ -15,8 +15,15 @@ from numpy.typing import DTypeLike
 
 from .connect import connect
 from .engine import (
-    Consumer, ConsumerOptions, Durability, Lender, Preallocator, Producer, ProducerOptions, Session,
-)  # fmt: skip
+    Consumer,
+    ConsumerOptions,
+    Durability,
+    Lender,
+    Preallocator,
+    Producer,
+    ProducerOptions,
+    Session,
+)
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
 from .format.item import plain
 from .item import Item

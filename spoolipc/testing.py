@@ -30,9 +30,18 @@ import pytest
 
 from . import errors
 from .engine import (
-    Admin, Consumer, ConsumerOptions, Durability, Engine, Kind, Lender, Preallocator, Producer, ProducerOptions,
+    Admin,
+    Consumer,
+    ConsumerOptions,
+    Durability,
+    Engine,
+    Kind,
+    Lender,
+    Preallocator,
+    Producer,
+    ProducerOptions,
     Watchable,
-)  # fmt: skip
+)
 from .errors import Empty, Full, LeaseExpired, LimitMismatch, ShutDown, TooLarge, UnsupportedArray
 from .message import NOW, Ack, ArraySpec, Delivery, Extend, Limits, Message, Nack, Reject, Verdict
 

@@ -30,9 +30,17 @@ from . import fs, liveness
 from .housekeeping import Progress, foreign_at_top, gc
 from .itemfile import ItemFile
 from .layout import (
-    FILES, PARTS, agree, item_name, item_number, make_part, open_directories, read_limits, read_shutdown,
+    FILES,
+    PARTS,
+    agree,
+    item_name,
+    item_number,
+    make_part,
+    open_directories,
+    read_limits,
+    read_shutdown,
     temporary_owner,
-)  # fmt: skip
+)
 from .quarantine import (
     failed_numbers,
     forget_history,
@@ -43,9 +51,27 @@ from .quarantine import (
 )
 from .session import Session, Visitor, owns_nothing
 from .table import (
-    BYTES, FAILED_COUNT, FILE, IN_FLIGHT, IN_FREE, IN_ITEMS, LAST_SEQ, MAX_ATTEMPTS, MAX_BYTES, MAXSIZE, OWNER,
-    RECYCLE_BYTES, SHUTDOWN, STATE, IndexDamaged, Rows, Words, files_in, rows, violations,
-)  # fmt: skip
+    BYTES,
+    FAILED_COUNT,
+    FILE,
+    IN_FLIGHT,
+    IN_FREE,
+    IN_ITEMS,
+    LAST_SEQ,
+    MAX_ATTEMPTS,
+    MAX_BYTES,
+    MAXSIZE,
+    OWNER,
+    RECYCLE_BYTES,
+    SHUTDOWN,
+    STATE,
+    IndexDamaged,
+    Rows,
+    Words,
+    files_in,
+    rows,
+    violations,
+)
 
 _log = logging.getLogger("spoolipc")
 Kind: TypeAlias = Literal[

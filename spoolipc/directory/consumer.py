@@ -30,10 +30,38 @@ from .quarantine import forget_history, set_aside
 from .recycling import SMALL, Pin, Recycler
 from .session import MEMBERS, Session, is_due, operation
 from .table import (
-    ATTEMPT, BYTES, CAPACITY, DATA_END, DELAYED_COUNT, DISCARDED, DRAINING, DUE, FLAGS, GENERATION, HEADER,
-    HOUSEKEPT, IN_FLIGHT, IN_FLIGHT_COUNT, LOAN, MAXSIZE, NEVER_AGAIN, NEXT, NEXT_DUE, OWNER, PINNED, PUT_TIME,
-    READY, RECORD, REDELIVERY, SEQ, SHUTDOWN, STATE, WAITING, Words, active,
-)  # fmt: skip
+    ATTEMPT,
+    BYTES,
+    CAPACITY,
+    DATA_END,
+    DELAYED_COUNT,
+    DISCARDED,
+    DRAINING,
+    DUE,
+    FLAGS,
+    GENERATION,
+    HEADER,
+    HOUSEKEPT,
+    IN_FLIGHT,
+    IN_FLIGHT_COUNT,
+    LOAN,
+    MAXSIZE,
+    NEVER_AGAIN,
+    NEXT,
+    NEXT_DUE,
+    OWNER,
+    PINNED,
+    PUT_TIME,
+    READY,
+    RECORD,
+    REDELIVERY,
+    SEQ,
+    SHUTDOWN,
+    STATE,
+    WAITING,
+    Words,
+    active,
+)
 from .transitions import consume, first, may_pool
 
 _AHEAD: Final = 64  # items opened without the lock for one call

@@ -31,9 +31,29 @@ from .layout import FILES, PARTS, Directories, item_name, item_number, read_shut
 from .quarantine import history_number, note_failure, set_aside
 from .session import MEMBERS, AnySpool, Session, Visitor, is_due, owns_nothing
 from .table import (
-    ATTEMPT, BYTES, DELAYED, DISCARDED, DUE, FILE, HOUSEKEPT, IN_FLIGHT, ITEM_BYTES, MAX_ATTEMPTS, NEXT_DUE,
-    NOTHING, OWNER, PEAK_BYTES, SEQ, SHUTDOWN, STATE, WAITERS, IndexDamaged, Rows, active, rows,
-)  # fmt: skip
+    ATTEMPT,
+    BYTES,
+    DELAYED,
+    DISCARDED,
+    DUE,
+    FILE,
+    HOUSEKEPT,
+    IN_FLIGHT,
+    ITEM_BYTES,
+    MAX_ATTEMPTS,
+    NEXT_DUE,
+    NOTHING,
+    OWNER,
+    PEAK_BYTES,
+    SEQ,
+    SHUTDOWN,
+    STATE,
+    WAITERS,
+    IndexDamaged,
+    Rows,
+    active,
+    rows,
+)
 
 Progress: TypeAlias = Callable[[int, int | None], None]
 """Told how many names were looked at, and of how many (None: nobody knows)."""

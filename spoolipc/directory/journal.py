@@ -28,10 +28,37 @@ from ..errors import StorageError, UnknownVersion, UnsafeSpool
 from . import fs
 from .layout import Directories, item_name, read_shutdown, write_shutdown
 from .table import (
-    ALL_BITS, BOOT, CAPACITY, EDGE, FIRST_SEQ, GUARD, HEADER, HOLDER, JOURNAL, JOURNAL_ROOM, MAGIC, MAGIC_VALUE,
-    MARK, NEXT_SEQ, NEXT_SEQ_CHECK, NOTHING, RECORD, SHUTDOWN, STORES, SUBJECT, UNUSED, VERSION, VERSION_VALUE,
-    WAITERS_BYTES, WORD, IndexDamaged, Words, known, record_in, violations,
-)  # fmt: skip
+    ALL_BITS,
+    BOOT,
+    CAPACITY,
+    EDGE,
+    FIRST_SEQ,
+    GUARD,
+    HEADER,
+    HOLDER,
+    JOURNAL,
+    JOURNAL_ROOM,
+    MAGIC,
+    MAGIC_VALUE,
+    MARK,
+    NEXT_SEQ,
+    NEXT_SEQ_CHECK,
+    NOTHING,
+    RECORD,
+    SHUTDOWN,
+    STORES,
+    SUBJECT,
+    UNUSED,
+    VERSION,
+    VERSION_VALUE,
+    WAITERS_BYTES,
+    WORD,
+    IndexDamaged,
+    Words,
+    known,
+    record_in,
+    violations,
+)
 from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, MEMORY, Stores, Transition
 
 NAME: Final = "index"

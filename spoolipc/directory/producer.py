@@ -27,9 +27,28 @@ from .recycling import MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
 from .session import Session, operation
 from .staging import Staged, Staging
 from .table import (
-    DISCARDED, DRAINING, FIRST_DONATED, HOUSEKEPT, ITEM, ITEM_AT, MAX_BYTES, MAXSIZE, NEVER_AGAIN, OPEN, OWNER,
-    PINNED, POOL_BYTES, POOL_COUNT, RECYCLE_BYTES, SHUTDOWN, STATE, WORD, Words, active, bucket,
-)  # fmt: skip
+    DISCARDED,
+    DRAINING,
+    FIRST_DONATED,
+    HOUSEKEPT,
+    ITEM,
+    ITEM_AT,
+    MAX_BYTES,
+    MAXSIZE,
+    NEVER_AGAIN,
+    OPEN,
+    OWNER,
+    PINNED,
+    POOL_BYTES,
+    POOL_COUNT,
+    RECYCLE_BYTES,
+    SHUTDOWN,
+    STATE,
+    WORD,
+    Words,
+    active,
+    bucket,
+)
 from .transitions import find_pooled, has_room, places
 
 T = TypeVar("T")

@@ -23,9 +23,21 @@ from . import fs, transitions
 from .itemfile import ItemFile
 from .session import Session
 from .table import (
-    BYTES, FILE, FLAGS, GENERATION, HOUSEKEPT, LOAN, NEVER_AGAIN, OWNER, PINNED, POOL_COUNT, RESERVED, STATE,
-    Words, bucket,
-)  # fmt: skip
+    BYTES,
+    FILE,
+    FLAGS,
+    GENERATION,
+    HOUSEKEPT,
+    LOAN,
+    NEVER_AGAIN,
+    OWNER,
+    PINNED,
+    POOL_COUNT,
+    RESERVED,
+    STATE,
+    Words,
+    bucket,
+)
 from .transitions import LARGE, find_pooled, largest_pooled, may_pool
 
 PAGE: Final = 4096

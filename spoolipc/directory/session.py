@@ -28,8 +28,19 @@ from .layout import Directories, agree, open_directories, read_shutdown
 from .lock import TIMEOUT, IndexLock, no_fork
 from .rebuild import rebuild, set_limits
 from .table import (
-    EDGE, HEADER, HOUSEKEPT, MARK, NEXT_DUE, RECORD, SHUTDOWN, SUBJECT, WAITERS, IndexDamaged, Token, Words,
-)  # fmt: skip
+    EDGE,
+    HEADER,
+    HOUSEKEPT,
+    MARK,
+    NEXT_DUE,
+    RECORD,
+    SHUTDOWN,
+    SUBJECT,
+    WAITERS,
+    IndexDamaged,
+    Token,
+    Words,
+)
 from .transitions import CLEAN, FOLLOW, is_worth_waking, waiting
 
 P = ParamSpec("P")

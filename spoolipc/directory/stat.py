@@ -14,10 +14,31 @@ from . import doorbell, fs, liveness
 from .layout import MEMORY, agree, file_system, item_number, read_shutdown
 from .session import Visitor
 from .table import (
-    BYTES, DELAYED_COUNT, DELIVERED_TOTAL, DISCARDED, DRAINING, FAILED_COUNT, FIRST_SEQ, IN_FLIGHT_COUNT,
-    ITEM_BYTES, NEXT_SEQ, OPEN, PINNED, POOL_BYTES, POOL_COUNT, PUT_TIME, READY, RECORD, REDELIVERY, RESERVED,
-    SHUTDOWN, STATE, IndexDamaged, Words, active,
-)  # fmt: skip
+    BYTES,
+    DELAYED_COUNT,
+    DELIVERED_TOTAL,
+    DISCARDED,
+    DRAINING,
+    FAILED_COUNT,
+    FIRST_SEQ,
+    IN_FLIGHT_COUNT,
+    ITEM_BYTES,
+    NEXT_SEQ,
+    OPEN,
+    PINNED,
+    POOL_BYTES,
+    POOL_COUNT,
+    PUT_TIME,
+    READY,
+    RECORD,
+    REDELIVERY,
+    RESERVED,
+    SHUTDOWN,
+    STATE,
+    IndexDamaged,
+    Words,
+    active,
+)
 
 _STATES: Final[dict[int, State]] = {OPEN: "open", DRAINING: "draining", DISCARDED: "discarded"}
 _PATIENCE: Final = 1.0  # seconds to wait for the lock
