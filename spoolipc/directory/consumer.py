@@ -391,13 +391,9 @@ class DirectoryConsumer:
                 done += 1
         return None, done, 0
 
-    @operation
-    def load(self, delivery: Delivery) -> Message:
+    def _load(self, delivery: Delivery) -> Message:
         """The whole of an item in flight here; its arrays are read-only. Raises BadItem, having dead-lettered it;
         LeaseExpired."""
-        return self._load(delivery)
-
-    def _load(self, delivery: Delivery) -> Message:
         claim: Claim = delivery.handle
         words, record, table = self._look_at(delivery)
         try:
@@ -410,6 +406,8 @@ class DirectoryConsumer:
                 claim.pin = Pin(table, record, claim.seq)
             self._recycler.pins.add(claim.pin, found.arrays)
         return found
+
+    load = operation(_load)
 
     def _look_at(self, delivery: Delivery) -> tuple[Words, int, object]:
         """The table's words, and where in which table an item in flight here is. Raises LeaseExpired."""
@@ -493,7 +491,8 @@ class DirectoryConsumer:
 
     def _ack(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
         """Take items in flight off the spool. A step."""
-        self._recycler.reclaim()
+        if self._recycler.pins.pending:
+            self._recycler.reclaim()
         done = 0
         for delivery in deliveries:
             claim: Claim = delivery.handle

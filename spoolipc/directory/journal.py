@@ -51,7 +51,6 @@ from .table import (
     UNUSED,
     VERSION,
     VERSION_VALUE,
-    WAITERS_BYTES,
     WORD,
     IndexDamaged,
     Words,
@@ -66,7 +65,6 @@ NEW: Final = "index.new"
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 FIRST_RECORDS: Final = 240
 _JOURNAL_AT: Final = SUBJECT * WORD  # then STORES, then the stores
-_NOBODY: Final = bytes(WAITERS_BYTES.stop - WAITERS_BYTES.start)
 _VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
 """Check the whole table after every commit: for tests."""
 _MOST_VERIFIED: Final = 512  # records, so that a long backlog is not checked in quadratic time
@@ -173,10 +171,6 @@ class Journal:
                 raise IndexDamaged("the next item is there already: the index is another spool's")
             self._known = True
         self._guard = self.map[:GUARD]
-
-    def is_awaited(self) -> bool:
-        """Whether any session has a place among those who wait."""
-        return self.map[WAITERS_BYTES] != _NOBODY
 
     def commit(self, transition: Transition) -> None:
         """Make one transition; the caller holds the lock.

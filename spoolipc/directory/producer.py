@@ -23,7 +23,7 @@ from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
 from . import fs, housekeeping, transitions
 from .doorbell import SessionWatch
 from .itemfile import ItemFile
-from .recycling import MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
+from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
 from .session import Session, operation
 from .staging import Staged, Staging
 from .table import (
@@ -49,7 +49,7 @@ from .table import (
     active,
     bucket,
 )
-from .transitions import find_pooled, has_room, places
+from .transitions import LARGE, find_pooled, has_room, places
 
 T = TypeVar("T")
 RETRY_AFTER: Final = 1.0
@@ -136,7 +136,9 @@ class DirectoryProducer:
         if not staged:
             if self._places <= 0:
                 self._look_for_room(_need(messages[start]))
-            batch = messages[start : start + min(MOST_RESERVED, self._places)]
+            batch = messages
+            if len(messages) > 1:
+                batch = messages[start : start + min(MOST_RESERVED, self._places)]
             if len(batch) > 1 and not self._durable:
                 needs = [_need(message) for message in batch]
                 self._recycler.stock_up([(need, self._staging.most(need)) for need in needs])
@@ -245,7 +247,9 @@ class DirectoryProducer:
                 raise Full(f"the file system of {self.path} is full: {error.strerror}") from error
             else:
                 raise
-        self._places = places(journal.words, staged[0].size if staged else self._last_size)
+        words = journal.words
+        if words[MAXSIZE] or words[MAX_BYTES]:
+            self._places = places(words, staged[0].size if staged else self._last_size)
         return False, put, 0
 
     def _commit(self, staged: Staged) -> int | None:
@@ -256,7 +260,7 @@ class DirectoryProducer:
         session, recycler = self.session, self._recycler
         journal, file, size = session.journal, staged.file, staged.size
         words = journal.words
-        if not has_room(words, size):
+        if (words[MAXSIZE] or words[MAX_BYTES]) and not has_room(words, size):
             return 0
         loan = session.token if staged.loan else 0
         flags = staged.flags | (NEVER_AGAIN if self._durable else 0)
@@ -286,11 +290,10 @@ class DirectoryProducer:
             if file is None:
                 journal.commit(transitions.put_new(words, record, size, "tmp", staged.name))
             else:
+                need = staged.need
                 if len(recycler.reserved) < MOST_RESERVED:
-                    need = staged.need
-                    successor, link = find_pooled(
-                        words, need, size, recycler.mappings.kept, only_mapped=recycler.keeps_to_mapped(need)
-                    )
+                    only_mapped = need >= LARGE and len(recycler.mappings.kept) >= ENOUGH_MAPPED
+                    successor, link = find_pooled(words, need, size, recycler.mappings.kept, only_mapped)
                 journal.commit(transitions.put(words, record, file.name, successor, link))
         except FileNotFoundError:
             fs.check_present(session.directories.root, self.path)

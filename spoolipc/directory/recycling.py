@@ -38,7 +38,7 @@ from .table import (
     Words,
     bucket,
 )
-from .transitions import LARGE, find_pooled, largest_pooled, may_pool
+from .transitions import find_pooled, largest_pooled, may_pool
 
 PAGE: Final = 4096
 SMALL: Final = 16384
@@ -49,7 +49,8 @@ _MOST_KINDS: Final = 8  # reserved files kept for arrays of other sizes than the
 _MOST_MAPPED: Final = 128  # mappings kept: each holds a descriptor
 _MOST_MAPPED_BYTES: Final = 1 << 33
 _MOST_SEEN: Final = 1024  # small files seen once and not worth a map yet
-_ENOUGH: Final = 4  # mapped files with which one is most likely free when the next is reserved
+ENOUGH_MAPPED: Final = 4
+"""Mapped large files with which one of them is most likely free when the next is reserved."""
 _CHEAP: Final = 4 << 20  # bytes up to which a new file costs less than a put that finds none reserved
 NO_FILE: Final = 2**64 - 1
 """Stands for the number of a file that is not an item yet."""
@@ -334,10 +335,6 @@ class Recycler:
         status = fs.statvfs(self.session.directories.root)
         return need <= status.f_bavail * status.f_frsize
 
-    def keeps_to_mapped(self, need: int) -> bool:
-        """Whether only a file that is mapped is worth being reserved ahead: each is large, and some go round."""
-        return need >= LARGE and len(self.mappings.kept) >= _ENOUGH
-
     def fell_short(self, need: int) -> None:
         """A commit found no file to reserve for the next put: let there be one more, where that is cheap."""
         if need < _CHEAP:
@@ -346,9 +343,17 @@ class Recycler:
 
     def pick(self, need: int, most: int) -> Reserved | None:
         """A consumed file of the right size that is ours to write, None where a new one is to be made."""
-        for file in reversed(self.reserved):
-            if need <= file.size <= most and self._take(file):
+        try:
+            file = self.reserved.pop()
+        except IndexError:
+            pass
+        else:
+            if need <= file.size <= most:
                 return file
+            self.reserved.append(file)
+            for file in self.reserved:
+                if need <= file.size <= most and self._take(file):
+                    return file
         kind = bucket(need)
         short = self._short.get(kind, 0)
         if short:

@@ -33,10 +33,12 @@ from .table import (
     HOUSEKEPT,
     MARK,
     NEXT_DUE,
+    NOBODY,
     RECORD,
     SHUTDOWN,
     SUBJECT,
     WAITERS,
+    WAITERS_BYTES,
     IndexDamaged,
     Token,
     Words,
@@ -194,14 +196,14 @@ class Session:
                             self._rebuild(str(damage))
                             done = self._with_new_index(work, *args, **kwargs)
                 finally:
-                    lock.release()
+                    fs.unlock(lock.fd)
             except BaseException:
-                lock.release()  # an interrupt may have come before the other
+                lock.release()  # an interrupt, or a failure, may have come before the other
                 raise
         result, items, space = done
         if items or space:
             journal = self.journal
-            if journal is not _NONE and journal.is_awaited():
+            if journal is not _NONE and journal.map[WAITERS_BYTES] != NOBODY:
                 self.wake(items, space)
         return result
 
@@ -362,11 +364,8 @@ class Session:
                 if self.is_forked and not self._is_opening:
                     self._is_opening = True
                     try:
-                        self.is_forked = False
                         self._open(Limits(), create=False)
-                    except BaseException:
-                        self.is_forked = True
-                        raise
+                        self.is_forked = False
                     finally:
                         self._is_opening = False
 

@@ -102,6 +102,8 @@ GROUPS: Final = _at(16)  # room for groups of readers
 MOST_WAITERS: Final = 32
 WAITERS: Final = tuple(Waiter(_at(), _at(), _at()) for _ in range(MOST_WAITERS))
 WAITERS_BYTES: Final = slice(WAITERS[0].token * WORD, _at.next * WORD)
+NOBODY: Final = bytes(WAITERS_BYTES.stop - WAITERS_BYTES.start)
+"""What is there when no session has a place among those who wait."""
 BUCKET_COUNT: Final = 192
 BUCKETS: Final = _at(BUCKET_COUNT)  # heads of the pooled files by size
 JOURNAL_ROOM: Final = 64  # stores of one transition

@@ -174,7 +174,7 @@ def _take_unused(words: Words, record: int) -> Stores:
 
 
 def _due_no_later(words: Words, stores: Stores, due: int) -> None:
-    if due and (not words[NEXT_DUE] or due < words[NEXT_DUE]):
+    if not words[NEXT_DUE] or due < words[NEXT_DUE]:
         stores[NEXT_DUE] = due
 
 
@@ -264,7 +264,8 @@ def claim(words: Words, record: int, owner: int, due: int) -> Transition:
     stores[record + DUE] = due
     stores[record + ATTEMPT] = words[record + ATTEMPT] + 1
     stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] + 1
-    _due_no_later(words, stores, due)
+    if due:
+        _due_no_later(words, stores, due)
     return (MEMORY, 0, stores, None)
 
 
@@ -508,7 +509,7 @@ def lower_peak(words: Words) -> int:
 
 
 def find_pooled(
-    words: Words, size: int, most: int, mapped: Container[int], *, only_mapped: bool = False
+    words: Words, size: int, most: int, mapped: Container[int], only_mapped: bool = False
 ) -> tuple[int, int]:
     """A pooled file of `size` to `most` bytes, as (record, the position that links to it).
 
