@@ -136,17 +136,12 @@ class DirectoryConsumer:
         """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
         words = self.session.look()
         ahead = self._look_ahead(words, limit)
-        if not ahead and not sure:
-            self._expect_something(words)
+        if not (ahead or sure or words[READY.head] or words[REDELIVERY.head] or words[SHUTDOWN]):
+            raise self._nothing(False)
         got, ended = self.session.step(self._take, limit, ahead)
         if not got:
             raise self._nothing(ended)
         return got
-
-    def _expect_something(self, words: Words) -> None:
-        """Raise Empty when a look without the lock sees no reason for a step."""
-        if not (words[READY.head] or words[REDELIVERY.head] or words[SHUTDOWN]):
-            raise Empty(f"no item waits in {self.path}")
 
     def _nothing(self, ended: bool) -> Empty | ShutDown:
         if ended:
@@ -332,13 +327,6 @@ class DirectoryConsumer:
     @operation
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         """Take up to `limit` items in flight, for `lease` seconds or as long as this session lives."""
-        try:
-            if until != NOW:
-                self._expect_something(self.session.look())
-            return self._claim_some(limit, lease)
-        except Empty:
-            if until == NOW:
-                raise
         return retry(lambda: self._claim_some(limit, lease), self._wait, until)
 
     def _claim_some(self, limit: int, lease: float | None) -> list[Delivery]:

@@ -378,7 +378,8 @@ class Recycler:
 
     def stock_up(self, wanted: Sequence[tuple[int, int]]) -> None:
         """Reserve a file for each (need, most) in one step, if there are not enough yet."""
-        fresh = self._short.get(bucket(wanted[0][0]), 0) if wanted else 0
+        first = wanted[0][0]
+        fresh = self._short.get(bucket(first), 0) if first <= SMALL else 0
         wanted = wanted[fresh:MOST_RESERVED]
         sizes = [file.size for file in self.reserved]
         for need, most in wanted:
