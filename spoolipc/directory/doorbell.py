@@ -20,7 +20,7 @@ No thread is started: of the threads of a process that wait, one reads the descr
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import os
 import struct
@@ -246,11 +246,26 @@ class Doorbell:
             self.tickets += 1
 
     def close(self) -> None:
-        """Wait no more: who still does goes on at intervals, and finds the session closed."""
+        """Wait no more: whoever still does wakes and finds the session closed."""
         self.closed = True
         ears = _ears
-        if ears is not None:
+        if ears is not None and self.number >= 0:
+            with suppress(OSError):
+                self.ring_oneself()  # one of our threads may be the one that reads
             ears.remove(self)
+
+    def ring_oneself(self) -> None:
+        """Write to our own file. Raises OSError, and UnsafeSpool for what was planted in its place."""
+        alive, name = os.path.split(self.file)
+        place = fs.open_directory(alive)
+        try:
+            fd = fs.open_own(place, name, os.O_WRONLY)
+        finally:
+            fs.close(place)
+        try:
+            fs.pwrite(fd, b"\n", 0)
+        finally:
+            fs.close(fd)
 
     def watch(self) -> SessionWatch:
         """A watch of its own for an event loop."""
@@ -302,13 +317,11 @@ class _Ears:
         self._is_read = False
 
     def add(self, doorbell: Doorbell) -> None:
-        """Listen for a doorbell, and hear a first ring of our own: a file system may report nothing."""
-        if doorbell.number >= 0:
-            return
+        """Listen for a doorbell."""
         number = fs.watch_add(self.fd, doorbell.file)
-        doorbell.number = number
         with self._lock:
-            self._doorbells[number] = weakref.ref(doorbell)
+            self._doorbells[number] = weakref.ref(doorbell, functools.partial(self._forget, number))
+        doorbell.number = number
 
     def remove(self, doorbell: Doorbell) -> None:
         """Listen for it no more, and wake its threads. The watch itself goes with the file."""
@@ -316,6 +329,21 @@ class _Ears:
             self._doorbells.pop(doorbell.number, None)
             doorbell.number = -1
             self._wake(lambda other: other is doorbell)
+            self._close_if_unused()
+
+    def _forget(self, number: int, _: weakref.ref[Doorbell]) -> None:
+        """A doorbell was dropped without a close. Runs at any moment, also where this thread has the lock."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._doorbells.pop(number, None)
+                self._close_if_unused()
+            finally:
+                self._lock.release()
+
+    def _close_if_unused(self) -> None:
+        if not self._doorbells and not self._is_read and self.fd >= 0:
+            fs.close(self.fd)
+            self.fd = -1
 
     def sleep(self, doorbell: Doorbell, ticket: int, until: float) -> None:
         """Sleep until a ring later than `ticket` is heard, or until then (monotonic seconds)."""
@@ -341,6 +369,7 @@ class _Ears:
                     self._sleepers.pop(id(sleeper), None)
                     if reads:
                         self._is_read = False
+                        self._close_if_unused()
                         for other, _ in list(self._sleepers.values())[:1]:  # it reads now
                             other.release()
                             self._sleepers.pop(id(other))
@@ -382,11 +411,12 @@ def listen(doorbell: Doorbell) -> _Ears | None:
         return None
     try:
         with no_fork, _ears_lock:
-            if _ears is None:
+            if _ears is None or _ears.fd < 0:
                 _ears = _Ears()
-            ears = _ears
-        if doorbell.number < 0:
-            ears.add(doorbell)
+            ears, is_new = _ears, doorbell.number < 0
+            if is_new:
+                ears.add(doorbell)
+        if is_new:
             _try_out(ears, doorbell)
         _deaf = False
         return ears
@@ -401,16 +431,7 @@ def listen(doorbell: Doorbell) -> _Ears | None:
 def _try_out(ears: _Ears, doorbell: Doorbell) -> None:
     """Ring ourselves: a local file system has the event ready when the write returns. Raises OSError."""
     heard = doorbell.tickets
-    alive, name = os.path.split(doorbell.file)
-    place = fs.open_directory(alive)
-    try:
-        fd = fs.open_own(place, name, os.O_WRONLY)
-    finally:
-        fs.close(place)
-    try:
-        fs.pwrite(fd, b"\n", 0)
-    finally:
-        fs.close(fd)
+    doorbell.ring_oneself()
     until = time.monotonic() + TRIAL
     while not fs.poll(ears.fd, 0) and doorbell.tickets == heard:  # another thread may have read it
         if time.monotonic() > until:
@@ -423,7 +444,7 @@ def mode() -> Literal["inotify", "polling"]:
     """How this process waits, or would: found out without a ring, which would wake somebody."""
     if _is_forced() or _deaf:
         return "polling"
-    if _ears is None:
+    if _ears is None or _ears.fd < 0:
         try:
             fs.close(fs.watch_open())
         except OSError:
@@ -444,8 +465,8 @@ def _complain(reason: str) -> None:
 
 def _after_fork_in_child() -> None:
     global _ears, _ears_lock, _deaf
-    if _ears is not None:
-        with contextlib.suppress(OSError):
+    if _ears is not None and _ears.fd >= 0:
+        with suppress(OSError):
             fs.close(_ears.fd)
     _ears, _ears_lock, _deaf = None, threading.Lock(), False
 
