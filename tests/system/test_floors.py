@@ -41,7 +41,8 @@ FLOORS: Final = {
     "stat": "doorbell layout liveness session",
     "dead_letters": "format.footer itemfile layout quarantine session transitions",
     "check": "housekeeping itemfile layout liveness quarantine session",
-    "producer": "engine format.footer format.item doorbell housekeeping itemfile liveness recycling session transitions",
+    "producer": "engine format.footer format.item doorbell housekeeping itemfile liveness recycling session"
+    " transitions",
     "consumer": "engine format.footer format.item doorbell housekeeping itemfile layout quarantine recycling session"
     " transitions",
     "directory": "engine consumer dead_letters producer stat",
