@@ -73,11 +73,17 @@ def _entry(name: str, thing: Any) -> str:
         return f"### `{name}`\n\n`{thing}`\n"
     parts = [f"### `{name}{_signature(thing)}`\n", _doc(thing) + "\n"]
     if inspect.isclass(thing):
-        for member, what in vars(thing).items():
-            said = _member(member, what)
-            if said:
-                parts.append(said)
+        parts += [said for member, what in _members(thing).items() if (said := _member(member, what))]
     return "\n".join(parts)
+
+
+def _members(thing: type) -> dict[str, Any]:
+    """What a class has, with what it shares with others of the package: that comes last."""
+    found: dict[str, Any] = {}
+    for base in thing.__mro__:
+        if base.__module__.split(".")[0] == "spoolipc":
+            found = {**found, **{name: what for name, what in vars(base).items() if name not in found}}
+    return found
 
 
 def _member(name: str, what: Any) -> str:

@@ -1,6 +1,64 @@
 """The engine of one machine: a spool is a directory, an item a plain `.npy` file in it.
 
-Draft.
+The files hold the data. The table, a memory-mapped file, holds what becomes of them; it is built again from the
+directories at any time. Read from the top: `producer`, `consumer`, then what they stand on. `docs/format.md` has every
+byte, `docs/design.md` the reasons.
+
+         first put            take, ack
+    tmp/ ----------> items/ ------------> free/ pinned ---- array gone ----> free/ pooled
+                     ^ |  ^                                                       |
+                     | |  '--- later puts ---- free/ reserved <--- next file -----'
+               retry | | rejected, failed too often, damaged
+                     | v
+                   failed/
+
+    in items/:  waiting -- claim --> in flight -- nack, crash, lease ended --> waiting, or delayed for a while
+
+Six ways in. "The lock" is the flock on `items/`, held for microseconds and never around array bytes; "a step" is
+`Session.step`, which takes it and makes sure of the table first.
+
+put (`producer.put`). Room is looked at without the lock. A reserved file, or a new one in `tmp/`, is written without
+the lock. One step: `transitions.put` renames it into `items/` and reserves the next file. A crash before the rename
+leaves a file that only housekeeping sees; after it, an item.
+
+take (`consumer.take`). Items are opened without the lock. One step: `transitions.consume` renames each to `free/`. A
+crash before the rename leaves the item waiting; after it the item is gone, and its file is pinned by a crashed session.
+
+claim, settle (`consumer.claim`, `settle`). A step each, the work between them without the lock. A claim moves no file.
+A crash before settling leaves an item in flight at a crashed session, which the next round of housekeeping requeues.
+
+loan (`producer.loan`). As put, but the caller writes into the mapping itself. After the commit he may keep the array;
+the file then bears his token in LOAN, and comes back to him. A crash before the commit leaves what a put leaves.
+
+a round of housekeeping (`housekeeping.round_of`). One bounded step a second, by whoever is at work or waits: requeues
+what crashed sessions and ended leases had, ends delays, removes their files in `tmp/` and `alive/`, trims the pool.
+`gc` does all of it in many steps. Everything is judged by something final, so a crash leaves the rest to the next.
+
+open, rebuild (`session.Session`, `rebuild.rebuild`). Opening makes what is missing, `spool.json` last, then one step:
+agree on limits, lock `alive/TOKEN`. A step that finds the table missing, damaged or of an earlier boot builds it again
+from the listing of `items/`, all under the lock, and renames it into place: a crash leaves the old one, or none.
+
+A crash within a step: MARK in the table names the transition under way. The next holder of the lock asks the directory
+whether its file was moved, and finishes or forgets it (`journal.recover`).
+
+Words:
+
+    session          an open spool, alive as long as it holds the lock on alive/TOKEN: a writer, a reader, or an admin
+                     that works for one call. A visitor only looks and is no session
+    crashed session  one whose lock can be taken, or whose file is gone
+    item             a file in items/: waiting, in flight at a reader, or delayed
+    in flight        received and not settled. To settle: ack, nack, reject, extend
+    requeue          let an item wait again, before all never delivered; to redeliver is that, unless it was the last
+                     attempt, after which it is dead-lettered
+    dead letter      an item in failed/. To set a bad file aside is to quarantine it there
+    consumed file    what an item leaves in free/: pinned by arrays that show it, reserved by a writer, or pooled
+    loan             an array over a reserved file, computed in place
+    stage, commit    write a file nobody sees; make it an item. Staged files are in tmp/, or reserved
+    transition       one change of the table and at most one of a name, made whole or not at all
+    table, index     the words; the file that holds them. A record stands for one file, the journal for one transition
+    generation       the number under which a file was first known: of mappings kept, says that it is the same file
+    doorbell         alive/TOKEN as what a waiting session watches and others write to
+    foreign file     a name that is none of the spool's
 """
 
 from __future__ import annotations
