@@ -97,7 +97,6 @@ class DirectoryConsumer:
         self.session = Session(path, options.limits, "reader")
         self._verify = options.verify
         self._own = 0  # items in flight here, as they were last counted
-        self._who = f"process {os.getpid()}"
         self._recycler = Recycler(self.session, writable=False)
         try:
             self.session.step(housekeeping.round_of, self.session, True)
@@ -170,7 +169,7 @@ class DirectoryConsumer:
         try:
             status = fs.stat_at(name, dir_fd=items)
         except FileNotFoundError:
-            fs.check_present(self.session.directories.root, self.path)
+            self.session.check_present()
             raise BadItem("its file is missing") from None
         size, generation = status[6], words[record + GENERATION]
         kept = mappings.kept.get(generation)
@@ -215,7 +214,7 @@ class DirectoryConsumer:
                         _, found, pinned, single = self._open(words, record, seq)
                     except BadItem as error:
                         recycler.mappings.forget(words[record + GENERATION])
-                        set_aside(self.session.directories, journal, record, self._who, f"damaged: {error}")
+                        set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
                         space += 1
                         continue
                 if pinned:
@@ -306,21 +305,22 @@ class DirectoryConsumer:
 
     def _take_verified(self, limit: int, sure: bool) -> list[Message]:
         """Claim, read every byte without the lock, acknowledge; a damaged item is dead-lettered and another claimed."""
-        while True:
-            got: list[Message] = []
+        got: list[Message] = []
+        while not got:
             claimed = self._claim_some(limit, None)
             try:
-                for delivery in list(claimed):
+                for delivery in claimed:
                     try:
-                        got.append(self._load(delivery))
+                        message = self._load(delivery)
                     except BadItem:  # in failed/ now, and logged
-                        claimed.remove(delivery)
-                self.session.step(self._ack, claimed)
-            except BaseException:
-                self.session.step(self._requeue, claimed)
-                raise
-            if got:
-                return got
+                        continue
+                    self.session.step(self._ack, [delivery])
+                    got.append(message)
+            except BaseException as error:
+                self.session.step(self._requeue, claimed)  # what is in flight still
+                if not got or not isinstance(error, Exception):
+                    raise
+        return got
 
     # Claiming and settling
 
@@ -331,9 +331,7 @@ class DirectoryConsumer:
 
     def _claim_some(self, limit: int, lease: float | None) -> list[Delivery]:
         due = _due_in(lease) if lease is not None else 0
-        taken: list[
-            Delivery
-        ] = []  # filled by the step, so that an interrupt leaves nothing in flight unknown
+        taken: list[Delivery] = []  # filled by the step: an interrupt leaves nothing in flight unknown
         try:
             ended = self.session.step(self._claim, limit, due, taken)
         except BaseException:
@@ -422,7 +420,7 @@ class DirectoryConsumer:
                 claim.single = file.status.st_nlink == 1
                 return file.contents(claim.data_end)
         except FileNotFoundError:
-            fs.check_present(self.session.directories.root, self.path)
+            self.session.check_present()
             raise self._expired(claim.seq) from None
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
@@ -516,7 +514,7 @@ class DirectoryConsumer:
         for delivery in deliveries:
             record = self._still_ours(delivery)
             self._recycler.mappings.forget(journal.words[record + GENERATION])
-            set_aside(self.session.directories, journal, record, self._who, reason)
+            set_aside(self.session.directories, journal, record, _who(), reason)
         return None, self._pass_on(len(deliveries)), len(deliveries)
 
     def _extend(self, deliveries: Sequence[Delivery], due: int) -> tuple[None, int, int]:
@@ -552,7 +550,7 @@ class DirectoryConsumer:
                         said.meta,
                     )
             except FileNotFoundError:
-                fs.check_present(self.session.directories.root, self.path)
+                self.session.check_present()
                 self.session.step(self._set_peeked_aside, delivery.seq, "its file is missing")
             except BadItem as error:
                 self.session.step(self._set_peeked_aside, delivery.seq, f"damaged: {error}")
@@ -572,7 +570,7 @@ class DirectoryConsumer:
         if not record or journal.words[record + SEQ] != seq:
             return None, 0, 0
         self._recycler.mappings.forget(journal.words[record + GENERATION])
-        set_aside(self.session.directories, journal, record, self._who, why)
+        set_aside(self.session.directories, journal, record, _who(), why)
         return None, self._pass_on(1), 1
 
     def _wait(self, until: Deadline) -> bool:
@@ -628,6 +626,11 @@ def _ended(words: Words, own: int) -> bool:
     return state == DISCARDED or (
         state == DRAINING and words[IN_FLIGHT_COUNT] <= own and not words[DELAYED_COUNT]
     )
+
+
+def _who() -> str:
+    """This process, for the history of a failure."""
+    return f"process {os.getpid()}"
 
 
 def _due_in(seconds: float) -> int:

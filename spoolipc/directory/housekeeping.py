@@ -114,6 +114,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     if not force and not is_due(words[HOUSEKEPT], words[NEXT_DUE]):
         return None, 0, 0
     now = time.monotonic_ns()
+    session.check_present()  # who holds the lock on a directory that was removed is alone with it
     crashed = _Crashed(session)
     items, space = _settle_round(session, crashed, now)
     words = session.journal.words

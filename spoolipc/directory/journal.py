@@ -129,9 +129,9 @@ class Journal:
             raise IndexDamaged("the index is of an earlier boot")
 
     def is_whole(self) -> bool:
-        """Whether the mapping can be looked at without the lock: false when its file was truncated."""
+        """Whether the mapping can be looked at without the lock: false when its file was truncated or overwritten."""
         try:
-            return fs.mapped_size(self.map) >= self.size
+            return fs.mapped_size(self.map) >= self.size and self.words[MAGIC] == MAGIC_VALUE
         except OSError:
             return False
 

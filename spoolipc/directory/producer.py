@@ -9,6 +9,7 @@ crash after it leaves an item.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from ..engine import Kind, ProducerOptions, retry
-from ..errors import Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
+from ..errors import AlreadySettled, Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
 from ..format import footer
 from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
@@ -121,8 +122,8 @@ class DirectoryProducer:
                     lambda until: self._wait_for_room(_need(messages[len(seqs)]), until),
                     until,
                 )
-        except SpoolError as error:
-            error.seqs = tuple(seqs)
+        except (SpoolError, OSError) as error:
+            error.seqs = tuple(seqs)  # type: ignore[union-attr]
             raise
         finally:
             for left in staged:
@@ -148,8 +149,13 @@ class DirectoryProducer:
             except Full:
                 if not staged:
                     raise  # else what is staged goes first: nobody could make room by taking it otherwise
+        lost: Staged | None = None
         while self.session.step(self._commit_all, staged, seqs):
-            self._staging.write_new(staged[0])  # its file was lost with the table, or removed by hand
+            if staged[0] is lost:
+                what = f"items/ takes no file any more; run: spoolipc fsck --repair {self.path}"
+                raise StorageError(errno.ENOENT, what, self.path)
+            lost = staged[0]
+            self._staging.write_new(lost)  # its file was lost with the table, or removed by hand
         if self._durable and len(seqs) > start:
             self._make_durable(seqs[start:])
         if len(seqs) == start:
@@ -296,7 +302,7 @@ class DirectoryProducer:
                     successor, link = find_pooled(words, need, size, recycler.mappings.kept, only_mapped)
                 journal.commit(transitions.put(words, record, file.name, successor, link))
         except FileNotFoundError:
-            fs.check_present(session.directories.root, self.path)
+            session.check_present()
             if file is not None:
                 journal.commit(transitions.drop(words, record))
             return None
@@ -469,11 +475,11 @@ class DirectoryLoan:
         """Put it; returns its sequence number. The array is read-only from now on. Raises Full, ShutDown."""
         staged = self._staged
         if staged is None:
-            raise ValueError("this loan was committed or discarded before")
+            raise AlreadySettled("this loan was committed or discarded before")
         self.array.flags.writeable = False
         try:
             seq = self._producer.commit_loan(staged, until)
-        except BaseException:
+        except Full:
             self.array.flags.writeable = True  # it is a loan still
             raise
         self._forget()

@@ -86,7 +86,9 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
         except SpoolError:
             raise
         except OSError as error:
-            raise session.explained(error) from error
+            explained = session.explained(error)
+            explained.seqs = getattr(error, "seqs", ())
+            raise explained from error
         finally:
             users.pop()
             if session.closed and not users:
@@ -252,10 +254,18 @@ class Session:
         if space and journal is not _NONE and is_worth_waking(journal.words):
             self.doorbell.ring("space", space)
 
-    def explained(self, error: OSError) -> OSError:
+    def check_present(self) -> None:
+        """Raise SpoolGone when the spool, or a part of it, was deleted or replaced under its users."""
+        fs.check_present(self.directories.root, self.path)
+        for name, fd in self.directories.parts.items():
+            if not fs.fstat(fd).st_nlink:
+                what = f"{name}/ was removed while in use; close this, and run: spoolipc fsck --repair {self.path}"
+                raise SpoolGone(errno.ENOENT, what, self.path)
+
+    def explained(self, error: OSError) -> StorageError | SpoolGone:
         """The error to raise for one of a system call: it names the path, and a deleted spool is called so."""
         try:
-            fs.check_present(self.directories.root, self.path)
+            self.check_present()
         except SpoolGone as gone:
             return gone
         except OSError:

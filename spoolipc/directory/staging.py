@@ -193,7 +193,7 @@ class Staging:
                 self.no_space = self.space(self.session.look())
                 what = f"the file system of {self.session.path} is full: {size} bytes do not fit now"
                 raise Full(what) from error
-            fs.check_present(directories.root, self.session.path)
+            self.session.check_present()
             where = str(directories.path / "tmp" / name)
             raise StorageError(error.errno, error.strerror or str(error), where) from error
 

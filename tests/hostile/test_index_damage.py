@@ -203,7 +203,7 @@ def test_an_unknown_version_is_an_error_and_nothing_is_changed(path: Path) -> No
 
 @pytest.mark.damaged
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[1]", b"\xff\xfe", b"{}", b'{"format": 1}', b"[" * 60_000, bytes(80), None]
+    "text", [b"", b"{", b"[1]", b"\xff\xfe", b"{}", b'{"format": 2}', b"[" * 60_000, bytes(80), None]
 )
 def test_a_spool_json_that_is_damaged_or_of_an_unknown_format_is_a_clear_error(
     path: Path, text: bytes | None
