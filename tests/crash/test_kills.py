@@ -13,36 +13,27 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.faults import STORE, Hook, Injector, at, forked, kill, partly
+from support.scenarios import ALONE, SCENARIOS, Log, Run, Stage, verify
 
 from spoolipc import SpoolReader
-from support.faults import STORE, Hook, Injector, at, forked, kill, partly
-from support.scenarios import ALONE, SCENARIOS, Log, Stage, verify
 
 WRITES = ("save", "write", "pwrite")
 
 
 def events(tmp_path: Path, name: str) -> list[str]:
     """The names of the calls and stores of a scenario in which nothing goes wrong."""
-    path, log = tmp_path / "dry", Log()
-    stage = Stage(path, log)
-    steps = SCENARIOS[name](stage)
-    next(steps)
-    with Injector(stores=True) as injector:
-        list(steps)
-    stage.close()
-    del steps
-    verify(path, log)
-    shutil.rmtree(path)
-    return injector.met
+    with Run(tmp_path / "dry", name) as run:
+        return run.with_fault(stores=True)
 
 
-def killed(tmp_path: Path, name: str, fault: Hook, *, watched: bool) -> None:
+def killed(path: Path, name: str, fault: Hook, *, watched: bool) -> None:
     """Let a scenario be killed by `fault` or at its end, and verify what it left.
 
     watched: another session has the spool open meanwhile.
     """
-    path, log = tmp_path / "spool", Log()
-    ready, go = os.pipe(), os.pipe()
+    log, ready, go = Log(), os.pipe(), os.pipe()
+    bystanders: list[SpoolReader] = []
 
     def work() -> None:
         steps = SCENARIOS[name](Stage(path, log))
@@ -53,18 +44,16 @@ def killed(tmp_path: Path, name: str, fault: Hook, *, watched: bool) -> None:
             list(steps)
             kill()
 
-    def open_bystander() -> None:
-        nonlocal bystander
+    def watch() -> None:
         try:
             if os.read(ready[0], 1) and watched and (path / "spool.json").exists():
-                bystander = SpoolReader(path)
+                bystanders.append(SpoolReader(path))
         finally:
             os.write(go[1], b"g")
 
-    bystander: SpoolReader | None = None
     try:
-        assert forked(work, open_bystander) < 0
-        verify(path, log, bystander)
+        assert forked(work, watch) < 0
+        verify(path, log, *bystanders)
     except BaseException as failure:
         failure.add_note("\n".join(map(str, log.lines())))
         raise
@@ -78,7 +67,7 @@ def kill_all(tmp_path: Path, name: str, faults: list[tuple[int, Hook]]) -> None:
     assert faults
     for number, fault in faults:
         try:
-            killed(tmp_path, name, fault, watched=name not in ALONE and number % 2 == 1)
+            killed(tmp_path / "spool", name, fault, watched=name not in ALONE and number % 2 == 1)
         except BaseException as failure:
             failure.add_note(f"{name} killed at event {number}")
             raise

@@ -67,7 +67,9 @@ class Injector:
                 words = journal.__dict__["words"]
                 return wires.setdefault(id(words), tripwire(words, lambda: self._meet(STORE)))
 
-            Journal.words = property(wire, lambda journal, words: vars(journal).update(words=words))  # type: ignore[assignment]
+            setattr(
+                Journal, "words", property(wire, lambda journal, words: vars(journal).update(words=words))
+            )  # noqa: B010
         self._is_idle = False
         return self
 
@@ -76,7 +78,7 @@ class Injector:
         for name, real in self._real.items():
             setattr(fs, name, real)
         if self._stores:
-            del Journal.words
+            delattr(Journal, "words")
 
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
