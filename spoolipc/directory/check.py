@@ -487,7 +487,8 @@ def _repair(place: Path, found: list[Problem]) -> None:
         for problem in aside:
             _tried(session, problem, session.step, _set_aside, session, problem)
         if aside or any(problem.kind in _REBUILT for problem in found):
-            session.step(_rebuild, session, [])
+            with session.explaining():
+                session.step(_rebuild, session, [])
         if any(problem.kind == "orphan" for problem in found):
             gc(session.path)
     finally:

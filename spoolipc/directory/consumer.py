@@ -100,7 +100,8 @@ class DirectoryConsumer:
         self._who = f"process {os.getpid()}"
         self._recycler = Recycler(self.session, writable=False)
         try:
-            self.session.step(housekeeping.round_of, self.session, True)
+            with self.session.explaining():
+                self.session.step(housekeeping.round_of, self.session, True)
         except BaseException:
             self.close()
             raise

@@ -105,11 +105,12 @@ class DirectoryProducer:
         self._last_size = PAGE
         self._no_space: tuple[int, int] | None = None  # what the spool was like when the file system refused
         try:
-            self.session.step(housekeeping.round_of, self.session, True)
-            if self._durable:
-                self.session.directories.sync()  # whoever made the spool may not have
-            if options.reopen:
-                self.session.step(self._set_state, OPEN)
+            with self.session.explaining():
+                self.session.step(housekeeping.round_of, self.session, True)
+                if self._durable:
+                    self.session.directories.sync()  # whoever made the spool may not have
+                if options.reopen:
+                    self.session.step(self._set_state, OPEN)
         except BaseException:
             self.close()
             raise
