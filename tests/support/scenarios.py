@@ -703,12 +703,10 @@ def dead_letter_after_a_crash(stage: Stage) -> Iterator[None]:
 
 @alone
 def end_a_lease(stage: Stage) -> Iterator[None]:
-    item = received(stage, lease=1e-6)
-    reader = stage.readers.pop()
+    item = received(stage, lease=100.0)
+    item.extend(1e-6)
     yield
     stage.reader()
-    del item
-    reader.close()
 
 
 def _killed_after_the_rename(act: Callable[[Stage], object]) -> Callable[[Stage], object]:
