@@ -497,7 +497,7 @@ def _repair(place: Path, found: list[Problem]) -> None:
 
 def _is_bad_file(problem: Problem) -> bool:
     name = problem.where.removeprefix("items/")
-    return problem.kind == "item" or (problem.kind == "planted" and item_number(name) is not None)
+    return problem.kind in ("item", "planted") and item_number(name) is not None
 
 
 def _tried(session: Session, problem: Problem, work: Callable[..., object], *args: object) -> None:
