@@ -51,7 +51,9 @@ from .quarantine import (
 )
 from .session import Session, Visitor, owns_nothing
 from .table import (
+    ALL_BITS,
     BYTES,
+    CAPACITY,
     FAILED_COUNT,
     FILE,
     IN_FLIGHT,
@@ -485,10 +487,9 @@ def _repair(place: Path, found: list[Problem]) -> None:
                 )
             elif problem.kind == "failed":
                 _tried(session, problem, session.step, _explain, session, problem)
-        for problem in aside:
-            _tried(session, problem, session.step, _set_aside, session, problem)
         if aside or any(problem.kind in _REBUILT for problem in found):
-            session.step(_rebuild, session, [])
+            with session.explaining():
+                session.step(_rebuild, session, aside, [])
         if any(problem.kind == "orphan" for problem in found):
             gc(session.path)
     finally:
@@ -497,7 +498,7 @@ def _repair(place: Path, found: list[Problem]) -> None:
 
 def _is_bad_file(problem: Problem) -> bool:
     name = problem.where.removeprefix("items/")
-    return problem.kind == "item" or (problem.kind == "planted" and item_number(name) is not None)
+    return problem.kind in ("item", "planted") and item_number(name) is not None
 
 
 def _tried(session: Session, problem: Problem, work: Callable[..., object], *args: object) -> None:
@@ -508,9 +509,8 @@ def _tried(session: Session, problem: Problem, work: Callable[..., object], *arg
         _log.warning("%s: %s was not repaired: %s", session.path, problem.where, error)
 
 
-def _set_aside(session: Session, problem: Problem) -> tuple[None, int, int]:
-    """Move a bad file to failed/; the table is built again afterwards. One that a live session has in flight stays: its
-    reader finds out by itself. A step."""
+def _set_aside(session: Session, problem: Problem) -> None:
+    """Move a bad file to failed/. One that a live session has in flight stays: its reader finds out by itself."""
     directories = session.directories
     name = problem.where.removeprefix("items/")
     number = item_number(name)
@@ -518,7 +518,6 @@ def _set_aside(session: Session, problem: Problem) -> tuple[None, int, int]:
     if fs.exists(directories.items, name) and not _is_in_flight(session, number):
         why = problem.what if problem.kind == "planted" else f"damaged: {problem.what}"
         set_file_aside(directories, number, _WHO, why)
-    return None, 0, 0
 
 
 def _is_in_flight(session: Session, number: int) -> bool:
@@ -528,10 +527,16 @@ def _is_in_flight(session: Session, number: int) -> bool:
     return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, OWNER])
 
 
-def _rebuild(session: Session, done: list[bool]) -> tuple[None, int, int]:
-    """Build the table again. A step, which is begun again with the new one."""
+def _rebuild(session: Session, aside: list[Problem], done: list[bool]) -> tuple[None, int, int]:
+    """Set bad files aside and build the table again. A step, which is begun again with the new one.
+
+    The old table is made one that does not hold first: after a crash in between, whoever comes next builds it again.
+    """
     if not done:
         done.append(True)
+        session.journal.words[CAPACITY] = ALL_BITS
+        for problem in aside:
+            _tried(session, problem, _set_aside, session, problem)
         raise IndexDamaged("fsck found that it is not as the directories are")
     return None, 0, 0
 

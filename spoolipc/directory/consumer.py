@@ -99,7 +99,8 @@ class DirectoryConsumer:
         self._own = 0  # items in flight here, as they were last counted
         self._recycler = Recycler(self.session, writable=False)
         try:
-            self.session.step(housekeeping.round_of, self.session, True)
+            with self.session.explaining():
+                self.session.step(housekeeping.round_of, self.session, True)
         except BaseException:
             self.close()
             raise

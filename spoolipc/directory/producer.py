@@ -75,11 +75,12 @@ class DirectoryProducer:
         self._places = 0  # for how many more items there was room when the last was put
         self._last_size = PAGE
         try:
-            self.session.step(housekeeping.round_of, self.session, True)
-            if self._durable:
-                self.session.directories.sync()  # whoever made the spool may not have
-            if options.reopen:
-                self.session.step(self._set_state, OPEN)
+            with self.session.explaining():
+                self.session.step(housekeeping.round_of, self.session, True)
+                if self._durable:
+                    self.session.directories.sync()  # whoever made the spool may not have
+                if options.reopen:
+                    self.session.step(self._set_state, OPEN)
         except BaseException:
             self.close()
             raise

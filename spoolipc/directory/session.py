@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, cast
 
@@ -271,6 +271,16 @@ class Session:
         except OSError:
             pass  # the error at hand says more
         return fs.storage_error(error, self.path)
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """In the block, an error of a system call is raised as one that names the path."""
+        try:
+            yield
+        except SpoolError:
+            raise
+        except OSError as error:
+            raise self.explained(error) from error
 
     # Looking without the lock
 

@@ -144,7 +144,9 @@ def peek_table(path: str | os.PathLike[str]) -> Peek:
         "failed": words[W.FAILED_COUNT],
         "capacity": (words[W.CAPACITY] - W.HEADER) // W.RECORD,
     }
-    pooled = tuple(file for head in range(W.BUCKETS, W.BUCKETS + W.BUCKET_COUNT) for file in linked(head, W.FILE))
+    pooled = tuple(
+        file for head in range(W.BUCKETS, W.BUCKETS + W.BUCKET_COUNT) for file in linked(head, W.FILE)
+    )
     return Peek(
         tuple(row(at) for at in range(W.HEADER, words[W.EDGE], W.RECORD)),
         linked(W.READY.head, W.SEQ),

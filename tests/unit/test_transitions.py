@@ -1,0 +1,333 @@
+"""Every transition, ended before any of its stores, is finished or forgotten by whoever recovers the table.
+
+On random tables in memory; the directories are sets of names.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+from support.faults import tripwire
+
+from spoolipc.directory import fs, journal, transitions
+from spoolipc.directory import table as W
+from spoolipc.directory.journal import Journal
+from spoolipc.directory.layout import item_name
+from spoolipc.directory.transitions import CLEAN, Transition
+
+RECORDS: Final = 40
+TABLES: Final = 30
+STEPS: Final = 250
+ARROWS: Final = {
+    name
+    for name, arrow in inspect.getmembers(transitions, inspect.isfunction)
+    if not name.startswith("_") and arrow.__annotations__.get("return") == "Transition"
+}
+
+
+class Ended(BaseException):
+    """The process ended here."""
+
+
+class Spool:
+    """Directories in memory, in the place of `layout.Directories`, with a journal over bytes."""
+
+    path = "/spool"
+    root = "root"
+    file_mode = 0o600
+    items, free, tmp, failed, alive = "items", "free", "tmp", "failed", "alive"
+
+    def __init__(self) -> None:
+        self.parts = {name: name for name in ("items", "free", "tmp", "failed", "alive")}
+        self.names: set[tuple[str, str]] = set()
+        self.marker = W.OPEN
+        self.refusal: BaseException | None = None  # what the next move raises
+        self.map = bytearray((W.HEADER + RECORDS * W.RECORD) * W.WORD)
+        self.words: W.Words = memoryview(self.map).cast("Q")
+        self.words[W.MAGIC], self.words[W.VERSION] = W.MAGIC_VALUE, W.VERSION_VALUE
+        self.words[W.CAPACITY], self.words[W.EDGE] = len(self.words), W.HEADER
+        self.words[W.NEXT_SEQ], self.words[W.NEXT_SEQ_CHECK] = 1, 1 ^ W.ALL_BITS
+        self.words[W.MAX_BYTES] = 0
+        self.journal = Journal.__new__(Journal)
+        vars(self.journal).update(
+            _directories=self, _parts=self.parts, _root=self.root, map=self.map, words=self.words
+        )
+
+    # The calls
+
+    def rename(self, name: str, new: str, *, src_dir_fd: str, dst_dir_fd: str) -> None:
+        self._move((src_dir_fd, name))
+        self.names.add((dst_dir_fd, new))
+
+    def unlink(self, name: str, *, dir_fd: str) -> None:
+        self._move((dir_fd, name))
+
+    def _move(self, name: tuple[str, str]) -> None:
+        refusal, self.refusal = self.refusal, None
+        if refusal is not None:
+            raise refusal
+        self.stat_at(name[1], dir_fd=name[0])
+        self.names.remove(name)
+
+    def stat_at(self, name: str, *, dir_fd: str) -> None:
+        if (dir_fd, name) not in self.names:
+            raise FileNotFoundError(errno.ENOENT, "is not there", name)
+
+    def write_shutdown(self, _: object, state: int, __: int) -> None:
+        self.marker = state
+
+    # States
+
+    def state(self) -> tuple[bytes, frozenset[tuple[str, str]], int]:
+        return bytes(self.map), frozenset(self.names), self.marker
+
+    def restore(self, state: tuple[bytes, frozenset[tuple[str, str]], int]) -> None:
+        self.map[:] = state[0]
+        self.names, self.marker = set(state[1]), state[2]
+
+    def table(self) -> bytes:
+        """The table but for the journal, which says nothing once a transition is made."""
+        first, last = W.SUBJECT * W.WORD, (W.JOURNAL + 2 * W.JOURNAL_ROOM) * W.WORD
+        return bytes(self.map[:first]) + bytes(self.map[last:])
+
+    def commit(self, transition: Transition, stores: int = -1) -> int:
+        """Commit, or end the process before the store of that number; how many there were."""
+        met = 0
+
+        def store() -> None:
+            nonlocal met
+            if met == stores:
+                raise Ended
+            met += 1
+
+        self.journal.words = tripwire(self.words, store)
+        try:
+            self.journal.commit(transition)
+        finally:
+            self.journal.words = self.words
+        return met
+
+    def check(self) -> None:
+        """The table is as the schema says, and the directories hold what it knows."""
+        assert W.violations(self.words) == []
+        records = W.rows(self.words)
+        for part, states in (("items", W.IN_ITEMS), ("free", W.IN_FREE)):
+            known = {item_name(number) for number in W.files_in(records, states).tolist()}
+            assert known == {name for place, name in self.names if place == part}, part
+
+
+@pytest.fixture
+def spool(monkeypatch: pytest.MonkeyPatch) -> Spool:
+    spool = Spool()
+    for name in ("rename", "unlink", "stat_at"):
+        monkeypatch.setattr(fs, name, getattr(spool, name))
+    monkeypatch.setattr(journal, "write_shutdown", spool.write_shutdown)
+    monkeypatch.setattr(journal, "read_shutdown", lambda _: spool.marker)
+    return spool
+
+
+class Walk:
+    """Random transitions, each possible where it is made."""
+
+    def __init__(self, spool: Spool, seed: int) -> None:
+        self.spool = spool
+        self.words = spool.words
+        self.random = random.Random(seed)
+        self.count = 0
+
+    def of(self, *states: int) -> list[int]:
+        words = self.words
+        return [at for at in range(W.HEADER, words[W.EDGE], W.RECORD) if words[at + W.STATE] in states]
+
+    def pick(self, *states: int) -> int:
+        """A record in one of the states; of those that wait, the first to be delivered."""
+        found = [at for at in self.of(*states) if self.words[at + W.STATE] != W.WAITING]
+        head = transitions.first(self.words)
+        return self.random.choice([*found, *([head] if head and W.WAITING in states else [])] or [0])
+
+    def unused(self) -> int:
+        if self.words[W.UNUSED]:
+            return self.words[W.UNUSED]
+        return self.words[W.EDGE] if self.words[W.EDGE] < self.words[W.CAPACITY] else 0
+
+    def pooled(self) -> tuple[int, int]:
+        """A pooled file and the position that links to it."""
+        found = []
+        for head in range(W.BUCKETS, W.BUCKETS + W.BUCKET_COUNT):
+            link = head
+            while self.words[link]:
+                found.append((self.words[link], link))
+                link = self.words[link] + W.NEXT
+        return self.random.choice(found or [(0, 0)])
+
+    def new_file(self, part: str) -> str:
+        self.count += 1
+        name = f"{self.count}.npy"
+        self.spool.names.add((part, name))
+        return name
+
+    def describe(self, record: int, loan: int) -> None:
+        seq, flags = transitions.next_seq(self.words), self.random.choice([0, W.NEVER_AGAIN, W.HAS_METADATA])
+        at = (record + W.ITEM_AT) * W.WORD
+        W.ITEM.pack_into(self.spool.map, at, seq, 1, 0, flags, self.random.choice([0, 640]), 0, 0, 0, loan)
+
+    def due(self) -> int:
+        return self.random.choice([0, self.random.randrange(1, 1000)])
+
+    def token(self) -> int:
+        return self.random.randrange(1, 5)
+
+    def size(self) -> int:
+        return 4096 * self.random.choice([1, 1, 2, 3, 5, 300])
+
+    def next(self, arrow: str) -> Transition | None:
+        """A transition by this arrow, None where the table has nothing for it."""
+        make: Callable[[], Transition | None] = getattr(self, f"_{arrow}")  # of a new arrow: write one
+        return make()
+
+    def _on(self, arrow: Callable[..., Transition], *states: int, **options: Any) -> Transition | None:
+        record = self.pick(*states)
+        return arrow(self.words, record, **options) if record else None
+
+    def _put_new(self) -> Transition | None:
+        record, part = self.unused(), self.random.choice(["tmp", "tmp", "failed"])
+        if not record:
+            return None
+        self.describe(record, self.random.choice([0, 0, self.token()]))
+        return transitions.put_new(self.words, record, self.size(), part, self.new_file(part))
+
+    def _put(self) -> Transition | None:
+        record = self.pick(W.RESERVED)
+        if not record:
+            return None
+        self.describe(record, 0)
+        successor = self.random.choice([(0, 0), self.pooled()])
+        return transitions.put(self.words, record, item_name(self.words[record + W.FILE]), *successor)
+
+    def _claim(self) -> Transition | None:
+        return self._on(transitions.claim, W.WAITING, owner=self.token(), due=self.due())
+
+    def _consume(self) -> Transition | None:
+        record = self.pick(W.WAITING, W.WAITING, W.IN_FLIGHT)
+        if not record:
+            return None
+        keep, owner = self.random.choice([(True, 0), (True, 3), (True, 3), (False, 0), (False, 3)])
+        released = 0
+        if self.words[record + W.STATE] == W.WAITING and keep and owner:
+            released = self.random.choice([0, self.pick(W.PINNED)])
+        return transitions.consume(self.words, record, owner, keep, released)
+
+    def _requeue(self) -> Transition | None:
+        return self._on(transitions.requeue, W.IN_FLIGHT, W.DELAYED, due=self.due())
+
+    def _extend(self) -> Transition | None:
+        return self._on(transitions.extend, W.IN_FLIGHT, due=self.random.randrange(1, 1000))
+
+    def _dead_letter(self) -> Transition | None:
+        record = self.pick(W.WAITING, W.IN_FLIGHT, W.DELAYED)
+        if not record:
+            return None
+        there = self.random.random() < 0.8
+        if not there:
+            self.spool.names.discard(("items", item_name(self.words[record + W.SEQ])))
+        return transitions.dead_letter(self.words, record, there=there)
+
+    def _discard(self) -> Transition | None:
+        return self._on(transitions.discard, W.WAITING, W.DELAYED)
+
+    def _release(self) -> Transition | None:
+        return self._on(transitions.release, W.PINNED, W.RESERVED)
+
+    def _drop(self) -> Transition | None:
+        return self._on(transitions.drop, W.PINNED, W.RESERVED)
+
+    def _reserve(self) -> Transition | None:
+        record, link = self.pooled()
+        return transitions.reserve(self.words, record, link, self.token()) if record else None
+
+    def _evict(self) -> Transition | None:
+        record, link = self.pooled()
+        return transitions.evict(self.words, record, link) if record else None
+
+    def _donate(self) -> Transition | None:
+        record, number = self.unused(), W.FIRST_DONATED + self.random.randrange(1 << 62)
+        if not record:
+            return None
+        return transitions.donate(self.words, record, number, self.size(), self.new_file("tmp"))
+
+    def _end_loan(self) -> Transition | None:
+        record = self.pick(*W.IN_ITEMS)
+        return transitions.end_loan(self.words, record, shared=self.random.random() < 0.5) if record else None
+
+    def _pass_to_lender(self) -> Transition | None:
+        lent = [at for at in self.of(W.PINNED) if self.words[at + W.LOAN]]
+        return transitions.pass_to_lender(self.words, self.random.choice(lent)) if lent else None
+
+    def _set_shutdown(self) -> Transition:
+        return transitions.set_shutdown(self.random.choice([W.OPEN, W.DRAINING, W.DISCARDED]))
+
+    def _drop_letter(self) -> Transition | None:
+        letters = [name for part, name in self.spool.names if part == "failed" and len(name) == 24]
+        if not letters:
+            return None
+        return transitions.drop_letter(self.words, int(min(letters)[:20]))
+
+
+def unsettled(spool: Spool, transition: Transition) -> None:
+    """What whoever makes `drop_letter` does next."""
+    if transition[3] is not None and transition[3][0] == "failed":
+        spool.names.discard(("free", transition[3][3]))
+
+
+@pytest.mark.parametrize("seed", range(TABLES))
+def test_a_transition_ended_before_any_store_is_finished_or_forgotten(spool: Spool, seed: int) -> None:
+    walk = Walk(spool, seed)
+    made = set()
+    for _ in range(STEPS):
+        arrow = walk.random.choice([*sorted(ARROWS), "put_new", "donate", "claim", "consume"])
+        transition = walk.next(arrow)
+        if transition is None:
+            continue
+        made.add(arrow)
+        before, table = spool.state(), spool.table()
+        stores = spool.commit(transition)
+        assert spool.words[W.MARK] == CLEAN
+        after, finished = spool.state(), spool.table()
+        unsettled(spool, transition)
+        spool.check()
+        moved = after[1:] != before[1:]
+        for number in range(stores):
+            spool.restore(before)
+            with pytest.raises(Ended):
+                spool.commit(transition, number)
+            spool.journal.recover()
+            assert spool.words[W.MARK] == CLEAN
+            # The first store is that of MARK; the move comes before the second.
+            assert spool.table() == (table if number == 0 else finished), (arrow, number)
+            assert spool.state()[1:] == (before if number == 0 else after)[1:], (arrow, number)
+        if moved and transition[3] is not None:
+            not_moved(spool, before, table, transition)
+        spool.restore(after)
+        unsettled(spool, transition)
+    assert len(made) > len(ARROWS) * 0.8, sorted(ARROWS - made)
+
+
+def not_moved(spool: Spool, before: Any, table: bytes, transition: Transition) -> None:
+    """A transition whose move did not happen, as its process ended or it failed, is as if it had never begun."""
+    for error in (Ended(), OSError(errno.EIO, "failed")):
+        spool.restore(before)
+        spool.refusal = error
+        with pytest.raises(type(error)):
+            spool.commit(transition)
+        if isinstance(error, Ended):
+            spool.journal.recover()
+        assert spool.words[W.MARK] == CLEAN
+        if transition[0] != transitions.UNLINK:  # what was to be unlinked is, by whoever recovers
+            assert spool.table() == table
+            assert spool.names == set(before[1])
+        spool.check()
