@@ -80,7 +80,7 @@ def gc_text(done: GcReport) -> str:
         said.insert(0, "  the damaged index built again from the items")
     freed = f"; {size(done.bytes_freed)} {'would be ' if done.dry_run else ''}freed" if said else ""
     head = (
-        "nothing was left by crashed processes" if not said else "would be done" if done.dry_run else "done"
+        "nothing left by crashed processes" if not said else "would be done" if done.dry_run else "done"
     )
     if done.foreign_files:
         is_not = "is a name that is" if done.foreign_files == 1 else "are names that are"

@@ -84,7 +84,7 @@ class ItemFile:
         Raises BadItem, UnknownVersion.
         """
         if not self.size:
-            return parse(b"", 0)
+            raise BadItem("the file is empty")
         with fs.map_file(self.fd, self.size, access=mmap.ACCESS_READ) as buffer:
             blocks, tail = parse(buffer, self.size)
             if whole:

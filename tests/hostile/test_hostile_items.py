@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from support.damage import item
 from support.peer import Peer
 
-from spoolipc import BadItem, Empty, SpoolReader, SpoolWriter, failed_list, gc, stat
+from spoolipc import BadItem, Empty, SpoolReader, SpoolWriter, UnknownVersion, failed_list, gc, stat
 
 LARGE = 100_000
 GOOD = 7.0
@@ -295,7 +295,11 @@ def test_a_mutated_item_is_delivered_or_quarantined(
                 data[at : at + len(text)] = text
         (path / item(bad)).unlink()
         (path / item(bad)).write_bytes(data if cut is None else data[:-cut])
-        got = get(reader)
+        try:
+            got = get(reader)
+        except UnknownVersion:  # it says that it is of a later release, and stays
+            assert (path / item(bad)).exists()
+            return
         if letters := failed_list(path):
             assert letters[0].reason.startswith("damaged: ")
         else:
