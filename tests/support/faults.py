@@ -67,9 +67,7 @@ class Injector:
                 words = journal.__dict__["words"]
                 return wires.setdefault(id(words), tripwire(words, lambda: self._meet(STORE)))
 
-            setattr(
-                Journal, "words", property(wire, lambda journal, words: vars(journal).update(words=words))
-            )  # noqa: B010
+            Journal.words = property(wire, lambda journal, words: vars(journal).update(words=words))
         self._is_idle = False
         return self
 
