@@ -79,9 +79,7 @@ def gc_text(done: GcReport) -> str:
     if done.index_rebuilt:
         said.insert(0, "  the damaged index built again from the items")
     freed = f"; {size(done.bytes_freed)} {'would be ' if done.dry_run else ''}freed" if said else ""
-    head = (
-        "nothing left by crashed processes" if not said else "would be done" if done.dry_run else "done"
-    )
+    head = "nothing left by crashed processes" if not said else "would be done" if done.dry_run else "done"
     if done.foreign_files:
         is_not = "is a name that is" if done.foreign_files == 1 else "are names that are"
         said.append(f"  left alone: {done.foreign_files:,} {is_not} not the spool's")

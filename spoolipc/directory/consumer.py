@@ -25,6 +25,7 @@ from ..message import NOW, Ack, Contents, Deadline, Delivery, Extend, Message, N
 from . import fs, housekeeping, transitions
 from .doorbell import SessionWatch
 from .itemfile import ItemFile, check_regular
+from .journal import Journal
 from .layout import item_name
 from .quarantine import forget_history, set_aside
 from .recycling import SMALL, Pin, Recycler
@@ -98,6 +99,11 @@ class DirectoryConsumer:
         self._verify = options.verify
         self._own = 0  # items in flight here, as they were last counted
         self._recycler = Recycler(self.session, writable=False)
+        self._table: object = self.session.journal.identity
+        self._kept: dict[
+            int, object
+        ] = {}  # claims that outlived their table: its identity, by sequence number
+        self.session.on_adopt = self._adopt
         try:
             with self.session.explaining():
                 self.session.step(housekeeping.round_of, self.session, True)
@@ -118,6 +124,18 @@ class DirectoryConsumer:
     def qsize(self) -> int:
         """How many items wait, delayed ones included."""
         return self.session.qsize()
+
+    def _adopt(self, journal: Journal | None) -> None:
+        """Another table, or none in a forked child: of our claims, those in flight in it outlive the one before."""
+        self._recycler.forget(journal)
+        before, kept = self._table, self._kept
+        self._kept = {}
+        if journal is not None:
+            words, token, self._table = journal.words, self.session.token, journal.identity
+            for record in active(words):
+                if words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token:
+                    seq = words[record + SEQ]
+                    self._kept[seq] = kept.get(seq, before)
 
     # Taking
 
@@ -445,8 +463,12 @@ class DirectoryConsumer:
         claim: Claim = delivery.handle
         journal, token = self.session.journal, self.session.token
         words = journal.words
-        known = (claim.record,) if claim.table is journal.identity else active(words)
-        for record in known:  # after a rebuild its record is another one
+        known: Sequence[int] = ()
+        if claim.table is journal.identity:
+            known = (claim.record,)
+        elif self._kept.get(claim.seq) is claim.table:  # its record is another one in the table built since
+            known = active(words)
+        for record in known:
             if (
                 words[record + SEQ] == claim.seq
                 and words[record + STATE] == IN_FLIGHT

@@ -228,7 +228,7 @@ class Recycler:
         self.forget()
         session.on_adopt = self.forget
 
-    def forget(self) -> None:
+    def forget(self, _: object = None) -> None:
         """Start afresh: the table is another, or this is a forked child."""
         self.pins = Pins()
         self.mappings = Mappings(writable=self._writable)

@@ -126,7 +126,7 @@ class Session:
         self.closed = False
         self.is_forked = False
         self.users: list[None] = []
-        self.on_adopt: Callable[[], None] = lambda: None
+        self.on_adopt: Callable[[Journal | None], None] = lambda _: None
         self._role: liveness.Role = role
         self._is_opening = False
         self._in_child = threading.RLock()
@@ -198,7 +198,10 @@ class Session:
                             self._rebuild(str(damage))
                             done = self._with_new_index(work, *args, **kwargs)
                 finally:
-                    fs.unlock(lock.fd)
+                    try:
+                        fs.unlock(lock.fd)
+                    except OSError:
+                        lock.release()
             except BaseException:
                 lock.release()  # an interrupt, or a failure, may have come before the other
                 raise
@@ -244,7 +247,7 @@ class Session:
     def _adopt(self, journal: Journal) -> None:
         self.journal = journal
         self.doorbell.forget_place()
-        self.on_adopt()
+        self.on_adopt(journal)
 
     def wake(self, items: int, space: int) -> None:
         """Wake so many of those who wait, after the step that made the items or the room."""
@@ -438,7 +441,7 @@ class Session:
         self.users = []
         self.is_forked = True
         self.doorbell.reset()
-        self.on_adopt()
+        self.on_adopt(None)
 
 
 def _nothing() -> tuple[None, int, int]:
