@@ -456,11 +456,13 @@ def _abandon(pid: int, alive: int, token: Token, held: list[int]) -> None:
     """End a session by its descriptors alone; what it still owned is requeued or removed by whoever finds it gone."""
     if os.getpid() != pid:
         return
-    with contextlib.suppress(OSError):
-        fs.unlink(liveness.token_name(token), dir_fd=alive)
-    while held:  # a fork meanwhile closes what is left
+    try:
         with contextlib.suppress(OSError):
-            fs.close(held.pop())
+            fs.unlink(liveness.token_name(token), dir_fd=alive)
+    finally:  # an interrupt must not leave a session that seems to live
+        while held:  # a fork meanwhile closes what is left
+            with contextlib.suppress(OSError):
+                fs.close(held.pop())
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -21,9 +21,9 @@ from spoolipc import SpoolReader
 WRITES = ("save", "write", "pwrite")
 
 
-def events(tmp_path: Path, name: str) -> list[str]:
+def events(place: Path, name: str) -> list[str]:
     """The names of the calls and stores of a scenario in which nothing goes wrong."""
-    with Run(tmp_path / "dry", name) as run:
+    with Run(place / "dry", name) as run:
         return run.with_fault(stores=True)
 
 
@@ -63,24 +63,24 @@ def killed(path: Path, name: str, fault: Hook, *, watched: bool) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def kill_all(tmp_path: Path, name: str, faults: list[tuple[int, Hook]]) -> None:
+def kill_all(place: Path, name: str, faults: list[tuple[int, Hook]]) -> None:
     assert faults
     for number, fault in faults:
         try:
-            killed(tmp_path / "spool", name, fault, watched=name not in ALONE and number % 2 == 1)
+            killed(place / "spool", name, fault, watched=name not in ALONE and number % 2 == 1)
         except BaseException as failure:
             failure.add_note(f"{name} killed at event {number}")
             raise
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_at_every_system_call(tmp_path: Path, name: str) -> None:
-    met = events(tmp_path, name)
+def test_killed_at_every_system_call(place: Path, name: str) -> None:
+    met = events(place, name)
     faults = [(number, at(number, kill)) for number, call in enumerate(met, 1) if call != STORE]
     for number, call in enumerate(met, 1):
         if call in WRITES:
             faults += [(number, at(number, partly(part, kill))) for part in (0.01, 0.6)]
-    kill_all(tmp_path, name, [*faults, (len(met) + 1, kill_never)])
+    kill_all(place, name, [*faults, (len(met) + 1, kill_never)])
 
 
 def kill_never(_: object) -> None:
@@ -89,6 +89,6 @@ def kill_never(_: object) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_before_every_store_to_the_index(tmp_path: Path, name: str) -> None:
-    met = events(tmp_path, name)
-    kill_all(tmp_path, name, [(n, at(n, kill)) for n, event in enumerate(met, 1) if event == STORE])
+def test_killed_before_every_store_to_the_index(place: Path, name: str) -> None:
+    met = events(place, name)
+    kill_all(place, name, [(n, at(n, kill)) for n, event in enumerate(met, 1) if event == STORE])

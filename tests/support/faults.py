@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import dis
-import itertools
+import functools
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple, Self
 
 from spoolipc.directory import fs
@@ -67,7 +67,10 @@ class Injector:
                 words = journal.__dict__["words"]
                 return wires.setdefault(id(words), tripwire(words, lambda: self._meet(STORE)))
 
-            Journal.words = property(wire, lambda journal, words: vars(journal).update(words=words))
+            def lay(journal: Any, words: memoryview[int]) -> None:
+                journal.__dict__["words"] = words
+
+            setattr(Journal, "words", property(wire, lay))  # noqa: B010
         self._is_idle = False
         return self
 
@@ -200,23 +203,39 @@ _DELIVERING: Final = {
 """After these instructions the interpreter looks for signals."""
 
 
+@functools.cache
+def _handlers(code: CodeType) -> list[tuple[int, int, int]]:
+    entries = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]
+    return [(entry.start, entry.end, entry.target) for entry in entries]
+
+
+def _handler(code: CodeType, place: int) -> int:
+    """Where an exception raised at that place of the code is handled: that of a signal, at the instruction before."""
+    return next((target for start, end, target in _handlers(code) if start <= place < end), -1)
+
+
+@functools.cache
+def _begin(code: CodeType) -> int:
+    """Where the instruction RESUME stands."""
+    return next(place.offset for place in dis.get_instructions(code) if place.opname == "RESUME")
+
+
 @contextmanager
 def interrupted_at(number: int, package: str) -> Iterator[Callable[[], int]]:
     """Raise KeyboardInterrupt at that one of the places where a signal can arrive in the package's code, 0 for none.
 
     Yields how many there were so far.
     """
-    count = itertools.count(1)
     met = 0
-    previous: dict[FrameType, int] = {}
+    previous: dict[FrameType, int] = {}  # where in its code each frame was
 
     def step(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal met
         if event == "opcode":
-            last = previous.get(frame)
-            previous[frame] = frame.f_code.co_code[frame.f_lasti]
-            if last in _DELIVERING:
-                met = next(count)
+            code, last = frame.f_code, previous.get(frame, 0)
+            previous[frame] = frame.f_lasti
+            if code.co_code[last] in _DELIVERING and _handler(code, last) == _handler(code, frame.f_lasti):
+                met += 1
                 if met == number:
                     raise KeyboardInterrupt
         elif event == "return":
@@ -227,7 +246,7 @@ def interrupted_at(number: int, package: str) -> Iterator[Callable[[], int]]:
         if not frame.f_code.co_filename.startswith(package):
             return None
         frame.f_trace_opcodes = True
-        previous[frame] = dis.opmap["RESUME"]
+        previous[frame] = _begin(frame.f_code)
         return step
 
     before = sys.gettrace()

@@ -9,16 +9,18 @@ known by its value, which every element of its array is; what may have become of
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
+import pytest
 
 import spoolipc
 from spoolipc import BadItem, Empty, Item, ShutDown, SpoolError, SpoolReader, SpoolWriter
@@ -201,8 +203,12 @@ def _arrays_of(received: Item) -> Any:
     return found[""] if "" in found else dict(found)
 
 
-def verify(path: Path, log: Log, bystander: SpoolReader | None = None) -> None:
-    """Hold the spool against the log. bystander: a session that was open before the fault."""
+def verify(path: Path, log: Log, bystander: SpoolReader | None = None, *, ended: bool = True) -> None:
+    """Hold the spool against the log.
+
+    bystander: a session that was open before the fault. ended: the sessions before have: one whose end was interrupted
+    may seem to live until its process ends.
+    """
     account = Account(log)
     if bystander is not None:
         with suppress(Empty, ShutDown):  # its first step repairs what must be
@@ -235,7 +241,7 @@ def verify(path: Path, log: Log, bystander: SpoolReader | None = None) -> None:
     if bystander is not None:
         bystander.close()
     spoolipc.gc(path)
-    assert os.listdir(path / "alive") == []
+    assert os.listdir(path / "alive") == [] or not ended
     # A history that could not be written is in the log.
     check_spool(path, checked=False)
     problems = spoolipc.fsck(path).problems
@@ -268,28 +274,35 @@ def _drain(reader: SpoolReader, account: Account) -> None:
 class Run:
     """One run of a scenario in this process; verified at the end of the `with` block. error: what it raised."""
 
-    error = ""
-
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
+        self.path, self.error, self._interrupted = path, "", False
         self.log = Log()
         self.stage = Stage(path, self.log)
+        self._steps = SCENARIOS[name](self.stage)
+        next(self._steps)
 
     def with_fault(
         self, before: Hook = lambda _: None, after: After = lambda *_: None, *, stores: bool = False
     ) -> list[str]:
-        """Do it, with a fault in the operation under test; returns the names of the events that it met."""
-        steps = SCENARIOS[self.name](self.stage)
-        next(steps)
+        """Do the operation under test, with a fault; returns the names of the events that it met."""
         with Injector(before, after, stores=stores) as injector:
-            try:
-                for _ in steps:
-                    pass
-            except KeyboardInterrupt:
-                pass
-            except SpoolError as error:
-                self.error = str(error)
+            self._do()
         return injector.met
+
+    def traced(self, trace: Callable[[], AbstractContextManager[Callable[[], int]]]) -> int:
+        """Do it within the context `trace()`; returns what that yields calls at the end."""
+        with trace() as count:
+            self._do()
+        return count()
+
+    def _do(self) -> None:
+        try:
+            for _ in self._steps:
+                pass
+        except KeyboardInterrupt:
+            self._interrupted = True
+        except SpoolError as error:
+            self.error = str(error)
 
     def __enter__(self) -> Self:
         return self
@@ -300,7 +313,8 @@ class Run:
                 assert not (self.path / "items").exists() or not is_locked(self.path), "the lock was kept"
                 self.stage.go_on()
                 self.stage.close()
-                verify(self.path, self.log)
+                gc.collect()  # a session interrupted as it was opened ends with its last reference
+                verify(self.path, self.log, ended=not self._interrupted)
         except BaseException as failure:
             failure.add_note("\n".join(map(str, self.log.lines())))
             raise
@@ -791,3 +805,15 @@ def evict(stage: Stage) -> Iterator[None]:
     yield
     SpoolReader(stage.path).close()
     stage.put(writer)
+
+
+CORE: Final = (
+    "put_small put_into_a_consumed_file lend_and_commit put_durably get_large get_with_a_damaged_one_before"
+    " receive_and_acknowledge nack_and_ack_the_second_attempt close shutdown_immediately open_after_a_crash"
+    " rebuild_a_deleted_index retry_a_dead_letter"
+).split()
+
+
+def every_or_core() -> list[Any]:
+    """All scenarios, as parameters: those beyond the core are for who has minutes."""
+    return [pytest.param(name, marks=[] if name in CORE else pytest.mark.exhaustive) for name in SCENARIOS]

@@ -1,0 +1,65 @@
+"""Ctrl-C, wherever it comes, leaves objects that go on, a lock that is free, and loses and doubles nothing.
+
+KeyboardInterrupt is raised before and after each call, and at each place in the package where Python delivers signals.
+What was interrupted may have been done or not.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from support.faults import at, interrupt, interrupted_at
+from support.scenarios import Run, every_or_core
+
+import spoolipc
+
+PACKAGE = str(Path(spoolipc.__file__).parent)
+ANYWHERE = (
+    "put_small put_into_a_consumed_file put_again get_large get_again get_with_a_damaged_one_before receive ack_read"
+    " receive_and_acknowledge nack_and_ack_the_second_attempt reject lend_and_commit close shutdown_immediately"
+    " open_after_a_crash rebuild_a_deleted_index"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def unraisable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What interrupts a finalizer is told to nobody."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", every_or_core())
+def test_interrupted_before_or_after_any_call(place: Path, name: str, after: bool) -> None:
+    path = place / "spool"
+    with Run(path, name) as run:
+        met = run.with_fault()
+    for number, call in enumerate(met, 1):
+        fault = at(number, interrupt)
+        try:
+            with Run(path, name) as run:
+                if after:
+                    run.with_fault(after=lambda event, _, fault=fault: fault(event))  # type: ignore[misc]
+                elif (
+                    call != "close"
+                ):  # Python delivers no signal between the begin of a `finally` and a call in C
+                    run.with_fault(fault)
+        except BaseException as failure:
+            failure.add_note(f"{name}: call {number}, {call}")
+            raise
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_interrupted_wherever_a_signal_can_come(place: Path, name: str) -> None:
+    path = place / "spool"
+    with Run(path, name) as run:
+        count = run.traced(lambda: interrupted_at(0, PACKAGE))
+    for number in range(1, count + 1):
+        try:
+            with Run(path, name) as run:
+                run.traced(lambda n=number: interrupted_at(n, PACKAGE))  # type: ignore[misc]
+        except BaseException as failure:
+            failure.add_note(f"{name}: interrupted at place {number}")
+            raise
