@@ -2,9 +2,10 @@
 
 import logging
 
-from .directory.check import FsckReport, Problem, fsck
+from .directory.check import FsckReport, fsck
 from .directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
-from .directory.housekeeping import GcReport, gc
+from .directory.gc import GcReport, gc
+from .directory.problems import Problem
 from .directory.stat import stat
 from .errors import (
     AlreadySettled,

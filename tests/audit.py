@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from spoolipc import SpoolReader, SpoolWriter
-from spoolipc import words as W
 from spoolipc.layout import item_name
 from spoolipc.party import Party
+
+from spoolipc import SpoolReader, SpoolWriter
+from spoolipc import words as W
 
 IN_ITEMS = (W.WAITING, W.CLAIMED, W.DELAYED)
 IN_FREE = (W.HELD, W.RESERVED, W.POOLED)

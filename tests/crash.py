@@ -47,15 +47,15 @@ from typing import Any
 import numpy as np
 from audit import audit
 from filelock import lock_descriptor
+from spoolipc.layout import Limits, item_name, item_number
+from spoolipc.sink import DirectorySink, Durability
+from spoolipc.source import DirectorySource
+from spoolipc.tend import tend
 
 import spoolipc
 from spoolipc import BadItem, Empty, ShutDown, SpoolClosed, SpoolReader, SpoolWriter, index
 from spoolipc import words as W
 from spoolipc.engine import Delivery, Payload
-from spoolipc.layout import Limits, item_name, item_number
-from spoolipc.sink import DirectorySink, Durability
-from spoolipc.source import DirectorySource
-from spoolipc.tend import tend
 
 Scenario = Callable[["Stage"], Iterator[None]]
 SCENARIOS: dict[str, Scenario] = {}
@@ -1524,8 +1524,9 @@ def tend_a_pool_too_large(stage: Stage) -> Iterator[None]:
 def unlink_for_space(stage: Stage) -> Iterator[None]:
     writer = consumed(stage, 3)
     yield
-    from spoolipc import pool
     from spoolipc.tend import evict
+
+    from spoolipc import pool
 
     def evict_all(party: Any) -> None:
         while True:

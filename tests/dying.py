@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spoolipc import fsck
-from spoolipc import words as W
 from spoolipc.layout import Limits, item_name
 from spoolipc.party import Party
+
+from spoolipc import fsck
+from spoolipc import words as W
 
 _PRELUDE = """
 import os, signal, sys

@@ -15,7 +15,7 @@ from typing import Any
 from .. import __version__
 from ..directory.check import fsck
 from ..directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
-from ..directory.housekeeping import Progress, gc
+from ..directory.gc import Progress, gc
 from ..directory.stat import stat
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
 from ..message import DeadLetter

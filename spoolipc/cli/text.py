@@ -7,7 +7,7 @@ import time
 from typing import Final
 
 from ..directory.check import FsckReport
-from ..directory.housekeeping import GcReport
+from ..directory.gc import GcReport
 from ..message import DeadLetter, Retried, SpoolStat
 
 NO_LETTERS: Final = "no dead letters"

@@ -3,10 +3,7 @@
 A check changes nothing. The table is copied under its lock and studied without it; as the spool may be in use
 meanwhile, what the copy and a listing disagree on is looked at again in a locked step before it is called a problem.
 
-A repair is one of three verbs. The directories are put right: modes closed, missing parts made, what stands in the
-place of a file that can be made again removed. Bad files are set aside: a damaged item moves to `failed/` with its
-reason. Every other disagreement is settled by building the table again, which keeps what is in flight at sessions that
-live. Nothing operates on the table itself.
+What a repair does is in `repair.py`.
 """
 
 from __future__ import annotations
@@ -14,96 +11,60 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import numpy as np
 
 from ..errors import BadItem, NotASpool, SpoolError, UnknownVersion
 from ..message import Limits
 from . import fs, liveness
-from .housekeeping import Progress, foreign_at_top, gc
+from .gc import Progress, foreign_at_top
 from .itemfile import ItemFile
 from .layout import (
-    FILES,
-    PARTS,
     agree,
     item_name,
     item_number,
-    make_part,
     open_directories,
     read_limits,
     read_shutdown,
     temporary_owner,
 )
+from .problems import Kind, Problem, wrong_at_top, wrong_file
 from .quarantine import (
     failed_numbers,
-    forget_history,
     history_number,
-    note_failure,
     read_history,
-    set_file_aside,
 )
-from .session import Session, Visitor, owns_nothing
+from .repair import put_right, repair_all
 from .table import (
-    ALL_BITS,
     BYTES,
-    CAPACITY,
     FAILED_COUNT,
     FILE,
-    IN_FLIGHT,
     IN_FREE,
     IN_ITEMS,
     LAST_SEQ,
     MAX_ATTEMPTS,
     MAX_BYTES,
     MAXSIZE,
-    OWNER,
     RECYCLE_BYTES,
     SHUTDOWN,
     STATE,
-    IndexDamaged,
     Rows,
     Words,
     files_in,
     rows,
     violations,
 )
+from .visitor import Visitor
 
 _log = logging.getLogger("spoolipc")
-Kind: TypeAlias = Literal[
-    "directory", "index", "limits", "item", "unknown", "missing", "size", "orphan",
-    "mode", "owner", "link", "planted", "foreign", "failed",
-]  # fmt: skip
-_WHO: Final = "spoolipc fsck"
 _MOST_ROUNDS: Final = 100
 _MOST_OF_A_KIND: Final = 10_000
 _SLICE: Final = 65536  # numbers compared in one locked step
-_REPLACEABLE: Final = ("index", "index.new", "spool.json.new", "shutdown")
-_REBUILT: Final = ("index", "limits", "unknown", "missing", "size")
-"""Kinds that building the table again puts right."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something wrong in a spool. where: a path below it. what: in words. repaired: it is not there any more.
-
-    kind: "directory", a part that is missing; "index", an invariant of the table that does not hold, and "limits",
-    where it contradicts spool.json or the shutdown marker; "item", a damaged one; "unknown" to the table; "missing"
-    though the table has it; "size", another than the table has; "orphan", of no item; "mode", open to others, and
-    "owner", somebody else; "link", has another name too; "planted", not a regular file; "foreign", none of the
-    spool's names; "failed", a dead letter without a reason.
-    """
-
-    kind: Kind
-    where: str
-    what: str
-    repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +126,7 @@ def _checked(place: Path, repair: bool, progress: Progress | None, before: list[
         noted += [problem for problem in look.found if _key(problem) not in known]
         if not repair or keys == last or not look.found:
             break
-        _repair(place, look.found)
+        repair_all(place, look.found)
         last = keys
     return FsckReport(str(place), look.items, look.bytes, (*before, *noted))
 
@@ -188,14 +149,14 @@ def _check_directories(place: Path, repair: bool) -> list[Problem]:
         if not fs.exists(root, "spool.json"):
             raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
         mode = _mode(place, root)
-        found = _wrong_at_top(root, mode)
+        found = wrong_at_top(root, mode)
         if repair:
             for problem in found:
                 try:
-                    _put_right(root, problem, mode)
+                    put_right(root, problem, mode)
                 except OSError as error:
                     _log.warning("%s: %s was not repaired: %s", place, problem.where, error)
-            left = set(map(_key, _wrong_at_top(root, mode)))
+            left = set(map(_key, wrong_at_top(root, mode)))
             found = [replace(problem, repaired=_key(problem) not in left) for problem in found]
         return found
     finally:
@@ -212,64 +173,6 @@ def _mode(place: Path, root: int) -> int:
         return 0o700
     mode = (limits.mode if limits is not None else None) or 0o700
     return mode if mode & 0o700 == 0o700 and not mode & ~0o770 else 0o700
-
-
-def _wrong_at_top(root: int, mode: int) -> list[Problem]:
-    found = _wrong_directory(fs.fstat(root), mode, ".")
-    for name in PARTS:
-        try:
-            found += _wrong_directory(fs.stat_at(name, dir_fd=root), mode, name)
-        except FileNotFoundError:
-            found.append(Problem("directory", name, "is missing"))
-    for name in FILES:
-        with suppress(FileNotFoundError):
-            problem = _wrong_file(fs.stat_at(name, dir_fd=root), mode, name)
-            if problem is not None:
-                found.append(problem)
-    return found
-
-
-def _wrong_directory(status: os.stat_result, mode: int, where: str) -> list[Problem]:
-    if not stat.S_ISDIR(status.st_mode):
-        return [Problem("planted", where, "is not a directory of its own")]
-    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
-        return [Problem("owner", where, f"belongs to user {status.st_uid}")]
-    if status.st_mode & 0o777 & ~mode:
-        return [Problem("mode", where, f"is open to others (mode {stat.S_IMODE(status.st_mode):o})")]
-    return []
-
-
-def _wrong_file(status: os.stat_result, mode: int, where: str) -> Problem | None:
-    """What is wrong with a file by its status alone. mode: the spool's, which files have without execution."""
-    if not stat.S_ISREG(status.st_mode):
-        return Problem("planted", where, f"is not a regular file ({stat.filemode(status.st_mode)})")
-    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
-        return Problem("owner", where, f"belongs to user {status.st_uid}")
-    if status.st_mode & 0o777 & ~mode:
-        return Problem("mode", where, f"is open to others (mode {stat.S_IMODE(status.st_mode):o})")
-    if status.st_nlink > 1:
-        return Problem("link", where, f"is linked from {status.st_nlink - 1} more places")
-    return None
-
-
-def _put_right(root: int, problem: Problem, mode: int) -> None:
-    """Put a directory, or a file at the top, right where that can be."""
-    name = problem.where
-    if problem.kind == "directory":
-        make_part(root, name, mode)
-    elif problem.kind == "mode":
-        _permit(root, name, mode if name in (".", *PARTS) else mode & 0o666)
-    elif problem.kind in ("planted", "link") and name in _REPLACEABLE:
-        fs.unlink(name, dir_fd=root)
-
-
-def _permit(directory: int, name: str, mode: int) -> None:
-    """Give a file or directory of the spool its mode, following no link."""
-    fd = fs.open_at(name, os.O_RDONLY | fs.CAREFUL, dir_fd=directory)
-    try:
-        fs.fchmod(fd, mode)
-    finally:
-        fs.close(fd)
 
 
 # All files, and the table
@@ -354,7 +257,7 @@ class _Look:
             status = fs.stat_at(name, dir_fd=self.directories.parts[part])
         except FileNotFoundError:
             return None
-        problem = _wrong_file(status, self.directories.mode, f"{part}/{name}")
+        problem = wrong_file(status, self.directories.mode, f"{part}/{name}")
         if problem is None:
             return status
         if (
@@ -466,87 +369,3 @@ def _wrong_sizes(records: Rows, numbers: Rows, sizes: Rows) -> list[tuple[int, i
 
 
 # The three verbs
-
-
-def _repair(place: Path, found: list[Problem]) -> None:
-    """Repair what can be; what fails is found again by the next look."""
-    session = Session(place, Limits(), "admin", create=False)
-    try:
-        named = [problem for problem in found if problem.where != "."]
-        aside = [problem for problem in named if _is_bad_file(problem)]
-        for problem in named:
-            if problem.kind == "mode":
-                part, _, name = problem.where.partition("/")
-                _tried(
-                    session,
-                    problem,
-                    _permit,
-                    session.directories.parts[part],
-                    name,
-                    session.directories.file_mode,
-                )
-            elif problem.kind == "failed":
-                _tried(session, problem, session.step, _explain, session, problem)
-        if aside or any(problem.kind in _REBUILT for problem in found):
-            with session.explaining():
-                session.step(_rebuild, session, aside, [])
-        if any(problem.kind == "orphan" for problem in found):
-            gc(session.path)
-    finally:
-        session.close(owns_nothing)
-
-
-def _is_bad_file(problem: Problem) -> bool:
-    name = problem.where.removeprefix("items/")
-    return problem.kind in ("item", "planted") and item_number(name) is not None
-
-
-def _tried(session: Session, problem: Problem, work: Callable[..., object], *args: object) -> None:
-    _log.warning("%s: repairing %s, which %s", session.path, problem.where, problem.what)
-    try:
-        work(*args)
-    except OSError as error:
-        _log.warning("%s: %s was not repaired: %s", session.path, problem.where, error)
-
-
-def _set_aside(session: Session, problem: Problem) -> None:
-    """Move a bad file to failed/. One that a live session has in flight stays: its reader finds out by itself."""
-    directories = session.directories
-    name = problem.where.removeprefix("items/")
-    number = item_number(name)
-    assert number is not None
-    if fs.exists(directories.items, name) and not _is_in_flight(session, number):
-        why = problem.what if problem.kind == "planted" else f"damaged: {problem.what}"
-        set_file_aside(directories, number, _WHO, why)
-
-
-def _is_in_flight(session: Session, number: int) -> bool:
-    records = rows(session.journal.words)
-    found = records[(records[:, STATE] == IN_FLIGHT) & (records[:, FILE] == number)]
-    alive = session.directories.alive
-    return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, OWNER])
-
-
-def _rebuild(session: Session, aside: list[Problem], done: list[bool]) -> tuple[None, int, int]:
-    """Set bad files aside and build the table again. A step, which is begun again with the new one.
-
-    The old table is made one that does not hold first: after a crash in between, whoever comes next builds it again.
-    """
-    if not done:
-        done.append(True)
-        session.journal.words[CAPACITY] = ALL_BITS
-        for problem in aside:
-            _tried(session, problem, _set_aside, session, problem)
-        raise IndexDamaged("fsck found that it is not as the directories are")
-    return None, 0, 0
-
-
-def _explain(session: Session, problem: Problem) -> tuple[None, int, int]:
-    """Give a dead letter a reason. A step."""
-    directories = session.directories
-    number = item_number(problem.where.removeprefix("failed/"))
-    assert number is not None
-    if fs.exists(directories.failed, item_name(number)) and not read_history(directories, number):
-        forget_history(directories, number)  # a torn line in it would spoil the next
-        note_failure(directories, number, 0, _WHO, "unknown: its history was lost")
-    return None, 0, 0

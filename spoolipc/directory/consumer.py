@@ -3,10 +3,6 @@
 `take` is one locked step: the file of the first item is moved out of `items/`. A crash before the move leaves the item
 waiting; after it the item is gone, as with any queue. `claim` and `settle` are two steps with the work between them: a
 crash before the second gives the item to another reader.
-
-Items are opened before the lock is taken, as they most likely will be ours; under the lock it is only seen whether they
-are still the next. A file does not change while its item waits, and no sequence number is given twice, so what was
-opened ahead is the item, or is thrown away.
 """
 
 from __future__ import annotations
@@ -15,63 +11,39 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
-from ..engine import ConsumerOptions, Kind, retry
-from ..errors import BadItem, Empty, LeaseExpired, ShutDown
-from ..format.footer import Buffer
-from ..format.item import message, parse, verify
+from ..engine import retry
+from ..errors import BadItem, Empty, LeaseExpired
 from ..message import NOW, Ack, Contents, Deadline, Delivery, Extend, Message, Nack, Peeked, Verdict
 from . import fs, housekeeping, transitions
-from .doorbell import SessionWatch
-from .itemfile import ItemFile, check_regular
-from .journal import Journal
+from .itemfile import ItemFile
 from .layout import item_name
-from .quarantine import forget_history, set_aside
-from .recycling import SMALL, Pin, Recycler
-from .session import MEMBERS, Session, is_due, operation
+from .quarantine import set_aside
+from .receiving import Opened, Receiver
+from .recycling import Pin
+from .session import operation
 from .table import (
     ATTEMPT,
     BYTES,
-    CAPACITY,
     DATA_END,
-    DELAYED_COUNT,
     DISCARDED,
-    DRAINING,
     DUE,
-    FLAGS,
     GENERATION,
-    HEADER,
-    HOUSEKEPT,
     IN_FLIGHT,
-    IN_FLIGHT_COUNT,
-    LOAN,
-    MAXSIZE,
-    NEVER_AGAIN,
-    NEXT,
-    NEXT_DUE,
     OWNER,
-    PINNED,
     PUT_TIME,
     READY,
-    RECORD,
     REDELIVERY,
     SEQ,
     SHUTDOWN,
     STATE,
-    WAITING,
     Words,
     active,
 )
-from .transitions import consume, first, may_pool
+from .transitions import first
 
-_AHEAD: Final = 64  # items opened without the lock for one call
 _LONGEST: Final = 1e9  # seconds of a lease or delay
-
-
-Opened: TypeAlias = tuple[int, Message, bool, bool]
-"""An item's file, read: its sequence number; its message; pinned, whether the arrays are views of the file's pages, not
-arrays of their own; single, whether the file has no other name, so that it may be written again."""
 
 
 class Claim:
@@ -91,132 +63,40 @@ class Claim:
         self.single: bool | None = None
 
 
-class DirectoryConsumer:
+class DirectoryConsumer(Receiver):
     """A reader's session in a spool directory. Keeps `spoolipc.engine.Consumer` and `Watchable`."""
-
-    def __init__(self, path: str | os.PathLike[str], options: ConsumerOptions) -> None:
-        self.session = Session(path, options.limits, "reader")
-        self._verify = options.verify
-        self._own = 0  # items in flight here, as they were last counted
-        self._recycler = Recycler(self.session, writable=False)
-        self._table: object = self.session.journal.identity
-        self._kept: dict[
-            int, object
-        ] = {}  # claims that outlived their table: its identity, by sequence number
-        self.session.on_adopt = self._adopt
-        try:
-            with self.session.explaining():
-                self.session.step(housekeeping.round_of, self.session, True)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def path(self) -> str:
-        """The spool's directory, absolute."""
-        return self.session.path
-
-    @property
-    def maxsize(self) -> int:
-        """Most items waiting, 0 for no limit."""
-        return self.session.look()[MAXSIZE]
-
-    def qsize(self) -> int:
-        """How many items wait, delayed ones included."""
-        return self.session.qsize()
-
-    def _adopt(self, journal: Journal | None) -> None:
-        """Another table, or none in a forked child: of our claims, those in flight in it outlive the one before."""
-        self._recycler.forget(journal)
-        before, kept = self._table, self._kept
-        self._kept = {}
-        if journal is not None:
-            words, token, self._table = journal.words, self.session.token, journal.identity
-            for record in active(words):
-                if words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token:
-                    seq = words[record + SEQ]
-                    self._kept[seq] = kept.get(seq, before)
 
     # Taking
 
     @operation
     def take(self, limit: int, until: Deadline) -> list[Message]:
         """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown."""
-        some = self._take_verified if self._verify else self._take_some
+        some = self._take_verified if self.verify else self._take_some
         try:
             return some(limit, until == NOW)
         except Empty:
             if until == NOW:
                 raise
-        return retry(lambda: some(limit, True), self._wait, until)
+        return retry(lambda: some(limit, True), self.wait_for_item, until)
 
     def _take_some(self, limit: int, sure: bool) -> list[Message]:
         """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
         words = self.session.look()
-        ahead = self._look_ahead(words, limit)
+        ahead = self.look_ahead(words, limit)
         if not (ahead or sure or words[READY.head] or words[REDELIVERY.head] or words[SHUTDOWN]):
-            raise self._nothing(False)
+            raise self.nothing(False)
         got, ended = self.session.step(self._take, limit, ahead)
         if not got:
-            raise self._nothing(ended)
+            raise self.nothing(ended)
         return got
-
-    def _nothing(self, ended: bool) -> Empty | ShutDown:
-        if ended:
-            return ShutDown(f"the spool {self.path} was shut down and has no more items")
-        return Empty(f"no item waits in {self.path}")
-
-    def _look_ahead(self, words: Words, limit: int) -> list[Opened]:
-        """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
-        found: list[Opened] = []
-        record = words[REDELIVERY.head] or words[READY.head]
-        top = min(words[CAPACITY], len(words)) - RECORD  # the file may have grown beyond what is mapped
-        while HEADER <= record <= top:
-            try:
-                found.append(self._open(words, record, words[record + SEQ]))
-            except (BadItem, OSError):
-                break  # gone meanwhile, or damaged: the locked step will see which
-            if len(found) == limit or len(found) == _AHEAD:
-                break
-            record = words[record + NEXT]
-        found.reverse()
-        return found
-
-    def _open(self, words: Words, record: int, seq: int) -> Opened:
-        """Map or read an item's file. Raises BadItem, UnknownVersion, OSError."""
-        name, items, mappings = f"{seq:020d}.npy", self.session.directories.items, self._recycler.mappings
-        try:
-            status = fs.stat_at(name, dir_fd=items)
-        except FileNotFoundError:
-            self.session.check_present()
-            raise BadItem("its file is missing") from None
-        size, generation = status[6], words[record + GENERATION]
-        kept = mappings.kept.get(generation)
-        if kept is not None and kept.identity == status[1:3] and kept.size == size:
-            buffer: Buffer = kept.buffer
-        else:
-            check_regular(status)
-            if not size:
-                raise BadItem("the file is empty")
-            if size <= SMALL and not mappings.wants(generation):
-                with ItemFile(items, name) as file:
-                    buffer = file.read(size)
-            else:
-                buffer = mappings.of(items, name, status, generation, record)
-        blocks, tail = parse(buffer, size)
-        if self._verify:
-            verify(buffer, tail)
-        pinned = tail.data_end > SMALL
-        copied = not pinned and type(buffer) is not bytes
-        return seq, message(buffer, blocks, tail, copy=copied), pinned, status[3] == 1
 
     def _take(self, limit: int, ahead: list[Opened]) -> tuple[tuple[list[Message], bool], int, int]:
         """Take items that are the next; and whether nothing can come any more. A step.
 
         What was taken is returned, whatever fails later: the next call meets it again.
         """
-        recycler = self._recycler
-        items, space = self._begin(1)
+        recycler = self.recycler
+        items, space = self.begin(1)
         journal = self.session.journal
         words = journal.words
         got: list[Message] = []
@@ -230,7 +110,7 @@ class DirectoryConsumer:
                     _, found, pinned, single = ahead.pop()
                 else:
                     try:
-                        _, found, pinned, single = self._open(words, record, seq)
+                        _, found, pinned, single = self.open(words, record, seq)
                     except BadItem as error:
                         recycler.mappings.forget(words[record + GENERATION])
                         set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
@@ -238,10 +118,10 @@ class DirectoryConsumer:
                         continue
                 if pinned:
                     pin = Pin(journal.identity, record, seq)
-                    if self._consume(record, single, pin):
+                    if self.consume(record, single, pin):
                         recycler.pins.add(pin, found.arrays)
                 else:
-                    self._consume(record, single, None)
+                    self.consume(record, single, None)
                 got.append(found)
         except Exception:
             if not got:
@@ -249,78 +129,7 @@ class DirectoryConsumer:
         if not got:
             recycler.reclaim()
         space += len(got)
-        return (got, not got and self._has_ended()), items + self._pass_on(space), space
-
-    def _begin(self, leave: int = 0) -> tuple[int, int]:
-        """What every step of a reader does first: keep house when it is due, let go of files that no array shows any
-        more, all but `leave`."""
-        session, recycler = self.session, self._recycler
-        words = session.journal.words
-        items = space = 0
-        if is_due(words[HOUSEKEPT], words[NEXT_DUE]):
-            _, items, space = housekeeping.round_of(session, False)
-            words = session.journal.words
-        if len(recycler.pins.pending) > leave:
-            recycler.reclaim(leave)
-        if words[HOUSEKEPT] != recycler.mappings.swept:
-            recycler.mappings.sweep(words)
-        return items, space
-
-    def _pass_on(self, done: int) -> int:
-        """How many who wait for items are to look, after a step that took `done` items off: another one when items are
-        left, as two puts may have woken one; all when the spool was shut down, as it may have ended."""
-        words = self.session.journal.words
-        if words[SHUTDOWN] and done:
-            return MEMBERS
-        return 1 if words[READY.head] or words[REDELIVERY.head] else 0
-
-    def _has_ended(self) -> bool:
-        """Whether nothing can come any more: nothing waits, and no other reader may requeue anything. A step."""
-        words = self.session.journal.words
-        if not words[SHUTDOWN]:
-            return False
-        token = self.session.token
-        self._own = sum(
-            words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token for record in active(words)
-        )
-        return _ended(words, self._own)
-
-    def _consume(self, record: int, single: bool, pin: Pin | None) -> bool:
-        """The item at `record` leaves the spool for good; whether its file is kept. A step."""
-        journal, recycler = self.session.journal, self._recycler
-        words = journal.words
-        waits, attempt = words[record + STATE] == WAITING, words[record + ATTEMPT]
-        before = 0 if waits else 1
-        # Whoever had the item in flight before may still show its file.
-        keep = (
-            single
-            and attempt == before
-            and not words[record + FLAGS] & NEVER_AGAIN
-            and may_pool(words, words[record + BYTES])
-        )
-        if not keep:
-            recycler.mappings.forget(words[record + GENERATION])
-        released = 0
-        if waits and recycler.pins.pending:
-            if keep and pin is not None:
-                released = recycler.releasable()
-            if not released:
-                recycler.reclaim()
-        owner = words[record + LOAN] if pin is None else self.session.token
-        try:
-            journal.commit(consume(words, record, owner, keep, released))
-        except OSError as error:
-            if not keep or not fs.is_shortage(error):
-                raise
-            # A full file system has no block for another name in free/; taking items must make room all the same.
-            keep = False
-            released = 0
-            journal.commit(consume(words, record, 0, False))
-        if released:
-            recycler.pins.pending.popleft()
-        if attempt > before:
-            forget_history(self.session.directories, words[record + SEQ])
-        return keep
+        return (got, not got and self.has_ended()), items + self.pass_on(space), space
 
     def _take_verified(self, limit: int, sure: bool) -> list[Message]:
         """Claim, read every byte without the lock, acknowledge; a damaged item is dead-lettered and another claimed."""
@@ -346,7 +155,7 @@ class DirectoryConsumer:
     @operation
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         """Take up to `limit` items in flight, for `lease` seconds or as long as this session lives."""
-        return retry(lambda: self._claim_some(limit, lease), self._wait, until)
+        return retry(lambda: self._claim_some(limit, lease), self.wait_for_item, until)
 
     def _claim_some(self, limit: int, lease: float | None) -> list[Delivery]:
         due = _due_in(lease) if lease is not None else 0
@@ -358,12 +167,12 @@ class DirectoryConsumer:
                 self.session.step(self._requeue, taken)
             raise
         if not taken:
-            raise self._nothing(ended)
+            raise self.nothing(ended)
         return taken
 
     def _claim(self, limit: int, due: int, taken: list[Delivery]) -> tuple[bool, int, int]:
         """Take items in flight until `due` (monotonic ns, 0: no lease); whether nothing can come any more. A step."""
-        items, space = self._begin()
+        items, space = self.begin()
         journal, token = self.session.journal, self.session.token
         words = journal.words
         taken.clear()  # what was taken before the index proved damaged is in flight no more
@@ -376,7 +185,7 @@ class DirectoryConsumer:
             )  # first, so that whoever requeues it after an interrupt finds it
             journal.commit(transitions.claim(words, record, token, due))
         space += len(taken)
-        return not taken and self._has_ended(), items + self._pass_on(0), space
+        return not taken and self.has_ended(), items + self.pass_on(0), space
 
     def _delivery(self, record: int, more: int) -> Delivery:
         journal = self.session.journal
@@ -402,14 +211,14 @@ class DirectoryConsumer:
         claim: Claim = delivery.handle
         words, record, table = self._look_at(delivery)
         try:
-            _, found, pinned, claim.single = self._open(words, record, claim.seq)
+            _, found, pinned, claim.single = self.open(words, record, claim.seq)
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
             raise
         if pinned:
             if claim.pin is None:
                 claim.pin = Pin(table, record, claim.seq)
-            self._recycler.pins.add(claim.pin, found.arrays)
+            self.recycler.pins.add(claim.pin, found.arrays)
         return found
 
     load = operation(_load)
@@ -466,7 +275,7 @@ class DirectoryConsumer:
         known: Sequence[int] = ()
         if claim.table is journal.identity:
             known = (claim.record,)
-        elif self._kept.get(claim.seq) is claim.table:  # its record is another one in the table built since
+        elif self.kept.get(claim.seq) is claim.table:  # its record is another one in the table built since
             known = active(words)
         for record in known:
             if (
@@ -500,20 +309,20 @@ class DirectoryConsumer:
 
     def _ack(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
         """Take items in flight off the spool. A step."""
-        if self._recycler.pins.pending:
-            self._recycler.reclaim()
+        if self.recycler.pins.pending:
+            self.recycler.reclaim()
         done = 0
         for delivery in deliveries:
             claim: Claim = delivery.handle
             record, pin = self._still_ours(delivery), claim.pin
             shown = pin is not None and (pin.left > 0 or not pin.alone)
             single = self._is_single(delivery.seq) if claim.single is None else claim.single
-            if self._consume(record, single, pin if shown else None) and shown:
+            if self.consume(record, single, pin if shown else None) and shown:
                 assert pin is not None
                 if not pin.left:
-                    self._recycler.pins.pending.append(pin)
+                    self.recycler.pins.pending.append(pin)
             done += 1
-        return None, self._pass_on(done) if self.session.journal.words[SHUTDOWN] else 0, done
+        return None, self.pass_on(done) if self.session.journal.words[SHUTDOWN] else 0, done
 
     def _is_single(self, seq: int) -> bool:
         """Whether an item's file is a regular one that has no other name."""
@@ -536,9 +345,9 @@ class DirectoryConsumer:
         journal = self.session.journal
         for delivery in deliveries:
             record = self._still_ours(delivery)
-            self._recycler.mappings.forget(journal.words[record + GENERATION])
+            self.recycler.mappings.forget(journal.words[record + GENERATION])
             set_aside(self.session.directories, journal, record, _who(), reason)
-        return None, self._pass_on(len(deliveries)), len(deliveries)
+        return None, self.pass_on(len(deliveries)), len(deliveries)
 
     def _extend(self, deliveries: Sequence[Delivery], due: int) -> tuple[None, int, int]:
         for delivery in deliveries:
@@ -551,14 +360,14 @@ class DirectoryConsumer:
     @operation
     def peek(self, until: Deadline) -> Peeked:
         """The next item, left where it is; a damaged one is dead-lettered and passed over. Raises Empty, ShutDown."""
-        return retry(self._peek_one, self._wait, until)
+        return retry(self._peek_one, self.wait_for_item, until)
 
     def _peek_one(self) -> Peeked:
         items = self.session.directories.items
         while True:
             delivery, ended = self.session.step(self._peek)
             if delivery is None:
-                raise self._nothing(ended)
+                raise self.nothing(ended)
             name = item_name(delivery.seq)
             try:
                 with ItemFile(items, name) as file:
@@ -579,11 +388,11 @@ class DirectoryConsumer:
                 self.session.step(self._set_peeked_aside, delivery.seq, f"damaged: {error}")
 
     def _peek(self) -> tuple[tuple[Delivery | None, bool], int, int]:
-        items, space = self._begin()
+        items, space = self.begin()
         words = self.session.journal.words
         record = first(words)
         if not record or words[SHUTDOWN] == DISCARDED:
-            return (None, self._has_ended()), items, space
+            return (None, self.has_ended()), items, space
         return (self._delivery(record, 0), False), items, space
 
     def _set_peeked_aside(self, seq: int, why: str) -> tuple[None, int, int]:
@@ -592,63 +401,9 @@ class DirectoryConsumer:
         record = first(journal.words)
         if not record or journal.words[record + SEQ] != seq:
             return None, 0, 0
-        self._recycler.mappings.forget(journal.words[record + GENERATION])
+        self.recycler.mappings.forget(journal.words[record + GENERATION])
         set_aside(self.session.directories, journal, record, _who(), why)
-        return None, self._pass_on(1), 1
-
-    def _wait(self, until: Deadline) -> bool:
-        """Wait until there may be an item, or the end; false when the deadline is past."""
-        if self._recycler.pins.pending:
-            self.session.step(self._reclaim)
-        own, state = self._own, self.session.look()[SHUTDOWN]
-
-        def look(words: Words) -> bool:
-            if words[REDELIVERY.head] or words[READY.head] or words[SHUTDOWN] != state:
-                return True
-            return _ended(words, own)
-
-        return self.session.wait(look, until, self._each_second)
-
-    def _each_second(self) -> None:
-        housekeeping.round_if_due(self.session)
-        if self._recycler.mappings.is_sweep_due(self.session.look()):
-            self.session.step(self._reclaim)
-
-    def _reclaim(self) -> tuple[None, int, int]:
-        self._recycler.reclaim()
-        self._recycler.mappings.sweep(self.session.journal.words)
-        return None, 0, 0
-
-    def watch(self, kind: Kind) -> SessionWatch:
-        """A watch for items, for an event loop."""
-        return self.session.doorbell.watch()
-
-    def close(self) -> None:
-        """Leave: what is in flight is requeued; files that arrays still show lose their names."""
-        self.session.close(self._leave)
-        self._recycler.forget()
-
-    def _leave(self) -> tuple[None, int, int]:
-        session, items, space = self.session, 0, 0
-        self._recycler.reclaim()
-        for record in reversed(active(session.journal.words)):
-            words = session.journal.words
-            if words[record + OWNER] != session.token:
-                continue
-            if words[record + STATE] == IN_FLIGHT:
-                _, more, room = housekeeping.redeliver(session, record, "its reader left", 0)
-                items, space = items + more, space + room
-            elif words[record + STATE] == PINNED:
-                session.journal.commit(transitions.drop(words, record))
-        return None, items, space
-
-
-def _ended(words: Words, own: int) -> bool:
-    """Whether nothing can come any more to a reader that has `own` items in flight."""
-    state = words[SHUTDOWN]
-    return state == DISCARDED or (
-        state == DRAINING and words[IN_FLIGHT_COUNT] <= own and not words[DELAYED_COUNT]
-    )
+        return None, self.pass_on(1), 1
 
 
 def _who() -> str:

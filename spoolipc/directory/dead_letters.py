@@ -21,8 +21,9 @@ from . import fs, transitions
 from .itemfile import ItemFile
 from .layout import Directories, item_name
 from .quarantine import failed_numbers, forget_history, read_history
-from .session import Session, Visitor, owns_nothing
+from .session import Session, owns_nothing
 from .table import HAS_METADATA, ITEM, ITEM_AT, NEVER_AGAIN, SHUTDOWN, WORD
+from .visitor import Visitor
 
 _log = logging.getLogger("spoolipc")
 

@@ -20,25 +20,19 @@ No thread is started: of the threads of a process that wait, one reads the descr
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
-import struct
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 from ..engine import Kind
 from ..errors import SpoolError
-from . import fs
+from . import fs, hearing
 from .liveness import ring, token_name
-from .lock import no_fork
 from .table import FOR_ITEMS, FOR_SPACE, WAITERS, Token, Waiter, Words
-
-_log = logging.getLogger("spoolipc")
 
 LOOK_EVERY: Final = {"items": 1.0, "space": 0.05}
 """Seconds a sleeper waits before it looks again unasked; for space less, as not every single place is rung for."""
@@ -46,10 +40,7 @@ FRESH: Final = 1_500_000_000  # ns: a sleeper's `since` is never older, a look e
 SHORT_LOOK: Final = (5e-6, 200e-6)  # seconds of looking before sleeping: least and most
 CROWDED: Final = 50e-6  # seconds: a look that takes longer gave the core to somebody with work to do
 SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have been a longer look
-TRIAL: Final = 0.1  # seconds within which a new watch must hear its own ring
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where nothing can be heard: first and longest
-_EVENT: Final = struct.Struct("iIII")
-_BUFFER: Final = 4096
 _CODES: Final[dict[Kind, int]] = {"items": FOR_ITEMS, "space": FOR_SPACE}
 
 
@@ -154,7 +145,7 @@ class Doorbell:
             self._leave(None if found else look)
 
     def _sleep_until(self, look: Callable[[], bool], until: float) -> bool:
-        ears = listen(self)
+        ears = hearing.listen(self)
         pause = POLL[0]
         while True:
             ticket = self.tickets
@@ -248,7 +239,7 @@ class Doorbell:
     def close(self) -> None:
         """Wait no more: whoever still does wakes and finds the session closed."""
         self.closed = True
-        ears = _ears
+        ears = hearing.ears()
         if ears is not None and self.number >= 0:
             with suppress(OSError):
                 self.ring_oneself()  # one of our threads may be the one that reads
@@ -267,208 +258,6 @@ class Doorbell:
         finally:
             fs.close(fd)
 
-    def watch(self) -> SessionWatch:
+    def watch(self) -> hearing.SessionWatch:
         """A watch of its own for an event loop."""
-        return SessionWatch(self)
-
-
-class SessionWatch:
-    """A doorbell as an event loop waits for it: one descriptor, no thread. Keeps `spoolipc.engine.Watch`."""
-
-    def __init__(self, doorbell: Doorbell) -> None:
-        self._doorbell = doorbell
-        self._fd = -1
-        try:
-            self._fd = fs.watch_open()
-            fs.watch_add(self._fd, doorbell.file)
-        except OSError as error:
-            self.close()
-            _complain(str(error))
-
-    def fileno(self) -> int:
-        """The descriptor, readable when there may be news; -1 where inotify is not to be had: look at intervals."""
-        return self._fd
-
-    def arm(self) -> None:
-        """Ask to be woken by the next news; look at the spool after this, then wait."""
-        self._doorbell.arm()
-
-    def drain(self) -> None:
-        """Take note of what made the descriptor readable."""
-        if self._fd >= 0:
-            with suppress(BlockingIOError):
-                fs.read(self._fd, _BUFFER)
-
-    def close(self) -> None:
-        """Ask for nothing more; harmless when repeated."""
-        if self._fd >= 0:
-            fs.close(self._fd)
-            self._fd = -1
-
-
-class _Ears:
-    """What this process hears: one descriptor of inotify, read by one of the threads that wait, for all of them."""
-
-    def __init__(self) -> None:
-        self.fd = fs.watch_open()
-        self._lock = threading.Lock()  # around all below; held for a few stores
-        self._doorbells: dict[int, weakref.ref[Doorbell]] = {}
-        self._sleepers: dict[int, tuple[threading.Lock, Doorbell]] = {}
-        self._is_read = False
-
-    def add(self, doorbell: Doorbell) -> None:
-        """Listen for a doorbell."""
-        number = fs.watch_add(self.fd, doorbell.file)
-        with self._lock:
-            self._doorbells[number] = weakref.ref(doorbell, functools.partial(self._forget, number))
-        doorbell.number = number
-
-    def remove(self, doorbell: Doorbell) -> None:
-        """Listen for it no more, and wake its threads. The watch itself goes with the file."""
-        with self._lock:
-            self._doorbells.pop(doorbell.number, None)
-            doorbell.number = -1
-            self._wake(lambda other: other is doorbell)
-            self._close_if_unused()
-
-    def _forget(self, number: int, _: weakref.ref[Doorbell]) -> None:
-        """A doorbell was dropped without a close. Runs at any moment, also where this thread has the lock."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._doorbells.pop(number, None)
-                self._close_if_unused()
-            finally:
-                self._lock.release()
-
-    def _close_if_unused(self) -> None:
-        if not self._doorbells and not self._is_read and self.fd >= 0:
-            fs.close(self.fd)
-            self.fd = -1
-
-    def sleep(self, doorbell: Doorbell, ticket: int, until: float) -> None:
-        """Sleep until a ring later than `ticket` is heard, or until then (monotonic seconds)."""
-        while doorbell.tickets == ticket and not doorbell.closed:
-            seconds = until - time.monotonic()
-            if seconds <= 0:
-                return
-            with self._lock:
-                reads = not self._is_read
-                sleeper = threading.Lock()
-                if reads:
-                    self._is_read = True
-                else:
-                    sleeper.acquire()
-                    self._sleepers[id(sleeper)] = sleeper, doorbell
-            try:
-                if reads:
-                    self._read(seconds)
-                else:
-                    sleeper.acquire(timeout=seconds)
-            finally:
-                with self._lock:
-                    self._sleepers.pop(id(sleeper), None)
-                    if reads:
-                        self._is_read = False
-                        self._close_if_unused()
-                        for other, _ in list(self._sleepers.values())[:1]:  # it reads now
-                            other.release()
-                            self._sleepers.pop(id(other))
-
-    def _read(self, seconds: float) -> None:
-        if not fs.poll(self.fd, seconds):
-            return
-        try:
-            events = fs.read(self.fd, _BUFFER)
-        except BlockingIOError:
-            return
-        numbers = {number for number, _, _, _ in _EVENT.iter_unpack(events[: len(events) // 16 * 16])}
-        with self._lock:
-            for number, ref in list(self._doorbells.items()):
-                doorbell = ref()
-                if doorbell is None:
-                    del self._doorbells[number]
-                elif number in numbers or -1 in numbers:  # -1: the kernel's queue overflowed
-                    doorbell.heard()
-            self._wake(lambda other: other.number in numbers or -1 in numbers)
-
-    def _wake(self, concerned: Callable[[Doorbell], bool]) -> None:
-        for key, (sleeper, doorbell) in list(self._sleepers.items()):
-            if concerned(doorbell):
-                del self._sleepers[key]
-                sleeper.release()
-
-
-_ears: _Ears | None = None
-_ears_lock = threading.Lock()
-_deaf = False  # the last attempt to listen failed
-_warned = False
-
-
-def listen(doorbell: Doorbell) -> _Ears | None:
-    """Have the process hear a doorbell; None where it cannot: look at intervals. The log says so once."""
-    global _ears, _deaf
-    if _is_forced():
-        return None
-    try:
-        with no_fork, _ears_lock:
-            if _ears is None or _ears.fd < 0:
-                _ears = _Ears()
-            ears, is_new = _ears, doorbell.number < 0
-            if is_new:
-                ears.add(doorbell)
-        if is_new:
-            _try_out(ears, doorbell)
-        _deaf = False
-        return ears
-    except FileNotFoundError:
-        return None  # the spool is gone, which says nothing about inotify
-    except OSError as error:
-        _deaf = True
-        _complain(str(error))
-        return None
-
-
-def _try_out(ears: _Ears, doorbell: Doorbell) -> None:
-    """Ring ourselves: a local file system has the event ready when the write returns. Raises OSError."""
-    heard = doorbell.tickets
-    doorbell.ring_oneself()
-    until = time.monotonic() + TRIAL
-    while not fs.poll(ears.fd, 0) and doorbell.tickets == heard:  # another thread may have read it
-        if time.monotonic() > until:
-            ears.remove(doorbell)
-            raise OSError(f"no event arrived from {doorbell.file}")
-        fs.sleep(POLL[0])
-
-
-def mode() -> Literal["inotify", "polling"]:
-    """How this process waits, or would: found out without a ring, which would wake somebody."""
-    if _is_forced() or _deaf:
-        return "polling"
-    if _ears is None or _ears.fd < 0:
-        try:
-            fs.close(fs.watch_open())
-        except OSError:
-            return "polling"
-    return "inotify"
-
-
-def _is_forced() -> bool:
-    return os.environ.get("SPOOLIPC_WATCH") == "polling"
-
-
-def _complain(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        _log.warning("inotify is unavailable (%s): waiting falls back to polling", reason)
-
-
-def _after_fork_in_child() -> None:
-    global _ears, _ears_lock, _deaf
-    if _ears is not None and _ears.fd >= 0:
-        with suppress(OSError):
-            fs.close(_ears.fd)
-    _ears, _ears_lock, _deaf = None, threading.Lock(), False
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+        return hearing.SessionWatch(self)

@@ -2,47 +2,29 @@
 
 `round_of` is a bounded round in one locked step, once a second, by whoever is around: however large the backlog, only
 active records and a bounded number of names are looked at, and what is more than one step should do is left to the
-next. `gc` does all of it, or with `dry_run` only counts.
-
-Each kind of leftover is judged by something final: a token whose lock can be taken has crashed for ever, a number that
-left the table never comes back. So `gc` lists names a batch at a time, judges them in a locked step of about a
-millisecond, and removes them without the lock. Two at once find some of it gone already; one that is killed leaves the
-rest to the next.
+next. `gc` (`gc.py`) does the same without the bound.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import stat
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
-import numpy as np
-
-from ..errors import StorageError
-from ..message import Limits
-from . import fs, liveness, transitions
-from .journal import Journal
-from .layout import FILES, PARTS, Directories, item_name, item_number, read_shutdown, temporary_owner
-from .quarantine import history_number, note_failure, set_aside
-from .session import MEMBERS, AnySpool, Session, Visitor, is_due, owns_nothing
+from . import fs, liveness, pool, transitions
+from .layout import read_shutdown, temporary_owner
+from .quarantine import note_failure, set_aside
+from .session import MEMBERS, Session, is_due
 from .table import (
     ATTEMPT,
     BYTES,
     DELAYED,
     DISCARDED,
     DUE,
-    FILE,
     HOUSEKEPT,
     IN_FLIGHT,
-    ITEM_BYTES,
     MAX_ATTEMPTS,
     NEXT_DUE,
-    NOTHING,
     OWNER,
     PEAK_BYTES,
     SEQ,
@@ -50,20 +32,14 @@ from .table import (
     STATE,
     WAITERS,
     IndexDamaged,
-    Rows,
     active,
-    rows,
 )
 
-Progress: TypeAlias = Callable[[int, int | None], None]
-"""Told how many names were looked at, and of how many (None: nobody knows)."""
 _NAMES: Final = 64  # of tmp/ looked at in one round
 _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
 _DISCARDED_AT_ONCE: Final = 64
 _TRIM_FILES: Final = 500  # pooled files unlinked in one round: about 10 ms
 _TRIM_BYTES: Final = 1 << 28
-_STEP: Final = 0.002  # seconds after which a locked step of gc ends
-_FREE_BATCH: Final = 16384
 
 
 # Settling one record, in a locked step
@@ -84,7 +60,7 @@ def redeliver(session: Session, record: int, why: str, due: int) -> tuple[bool, 
     return True, MEMBERS if due else 1, 0  # after a delay all who wait must know when to look
 
 
-def _put_right(session: Session, record: int, why: str) -> tuple[int, int]:
+def put_right(session: Session, record: int, why: str) -> tuple[int, int]:
     """Take a record from who has it no more: an item waits again, or is dead-lettered after its last attempt; a file
     of `free/` is unlinked, as a fork of the crashed session may still show it. Whom to wake. A step."""
     journal = session.journal
@@ -129,7 +105,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
             words[waiter.since] = words[waiter.token] = 0
     for token in crashed.found():
         fs.unlink_missing_ok(session.directories.alive, liveness.token_name(token))
-    words[PEAK_BYTES] = transitions.lower_peak(words)
+    words[PEAK_BYTES] = pool.lower_peak(words)
     _trim(session)
     if words[SHUTDOWN] == DISCARDED:
         discard_some(session)  # what its maker did not live to remove, or a reader requeued since
@@ -168,7 +144,7 @@ def _settle_round(session: Session, crashed: _Crashed, now: int) -> tuple[int, i
         elif ends and (not soonest or ends < soonest):
             soonest = ends
         if why:
-            more, room = _put_right(session, record, why)
+            more, room = put_right(session, record, why)
             items, space, settled = items + more, space + room, settled + 1
     session.journal.words[NEXT_DUE] = soonest
     return items, space
@@ -178,8 +154,8 @@ def _trim(session: Session) -> None:
     """Unlink pooled files that a backlog, now gone, had left: some in each round. A step."""
     journal = session.journal
     count = size = 0
-    while transitions.must_trim(journal.words) and count < _TRIM_FILES and size < _TRIM_BYTES:
-        record, link = transitions.largest_pooled(journal.words)
+    while pool.must_trim(journal.words) and count < _TRIM_FILES and size < _TRIM_BYTES:
+        record, link = pool.largest_pooled(journal.words)
         if not record:
             break
         count, size = count + 1, size + journal.words[record + BYTES]
@@ -205,281 +181,3 @@ def discard_some(session: Session) -> tuple[bool, int, int]:
             return False, 0, 0
         journal.commit(transitions.discard(words, record))
     return True, 0, 0
-
-
-# All of it
-
-
-@dataclass(frozen=True, slots=True)
-class GcReport:
-    """What `gc` did, or would do where `dry_run` says so.
-
-    temporary_files: removed from `tmp/`, their writer having crashed. requeued_items: taken back from crashed readers,
-    to be delivered again. dead_lettered_items: likewise, but that was their last attempt; they are in `failed/`.
-    abandoned_files: consumed files that a crashed reader showed or a crashed writer was writing. orphaned_files: in
-    `free/` but unknown to the index. orphaned_histories: in `failed/`, of items that are no more. crashed_sessions:
-    removed from `alive/`. half_written: replacements of `index` and `spool.json` never finished. discarded_items:
-    items of a spool that was shut down at once, which nobody gets. index_rebuilt: the index was damaged. foreign_files:
-    names that are none of the spool's, left alone. bytes_freed: disk blocks that the files removed had (st_blocks *
-    512); what another process has open or mapped comes back when it lets go.
-    """
-
-    path: str
-    dry_run: bool
-    temporary_files: int = 0
-    requeued_items: int = 0
-    dead_lettered_items: int = 0
-    abandoned_files: int = 0
-    orphaned_files: int = 0
-    orphaned_histories: int = 0
-    crashed_sessions: int = 0
-    half_written: int = 0
-    discarded_items: int = 0
-    index_rebuilt: bool = False
-    foreign_files: int = 0
-    bytes_freed: int = 0
-
-
-def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progress | None = None) -> GcReport:
-    """Requeue and remove what crashed sessions left in the spool at `path`; live work is never touched.
-
-    dry_run: only say what would be done; changes nothing. progress: called now and then with the number of
-    names looked at, and None.
-
-    Safe at any time: during traffic, several at once, and when killed, after which another one finishes.
-    Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError.
-    """
-    with Visitor(path) as visitor:
-        visitor.look()
-        damaged = visitor.damage != ""
-        if dry_run:
-            sweep = _Sweep(visitor, None, progress)
-            sweep.run()
-            return GcReport(visitor.path, True, index_rebuilt=damaged, **sweep.counts)
-    session = Session(path, Limits(), "admin", create=False)
-    try:
-        sweep = _Sweep(session, session, progress)
-        try:
-            sweep.run()
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise session.explained(error) from error
-    finally:
-        session.close(owns_nothing)
-    return GcReport(session.path, False, index_rebuilt=damaged, **sweep.counts)
-
-
-def foreign_at_top(directories: Directories) -> list[str]:
-    """Names at the top of the spool that are none of its own."""
-    ours = {*PARTS, *FILES}
-    return sorted(name for names in fs.batches(directories.root) for name in names if name not in ours)
-
-
-class _Sweep:
-    """One pass over a spool. session: None for a dry run, which only looks."""
-
-    def __init__(self, spool: AnySpool, session: Session | None, progress: Progress | None) -> None:
-        self.spool = spool
-        self.session = session
-        self.progress = progress
-        self.counts: Counter[str] = Counter()
-        self._seen = 0
-
-    def run(self) -> None:
-        """Everything, in the order that lets one kind of leftover become another before that is looked for."""
-        self._claims()
-        self._discarded()
-        self._step(
-            self._remove_all, self.spool.directories.root, ["index.new", "spool.json.new"], "half_written"
-        )
-        self._temporary_files()
-        self._free_files()
-        self._histories()
-        self._sessions()
-        self.counts["foreign_files"] += len(foreign_at_top(self.spool.directories))
-        for names in fs.batches(self.spool.directories.items):
-            self._looked_at(names, sum(item_number(name) is None for name in names))
-
-    def _step(self, work: Callable[..., object], *args: object) -> None:
-        """Do `work`, whose result does not matter, under the lock."""
-
-        def step() -> tuple[None, int, int]:
-            work(*args)
-            return None, 0, 0
-
-        self.spool.step(step)
-
-    def _looked_at(self, names: list[str], foreign: int) -> None:
-        self.counts["foreign_files"] += foreign
-        self._seen += len(names)
-        if self.progress is not None:
-            self.progress(self._seen, None)
-
-    def _remove(self, directory: int, name: str, kind: str) -> None:
-        """Remove one file and count it; what is no regular file was planted and stays."""
-        try:
-            status = fs.stat_at(name, dir_fd=directory)
-            if not stat.S_ISREG(status.st_mode):
-                self.counts["foreign_files"] += 1
-                return
-            if self.session is not None:
-                fs.unlink(name, dir_fd=directory)
-        except FileNotFoundError:
-            return  # another gc was first
-        self.counts[kind] += 1
-        if status.st_nlink == 1:
-            self.counts["bytes_freed"] += status.st_blocks * 512
-
-    def _remove_all(self, directory: int, names: Iterable[str], kind: str) -> None:
-        """Remove names in the locked step, as only its holder may be making them."""
-        for name in names:
-            self._remove(directory, name, kind)
-
-    def _crashed(self, tokens: set[int]) -> set[int]:
-        """Which of `tokens` are of sessions that have crashed."""
-        alive, found = self.spool.directories.alive, set[int]()
-        self._step(lambda: found.update(liveness.crashed_among(alive, tokens)))
-        return found
-
-    def _claims(self) -> None:
-        journal, abandoned = None, list[tuple[int, int]]()
-
-        def look() -> None:
-            nonlocal journal
-            journal = self._journal()
-            if journal is None:
-                return
-            words = journal.words
-            owned = [(record, words[record + OWNER]) for record in reversed(active(words))]
-            crashed = liveness.crashed_among(
-                self.spool.directories.alive, {owner for _, owner in owned if owner}
-            )
-            abandoned.extend((record, owner) for record, owner in owned if owner in crashed)
-
-        self._step(look)
-        while abandoned and journal is not None:
-            if self.session is not None:
-                self.session.step(self._settle, self.session, journal, abandoned)
-            else:
-                for record, _ in abandoned:
-                    self._count(journal, record)
-                return
-            self._looked_at([], 0)
-
-    def _journal(self) -> Journal | None:
-        spool = self.spool
-        return spool.journal
-
-    def _count(self, journal: Journal, record: int) -> None:
-        words = journal.words
-        most = words[MAX_ATTEMPTS]
-        if words[record + STATE] == IN_FLIGHT:
-            last = most and words[record + ATTEMPT] >= most
-            self.counts["dead_lettered_items" if last else "requeued_items"] += 1
-        else:
-            self.counts["abandoned_files"] += 1
-            self.counts["bytes_freed"] += words[record + BYTES]
-
-    def _settle(
-        self, session: Session, journal: Journal, abandoned: list[tuple[int, int]]
-    ) -> tuple[None, int, int]:
-        """Put some of the records right, taking them off the list. A step."""
-        items = space = 0
-        until = time.monotonic() + _STEP
-        while abandoned and time.monotonic() < until:
-            record, owner = abandoned[0]
-            if (
-                session.journal is not journal
-            ):  # built again meanwhile: what had crashed owns nothing any more
-                abandoned.clear()
-                break
-            if journal.words[record + OWNER] == owner:
-                self._count(journal, record)
-                more, room = _put_right(session, record, "its reader crashed")
-                items, space = items + more, space + room
-            del abandoned[0]
-        return None, items, space
-
-    def _discarded(self) -> None:
-        if self.session is not None:
-            while self.session.step(self._discard, self.session):
-                pass
-            return
-        journal = self._journal()
-        if journal is not None and journal.words[SHUTDOWN] == DISCARDED:
-            words = journal.words
-            waiting = transitions.waiting(words)
-            self.counts["discarded_items"] += waiting + self.counts["requeued_items"]
-            self.counts["bytes_freed"] += words[ITEM_BYTES]
-
-    def _discard(self, session: Session) -> tuple[bool, int, int]:
-        words = session.journal.words
-        before, size = transitions.waiting(words), words[ITEM_BYTES]
-        more, _, _ = discard_some(session)
-        self.counts["discarded_items"] += before - transitions.waiting(words)
-        self.counts["bytes_freed"] += size - words[ITEM_BYTES]
-        return more, 0, 0
-
-    def _temporary_files(self) -> None:
-        directory = self.spool.directories.tmp
-        for names in fs.batches(directory):
-            owners = {name: temporary_owner(name) for name in names}
-            crashed = self._crashed(set(owners.values()) - {0})
-            for name, owner in owners.items():
-                if owner in crashed:
-                    self._remove(directory, name, "temporary_files")
-            self._looked_at(names, sum(not owner for owner in owners.values()))
-
-    def _free_files(self) -> None:
-        directory = self.spool.directories.free
-        for names in fs.batches(directory, _FREE_BATCH):
-            found = [number for number in map(item_number, names) if number is not None]
-            for number in self._orphans(np.array(found, np.uint64)).tolist():
-                self._remove(directory, item_name(number), "orphaned_files")
-            self._looked_at(names, len(names) - len(found))
-
-    def _orphans(self, listed: Rows) -> Rows:
-        """Which files of `free/`, listed before, no record stands for.
-
-        A file enters `free/` in the locked step that has or makes its record, and is renamed or unlinked before that
-        record is given up: so in a table seen after the listing, a file that is still there and in use has its record.
-        The records are read without the lock; a step before and after makes sure that it is the spool's index, with no
-        transition unfinished.
-        """
-        while True:
-            self._step(lambda: None)
-            journal = self._journal()
-            if journal is None:
-                return listed  # a rebuild removes every file of free/
-            records = rows(journal.words)
-            orphans: Rows = np.setdiff1d(listed, records[records[:, STATE] != NOTHING, FILE])
-            if self.session is None or not orphans.size:
-                return orphans
-            self._step(lambda: None)
-            if self._journal() is journal:
-                return orphans
-
-    def _histories(self) -> None:
-        """An item moves from items/ to failed/ and not back, so it is looked for in that order."""
-        directories = self.spool.directories
-
-        def remove(histories: dict[str, int]) -> None:
-            for name, number in histories.items():
-                item = item_name(number)
-                if not fs.exists(directories.items, item) and not fs.exists(directories.failed, item):
-                    self._remove(directories.failed, name, "orphaned_histories")
-
-        for names in fs.batches(directories.failed):
-            histories = {name: number for name in names if (number := history_number(name)) is not None}
-            self._step(remove, histories)
-            known = sum(item_number(name) is not None for name in names) + len(histories)
-            self._looked_at(names, len(names) - known)
-
-    def _sessions(self) -> None:
-        directory = self.spool.directories.alive
-        for names in fs.batches(directory):
-            tokens = set(map(liveness.token_of, names)) - {0}
-            for token in self._crashed(tokens):
-                self._remove(directory, liveness.token_name(token), "crashed_sessions")
-            self._looked_at(names, len(names) - len(tokens))

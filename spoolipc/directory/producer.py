@@ -22,8 +22,9 @@ from ..format import footer
 from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
 from . import fs, housekeeping, transitions
-from .doorbell import SessionWatch
+from .hearing import SessionWatch
 from .itemfile import ItemFile
+from .pool import LARGE, find_pooled, has_room, places
 from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
 from .session import Session, operation
 from .staging import Staged, Staging
@@ -50,7 +51,6 @@ from .table import (
     active,
     bucket,
 )
-from .transitions import LARGE, find_pooled, has_room, places
 
 T = TypeVar("T")
 RETRY_AFTER: Final = 1.0

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from ..errors import BadItem
 from . import fs, transitions
 from .itemfile import ItemFile
+from .pool import find_pooled, largest_pooled, may_pool
 from .session import Session
 from .table import (
     BYTES,
@@ -38,7 +39,6 @@ from .table import (
     Words,
     bucket,
 )
-from .transitions import find_pooled, largest_pooled, may_pool
 
 PAGE: Final = 4096
 SMALL: Final = 16384

@@ -16,34 +16,27 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
-from ..errors import LockTimeout, SpoolClosed, SpoolError, SpoolGone, StorageError
+from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
 from . import fs, liveness
 from .doorbell import Doorbell
-from .journal import Journal, happened, holder, journalled
-from .layout import Directories, agree, open_directories, read_shutdown
-from .lock import TIMEOUT, IndexLock, no_fork
+from .journal import Journal, holder
+from .layout import Directories, agree, open_directories
+from .lock import IndexLock, no_fork
+from .pool import is_worth_waking, waiting
 from .rebuild import rebuild, set_limits
 from .table import (
-    EDGE,
-    HEADER,
     HOUSEKEPT,
-    MARK,
     NEXT_DUE,
     NOBODY,
-    RECORD,
-    SHUTDOWN,
-    SUBJECT,
     WAITERS,
     WAITERS_BYTES,
     IndexDamaged,
     Token,
     Words,
 )
-from .transitions import CLEAN, FOLLOW, is_worth_waking, waiting
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -474,101 +467,3 @@ def _forget_inherited() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_inherited)
-
-
-class Visitor:
-    """A look at the spool at `path` from outside; a context manager.
-
-    journal: its index as of the last look, None when that is missing or damaged; `damage` says why. patience: seconds
-    to wait for the index lock. Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, patience: float = TIMEOUT) -> None:
-        self.path = os.path.abspath(os.fspath(path))
-        self.directories = open_directories(self.path, Limits(), create=False)
-        self.journal: Journal | None = None
-        self.damage = ""
-        self._patience = patience
-        self._lock = IndexLock(self.directories.items, lambda: "another process")
-
-    def step(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do `work`, which only looks, under the index lock. Raises LockTimeout, naming the holder."""
-        with self._lock.mutex:
-            try:
-                self._lock.take(self._patience)
-                self._refresh()
-                return work(*args, **kwargs)
-            finally:
-                self._lock.release()
-
-    def look(self) -> str:
-        """Look at the index, without the lock if need be; returns who held it too long, "" as a rule."""
-        try:
-            self.step(lambda: None)
-        except LockTimeout:
-            self._refresh()
-            return self.holder()
-        return ""
-
-    def holder(self) -> str:
-        """Who took the index lock last, for messages."""
-        token = holder(self.directories)
-        if not token:
-            return "an unknown process"
-        return f"process {liveness.process_of(self.directories.alive, token)}"
-
-    def _refresh(self) -> None:
-        self._forget()
-        try:
-            journal = Journal(self.directories)
-            if not journal.holds_what_it_says():
-                journal.close()
-                raise IndexDamaged("the index is shorter than it says")
-        except IndexDamaged as damage:
-            self.damage = str(damage)
-        else:
-            self.journal = journal
-
-    def snapshot(self) -> Words | None:
-        """A copy of the words, up to the last record used or about to be, as they will be when a transition that its
-        maker did not finish is finished or forgotten; None without an index. Belongs into a step."""
-        if self.journal is None:
-            return None
-        words = self.journal.words
-        end = min(max(words[EDGE], HEADER) + RECORD, len(words))
-        copy: Words = memoryview(bytearray(words[:end])).cast("Q")
-        kind = copy[MARK]
-        if kind == FOLLOW:
-            copy[SHUTDOWN] = read_shutdown(self.directories.root)
-        elif kind != CLEAN and happened(self.directories, kind, copy[SUBJECT], finish=False):
-            for position, value in journalled(copy).items():
-                if position < end:
-                    copy[position] = value
-        return copy
-
-    def close(self) -> None:
-        """Close every descriptor; harmless when repeated."""
-        self._forget()
-        self.directories.close()
-
-    def _forget(self) -> None:
-        if self.journal is not None:
-            self.journal.close()
-        self.journal, self.damage = None, ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Raises SpoolGone or StorageError for an error of a system call in the block."""
-        try:
-            if isinstance(error, OSError) and not isinstance(error, SpoolError):
-                fs.check_present(self.directories.root, self.path)
-                raise fs.storage_error(error, self.path) from error
-        finally:
-            self.close()
-
-
-AnySpool = Session | Visitor

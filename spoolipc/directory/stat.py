@@ -10,9 +10,8 @@ from typing import Any, Final
 
 from ..errors import LockTimeout
 from ..message import Limits, SpoolStat, State
-from . import doorbell, fs, liveness
+from . import fs, hearing, liveness
 from .layout import MEMORY, agree, file_system, item_number, read_shutdown
-from .session import Visitor
 from .table import (
     BYTES,
     DELAYED_COUNT,
@@ -39,6 +38,7 @@ from .table import (
     Words,
     active,
 )
+from .visitor import Visitor
 
 _STATES: Final[dict[int, State]] = {OPEN: "open", DRAINING: "draining", DISCARDED: "discarded"}
 _PATIENCE: Final = 1.0  # seconds to wait for the lock
@@ -71,7 +71,7 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
             limits=agree(visitor.directories, Limits()),
             file_system=kind,
             in_memory=kind in MEMORY,
-            waiting_mode=doorbell.mode(),
+            waiting_mode=hearing.mode(),
             index_damage=damage,
             stuck_on=stuck_on,
         )

@@ -1,0 +1,284 @@
+"""What every step of a reader stands on: items opened, taken off the spool, waited for.
+
+Items are opened before the lock is taken, as they most likely will be ours; under the lock it is only seen whether they
+are still the next. A file does not change while its item waits, and no sequence number is given twice, so what was
+opened ahead is the item, or is thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, TypeAlias
+
+from ..engine import ConsumerOptions, Kind
+from ..errors import BadItem, Empty, ShutDown
+from ..format.footer import Buffer
+from ..format.item import message, parse, verify
+from ..message import Deadline, Message
+from . import fs, housekeeping, transitions
+from .hearing import SessionWatch
+from .itemfile import ItemFile, check_regular
+from .journal import Journal
+from .pool import may_pool
+from .quarantine import forget_history
+from .recycling import SMALL, Pin, Recycler
+from .session import MEMBERS, Session, is_due
+from .table import (
+    ATTEMPT,
+    BYTES,
+    CAPACITY,
+    DELAYED_COUNT,
+    DISCARDED,
+    DRAINING,
+    FLAGS,
+    GENERATION,
+    HEADER,
+    HOUSEKEPT,
+    IN_FLIGHT,
+    IN_FLIGHT_COUNT,
+    LOAN,
+    MAXSIZE,
+    NEVER_AGAIN,
+    NEXT,
+    NEXT_DUE,
+    OWNER,
+    PINNED,
+    READY,
+    RECORD,
+    REDELIVERY,
+    SEQ,
+    SHUTDOWN,
+    STATE,
+    WAITING,
+    Words,
+    active,
+)
+from .transitions import consume
+
+_AHEAD: Final = 64  # items opened without the lock for one call
+
+
+Opened: TypeAlias = tuple[int, Message, bool, bool]
+"""An item's file, read: its sequence number; its message; pinned, whether the arrays are views of the file's pages, not
+arrays of their own; single, whether the file has no other name, so that it may be written again."""
+
+
+def _ended(words: Words, own: int) -> bool:
+    """Whether nothing can come any more to a reader that has `own` items in flight."""
+    state = words[SHUTDOWN]
+    return state == DISCARDED or (
+        state == DRAINING and words[IN_FLIGHT_COUNT] <= own and not words[DELAYED_COUNT]
+    )
+
+
+class Receiver:
+    """A reader's session in a spool directory, and the parts of its operations."""
+
+    def __init__(self, path: str | os.PathLike[str], options: ConsumerOptions) -> None:
+        self.session = Session(path, options.limits, "reader")
+        self.verify = options.verify
+        self._own = 0  # items in flight here, as they were last counted
+        self.recycler = Recycler(self.session, writable=False)
+        self._table: object = self.session.journal.identity
+        # Of claims that outlived the table they were made in: its identity, by sequence number.
+        self.kept: dict[int, object] = {}
+        self.session.on_adopt = self._adopt
+        try:
+            with self.session.explaining():
+                self.session.step(housekeeping.round_of, self.session, True)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute."""
+        return self.session.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self.session.look()[MAXSIZE]
+
+    def qsize(self) -> int:
+        """How many items wait, delayed ones included."""
+        return self.session.qsize()
+
+    def _adopt(self, journal: Journal | None) -> None:
+        """Another table, or none in a forked child: of our claims, those in flight in it outlive the one before."""
+        self.recycler.forget(journal)
+        before, kept = self._table, self.kept
+        self.kept = {}
+        if journal is not None:
+            words, token, self._table = journal.words, self.session.token, journal.identity
+            for record in active(words):
+                if words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token:
+                    seq = words[record + SEQ]
+                    self.kept[seq] = kept.get(seq, before)
+
+    def nothing(self, ended: bool) -> Empty | ShutDown:
+        """The error for a step that found no item. ended: nothing can come any more."""
+        if ended:
+            return ShutDown(f"the spool {self.path} was shut down and has no more items")
+        return Empty(f"no item waits in {self.path}")
+
+    def look_ahead(self, words: Words, limit: int) -> list[Opened]:
+        """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
+        found: list[Opened] = []
+        record = words[REDELIVERY.head] or words[READY.head]
+        top = min(words[CAPACITY], len(words)) - RECORD  # the file may have grown beyond what is mapped
+        while HEADER <= record <= top:
+            try:
+                found.append(self.open(words, record, words[record + SEQ]))
+            except (BadItem, OSError):
+                break  # gone meanwhile, or damaged: the locked step will see which
+            if len(found) == limit or len(found) == _AHEAD:
+                break
+            record = words[record + NEXT]
+        found.reverse()
+        return found
+
+    def open(self, words: Words, record: int, seq: int) -> Opened:
+        """Map or read an item's file. Raises BadItem, UnknownVersion, OSError."""
+        name, items, mappings = f"{seq:020d}.npy", self.session.directories.items, self.recycler.mappings
+        try:
+            status = fs.stat_at(name, dir_fd=items)
+        except FileNotFoundError:
+            self.session.check_present()
+            raise BadItem("its file is missing") from None
+        size, generation = status[6], words[record + GENERATION]
+        kept = mappings.kept.get(generation)
+        if kept is not None and kept.identity == status[1:3] and kept.size == size:
+            buffer: Buffer = kept.buffer
+        else:
+            check_regular(status)
+            if not size:
+                raise BadItem("the file is empty")
+            if size <= SMALL and not mappings.wants(generation):
+                with ItemFile(items, name) as file:
+                    buffer = file.read(size)
+            else:
+                buffer = mappings.of(items, name, status, generation, record)
+        blocks, tail = parse(buffer, size)
+        if self.verify:
+            verify(buffer, tail)
+        pinned = tail.data_end > SMALL
+        copied = not pinned and type(buffer) is not bytes
+        return seq, message(buffer, blocks, tail, copy=copied), pinned, status[3] == 1
+
+    def begin(self, leave: int = 0) -> tuple[int, int]:
+        """What every step of a reader does first: keep house when it is due, let go of files that no array shows any
+        more, all but `leave`."""
+        session, recycler = self.session, self.recycler
+        words = session.journal.words
+        items = space = 0
+        if is_due(words[HOUSEKEPT], words[NEXT_DUE]):
+            _, items, space = housekeeping.round_of(session, False)
+            words = session.journal.words
+        if len(recycler.pins.pending) > leave:
+            recycler.reclaim(leave)
+        if words[HOUSEKEPT] != recycler.mappings.swept:
+            recycler.mappings.sweep(words)
+        return items, space
+
+    def pass_on(self, done: int) -> int:
+        """How many who wait for items are to look, after a step that took `done` items off: another one when items are
+        left, as two puts may have woken one; all when the spool was shut down, as it may have ended."""
+        words = self.session.journal.words
+        if words[SHUTDOWN] and done:
+            return MEMBERS
+        return 1 if words[READY.head] or words[REDELIVERY.head] else 0
+
+    def has_ended(self) -> bool:
+        """Whether nothing can come any more: nothing waits, and no other reader may requeue anything. A step."""
+        words = self.session.journal.words
+        if not words[SHUTDOWN]:
+            return False
+        token = self.session.token
+        self._own = sum(
+            words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token for record in active(words)
+        )
+        return _ended(words, self._own)
+
+    def consume(self, record: int, single: bool, pin: Pin | None) -> bool:
+        """The item at `record` leaves the spool for good; whether its file is kept. A step."""
+        journal, recycler = self.session.journal, self.recycler
+        words = journal.words
+        waits, attempt = words[record + STATE] == WAITING, words[record + ATTEMPT]
+        before = 0 if waits else 1
+        # Whoever had the item in flight before may still show its file.
+        keep = (
+            single
+            and attempt == before
+            and not words[record + FLAGS] & NEVER_AGAIN
+            and may_pool(words, words[record + BYTES])
+        )
+        if not keep:
+            recycler.mappings.forget(words[record + GENERATION])
+        released = 0
+        if waits and recycler.pins.pending:
+            if keep and pin is not None:
+                released = recycler.releasable()
+            if not released:
+                recycler.reclaim()
+        owner = words[record + LOAN] if pin is None else self.session.token
+        try:
+            journal.commit(consume(words, record, owner, keep, released))
+        except OSError as error:
+            if not keep or not fs.is_shortage(error):
+                raise
+            # A full file system has no block for another name in free/; taking items must make room all the same.
+            keep = False
+            released = 0
+            journal.commit(consume(words, record, 0, False))
+        if released:
+            recycler.pins.pending.popleft()
+        if attempt > before:
+            forget_history(self.session.directories, words[record + SEQ])
+        return keep
+
+    def wait_for_item(self, until: Deadline) -> bool:
+        """Wait until there may be an item, or the end; false when the deadline is past."""
+        if self.recycler.pins.pending:
+            self.session.step(self._reclaim)
+        own, state = self._own, self.session.look()[SHUTDOWN]
+
+        def look(words: Words) -> bool:
+            if words[REDELIVERY.head] or words[READY.head] or words[SHUTDOWN] != state:
+                return True
+            return _ended(words, own)
+
+        return self.session.wait(look, until, self._each_second)
+
+    def _each_second(self) -> None:
+        housekeeping.round_if_due(self.session)
+        if self.recycler.mappings.is_sweep_due(self.session.look()):
+            self.session.step(self._reclaim)
+
+    def _reclaim(self) -> tuple[None, int, int]:
+        self.recycler.reclaim()
+        self.recycler.mappings.sweep(self.session.journal.words)
+        return None, 0, 0
+
+    def watch(self, kind: Kind) -> SessionWatch:
+        """A watch for items, for an event loop."""
+        return self.session.doorbell.watch()
+
+    def close(self) -> None:
+        """Leave: what is in flight is requeued; files that arrays still show lose their names."""
+        self.session.close(self._leave)
+        self.recycler.forget()
+
+    def _leave(self) -> tuple[None, int, int]:
+        session, items, space = self.session, 0, 0
+        self.recycler.reclaim()
+        for record in reversed(active(session.journal.words)):
+            words = session.journal.words
+            if words[record + OWNER] != session.token:
+                continue
+            if words[record + STATE] == IN_FLIGHT:
+                _, more, room = housekeeping.redeliver(session, record, "its reader left", 0)
+                items, space = items + more, space + room
+            elif words[record + STATE] == PINNED:
+                session.journal.commit(transitions.drop(words, record))
+        return None, items, space

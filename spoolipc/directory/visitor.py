@@ -1,0 +1,132 @@
+"""A look at a spool from outside: nothing is announced, written or built again.
+
+`stat`, `fsck` and the dry run of `gc` look through this. It takes the index lock for as long as one look, and sees a
+damaged index as such where a session would build it again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+from ..errors import LockTimeout, SpoolError
+from ..message import Limits
+from . import fs, liveness
+from .journal import Journal, happened, holder, journalled
+from .layout import open_directories, read_shutdown
+from .lock import TIMEOUT, IndexLock
+from .session import Session
+from .table import (
+    EDGE,
+    HEADER,
+    MARK,
+    RECORD,
+    SHUTDOWN,
+    SUBJECT,
+    IndexDamaged,
+    Words,
+)
+from .transitions import CLEAN, FOLLOW
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Visitor:
+    """A look at the spool at `path` from outside; a context manager.
+
+    journal: its index as of the last look, None when that is missing or damaged; `damage` says why. patience: seconds
+    to wait for the index lock. Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, patience: float = TIMEOUT) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.directories = open_directories(self.path, Limits(), create=False)
+        self.journal: Journal | None = None
+        self.damage = ""
+        self._patience = patience
+        self._lock = IndexLock(self.directories.items, lambda: "another process")
+
+    def step(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do `work`, which only looks, under the index lock. Raises LockTimeout, naming the holder."""
+        with self._lock.mutex:
+            try:
+                self._lock.take(self._patience)
+                self._refresh()
+                return work(*args, **kwargs)
+            finally:
+                self._lock.release()
+
+    def look(self) -> str:
+        """Look at the index, without the lock if need be; returns who held it too long, "" as a rule."""
+        try:
+            self.step(lambda: None)
+        except LockTimeout:
+            self._refresh()
+            return self.holder()
+        return ""
+
+    def holder(self) -> str:
+        """Who took the index lock last, for messages."""
+        token = holder(self.directories)
+        if not token:
+            return "an unknown process"
+        return f"process {liveness.process_of(self.directories.alive, token)}"
+
+    def _refresh(self) -> None:
+        self._forget()
+        try:
+            journal = Journal(self.directories)
+            if not journal.holds_what_it_says():
+                journal.close()
+                raise IndexDamaged("the index is shorter than it says")
+        except IndexDamaged as damage:
+            self.damage = str(damage)
+        else:
+            self.journal = journal
+
+    def snapshot(self) -> Words | None:
+        """A copy of the words, up to the last record used or about to be, as they will be when a transition that its
+        maker did not finish is finished or forgotten; None without an index. Belongs into a step."""
+        if self.journal is None:
+            return None
+        words = self.journal.words
+        end = min(max(words[EDGE], HEADER) + RECORD, len(words))
+        copy: Words = memoryview(bytearray(words[:end])).cast("Q")
+        kind = copy[MARK]
+        if kind == FOLLOW:
+            copy[SHUTDOWN] = read_shutdown(self.directories.root)
+        elif kind != CLEAN and happened(self.directories, kind, copy[SUBJECT], finish=False):
+            for position, value in journalled(copy).items():
+                if position < end:
+                    copy[position] = value
+        return copy
+
+    def close(self) -> None:
+        """Close every descriptor; harmless when repeated."""
+        self._forget()
+        self.directories.close()
+
+    def _forget(self) -> None:
+        if self.journal is not None:
+            self.journal.close()
+        self.journal, self.damage = None, ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises SpoolGone or StorageError for an error of a system call in the block."""
+        try:
+            if isinstance(error, OSError) and not isinstance(error, SpoolError):
+                fs.check_present(self.directories.root, self.path)
+                raise fs.storage_error(error, self.path) from error
+        finally:
+            self.close()
+
+
+AnySpool = Session | Visitor
