@@ -32,9 +32,7 @@ def work(spool: Path, results: Connection, dies: bool) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             number = item.meta["number"]
             try:
-                with (
-                    item
-                ):  # acknowledged at its end; given back, with the error as the reason, when it raises
+                with item:  # acknowledged at its end, requeued with the error when it raises
                     if item.array.max() == 0:
                         raise ValueError(f"image {number} is black")
             except ValueError:

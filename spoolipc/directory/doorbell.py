@@ -162,9 +162,8 @@ class Doorbell:
                 fs.sleep(min(nap, until - now))
             else:
                 ears.sleep(self, ticket, min(now + nap, until))
-            if (
-                self.tickets != ticket and look()
-            ):  # before saying again that we wait, which is most often for nothing
+            # When rung, look before saying again that we wait, which is most often for nothing.
+            if self.tickets != ticket and look():
                 return True
 
     def _look_briefly(self, look: Callable[[], bool], until: float) -> bool:

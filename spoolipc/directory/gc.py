@@ -286,7 +286,7 @@ class _Sweep:
         """Which files of `free/`, listed before, no record stands for.
 
         A file enters `free/` in the locked step that has or makes its record, and is renamed or unlinked before that
-        record is given up: so in a table seen after the listing, a file that is still there and in use has its record.
+        record is forgotten: so in a table seen after the listing, a file that is still there and in use has its record.
         The records are read without the lock; a step before and after makes sure that it is the spool's index, with no
         transition unfinished.
         """

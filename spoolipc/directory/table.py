@@ -134,7 +134,6 @@ assert _at.next == RECORD
 ITEM: Final = Struct("=9Q")
 """SEQ to LOAN, what a record says of its item before it is one."""
 ITEM_AT: Final = SEQ
-ROW: Final = Struct(f"={RECORD}Q")
 
 # States of a record
 NOTHING: Final = 0

@@ -57,11 +57,11 @@ def make_header(
     """
     descr, own = _canonical(dtype)
     header = _written({"descr": descr, "fortran_order": fortran, "shape": shape})
-    spare = -(at + len(header)) % align
-    if spare:
+    padding = -(at + len(header)) % align
+    if padding:
         start = _text_at(header)
-        length = (len(header) - start + spare).to_bytes(start - 8, "little")
-        header = header[:8] + length + header[start:-1] + b" " * spare + b"\n"
+        length = (len(header) - start + padding).to_bytes(start - 8, "little")
+        header = header[:8] + length + header[start:-1] + b" " * padding + b"\n"
     if len(header) > MAX_HEADER or len(_text_of(header)) > MAX_HEADER_TEXT:
         raise UnsupportedArray(_TOO_LONG)
     return header, own

@@ -19,7 +19,6 @@ import pytest
 from support.damage import crash, item, item_name, picture, stop_in_step
 from support.peek import peek_table, poke
 from support.peer import Peer
-from support.renamed import renamed
 
 import spoolipc
 from spoolipc import (
@@ -63,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def json_of(said: Said) -> Any:
     assert (said.code, said.err) == (0, "")
     found = json.loads(said.out)
-    return renamed(found) if isinstance(found, dict) else found
+    return found
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from support.damage import crash, item, picture, stop_in_step
 from support.peek import peek_table, poke
 from support.peer import Peer
-from support.renamed import new_names
 
 from spoolipc import SpoolReader, SpoolWriter, stat
 
@@ -26,7 +26,7 @@ def path(spool: Path) -> Path:
 
 
 def said(path: Path) -> dict[str, Any]:
-    return new_names(stat(path))
+    return asdict(stat(path))
 
 
 def test_an_empty_spool(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The index may be lost, torn or overwritten at any time: no item is lost with it, and none is delivered twice."""
+"""The index may be lost, truncated or overwritten at any time: no item is lost with it, and none is delivered twice."""
 
 from __future__ import annotations
 

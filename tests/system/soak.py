@@ -76,9 +76,9 @@ def write(spool: str, file: str, writer: int, stop: str) -> None:
 
 
 def seen(array: Any) -> str:
-    """Which array this is; "torn" when it is not whole."""
+    """Which array this is; "broken" when it is not whole."""
     writer, count = int(array[0]), int(array[1])
-    return f"{writer} {count}" if np.array_equal(array, array_of(writer, count)) else "torn"
+    return f"{writer} {count}" if np.array_equal(array, array_of(writer, count)) else "broken"
 
 
 def unwanted(writer: int, count: int) -> bool:
@@ -240,8 +240,8 @@ class Soak:
             order: dict[str, int] = {}
             for step, *rest in lines:
                 item = " ".join(rest[:2])
-                if "torn" in rest:
-                    account.errors.append(f"{life.file.name} saw a torn item")
+                if "broken" in rest:
+                    account.errors.append(f"{life.file.name} saw a broken item")
                 elif step in ("put", "began"):
                     (put if step == "put" else began).add(f"{life.writer} {rest[0]}")
                 elif step == "got":
@@ -254,7 +254,7 @@ class Soak:
                     attempts.setdefault(item, []).append(int(rest[2]))
                 # First deliveries that one reader sees of one writer are in the order of the puts. `get` does not
                 # tell which delivery it is: what comes late was in flight to a killed receiver, and is counted.
-                if "torn" not in rest and (step == "got" or (step == "received" and rest[2] == "1")):
+                if "broken" not in rest and (step == "got" or (step == "received" and rest[2] == "1")):
                     if int(rest[1]) > order.get(rest[0], -1):
                         order[rest[0]] = int(rest[1])
                     elif step == "got":
