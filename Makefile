@@ -32,8 +32,14 @@ lint: $(STAMP)  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 
-test: $(STAMP)  ## run the tests; ARGS="-k name" narrows them
+test: $(STAMP)  ## run the tests; ARGS="tests/queue -k loan" narrows them
+ifdef ARGS
 	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+else
+	@$(BIN)/python -m pytest -m "not exhaustive" tests/system >$(VENV)/system.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m "not exhaustive" --ignore=tests/system; others=$$?; \
+	wait $$beside; system=$$?; cat $(VENV)/system.log; exit $$((others || system))
+endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)

@@ -392,7 +392,7 @@ def put_into_a_consumed_file(stage: Stage) -> Iterator[None]:
 
 
 def steady(stage: Stage, kind: str) -> tuple[SpoolWriter, SpoolReader]:
-    """A writer and a reader for whom every file has come round: from now on both only use files that they have mapped."""
+    """A writer and a reader for whom every file has come round: both use only files they have mapped from now on."""
     writer, reader = stage.writer(), stage.reader()
     for _ in range(12):
         for _ in range(2):
