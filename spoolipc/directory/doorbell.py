@@ -32,7 +32,7 @@ from ..engine import Kind
 from ..errors import SpoolError
 from . import fs, hearing
 from .liveness import ring, token_name
-from .table import FOR_ITEMS, FOR_SPACE, WAITERS, Token, Waiter, Words
+from .table import FOR_ITEMS, FOR_SPACE, KINDS, MOST_WAITERS, SINCES, TOKENS, WAITERS, Token, Waiter, Words
 
 LOOK_EVERY: Final = {"items": 1.0, "space": 0.05}
 """Seconds a sleeper waits before it looks again unasked; for space less, as not every single place is rung for."""
@@ -102,13 +102,14 @@ class Doorbell:
         if host is None or words is None:
             return
         code = _CODES[kind]
-        asleep = sorted((words[w.since], w) for w in WAITERS if words[w.since] and words[w.kind] == code)
+        sinces = enumerate(words[SINCES : SINCES + MOST_WAITERS].tolist())
+        asleep = sorted((since, place) for place, since in sinces if since and words[KINDS + place] == code)
         fresh = time.monotonic_ns() - FRESH
-        for since, waiter in asleep:
+        for since, place in asleep:
             if count <= 0:
                 return
-            token = words[waiter.token]
-            words[waiter.since] = 0  # before the write: a `since` set after this is for the next ring
+            token = words[TOKENS + place]
+            words[SINCES + place] = 0  # before the write: a `since` set after this is for the next ring
             if token and ring(host.alive_directory, token) and since > fresh:
                 count -= 1
 

@@ -31,8 +31,8 @@ from .table import (
     HOUSEKEPT,
     NEXT_DUE,
     NOBODY,
+    SINCES_BYTES,
     WAITERS,
-    WAITERS_BYTES,
     IndexDamaged,
     Token,
     Words,
@@ -201,7 +201,7 @@ class Session:
         result, items, space = done
         if items or space:
             journal = self.journal
-            if journal is not _NONE and journal.map[WAITERS_BYTES] != NOBODY:
+            if journal is not _NONE and journal.map[SINCES_BYTES] != NOBODY:
                 self.wake(items, space)
         return result
 

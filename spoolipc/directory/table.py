@@ -100,10 +100,13 @@ MAX_ATTEMPTS: Final = _at()
 GROUPS: Final = _at(16)  # room for groups of readers
 # Header: who waits, the pool, the journal
 MOST_WAITERS: Final = 32
-WAITERS: Final = tuple(Waiter(_at(), _at(), _at()) for _ in range(MOST_WAITERS))
-WAITERS_BYTES: Final = slice(WAITERS[0].token * WORD, _at.next * WORD)
-NOBODY: Final = bytes(WAITERS_BYTES.stop - WAITERS_BYTES.start)
-"""What is there when no session has a place among those who wait."""
+TOKENS: Final = _at(MOST_WAITERS)
+KINDS: Final = _at(MOST_WAITERS)
+SINCES: Final = _at(MOST_WAITERS)
+WAITERS: Final = tuple(Waiter(TOKENS + place, KINDS + place, SINCES + place) for place in range(MOST_WAITERS))
+SINCES_BYTES: Final = slice(SINCES * WORD, (SINCES + MOST_WAITERS) * WORD)
+NOBODY: Final = bytes(MOST_WAITERS * WORD)
+"""What is there when no session waits."""
 BUCKET_COUNT: Final = 192
 BUCKETS: Final = _at(BUCKET_COUNT)  # heads of the pooled files by size
 JOURNAL_ROOM: Final = 64  # stores of one transition

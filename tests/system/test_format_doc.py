@@ -49,7 +49,7 @@ def position(name: str) -> int:
     found: Any = getattr(table, word)
     if part:
         return int(getattr(found, part))
-    return int(found[0].token if word == "WAITERS" else found)
+    return int(found)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_offsets_are_those_of_the_table(title: str) -> None:
 
 def test_sizes_and_states_are_those_of_the_table() -> None:
     sizes = {field.name: field.size for field in fields("Header")}
-    assert sizes["WAITERS"] == table.MOST_WAITERS * len(table.Waiter._fields) * table.WORD
+    assert {sizes[name] for name in ("TOKENS", "KINDS", "SINCES")} == {table.MOST_WAITERS * table.WORD}
     assert sizes["BUCKETS"] == table.BUCKET_COUNT * table.WORD
     assert sizes["JOURNAL"] == 2 * table.JOURNAL_ROOM * table.WORD
     states = {name: int(state) for state, name, *_ in rows("Record", 5)}
