@@ -22,8 +22,9 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, Final
 
 from . import errors
@@ -55,26 +56,14 @@ class _Item:
         """What is in it, the arrays as read-only views."""
         return items.message(self.image, *items.parse(self.image, len(self.image)), copy=False)
 
-    def failed(self, why: str) -> None:
-        """Note a failed delivery."""
-        self.history.append(values.Failure(self.attempt, time.time(), f"process {os.getpid()}", why))
-
     def letter(self) -> values.DeadLetter:
         """What is told of it as a dead letter."""
         arrays, names, meta, put_time, _ = self.message
         each = zip(names or (None,) * len(arrays), arrays, strict=True)
-        return values.DeadLetter(
-            seq=self.seq,
-            path="",
-            bytes=len(self.image),
-            reason=self.history[-1].why,
-            attempts=self.attempt,
-            history=tuple(self.history),
-            arrays=tuple(values.StoredArray(name, str(a.dtype), a.shape, a.nbytes) for name, a in each),
-            meta=meta,
-            put_time=put_time / 1e9,
-            damage="",
-        )
+        stored = tuple(values.StoredArray(name, str(a.dtype), a.shape, a.nbytes) for name, a in each)
+        size, history = len(self.image), tuple(self.history)
+        reason, when = history[-1].why, put_time / 1e9
+        return values.DeadLetter(self.seq, "", size, reason, self.attempt, history, stored, meta, when, "")
 
 
 class _Spool:
@@ -97,17 +86,19 @@ class _Spool:
         self.now = 0.0
 
     @contextmanager
-    def step(self) -> Iterator[_Spool]:
-        """The spool, for a step that nobody sees half done."""
+    def step(self, session: _Session | None = None) -> Iterator[_Spool]:
+        """The spool, for a step that nobody sees half done. Raises SpoolClosed."""
         with self.changed:
-            self.tick()
+            self.look(session)
             yield self
 
-    def tick(self) -> None:
-        """See which leases have ended."""
+    def look(self, session: _Session | None) -> None:
+        """See which leases have ended, and whether the session that asks has. Raises SpoolClosed."""
         self.now = time.monotonic()
         for item in [item for item in self.in_flight.values() if item.due <= self.now]:
-            self.requeue(item, "its lease ended")
+            self.fail(item, "its lease ended")
+        if session is not None and session not in self.sessions:
+            raise errors.SpoolClosed(f"this session of {self.path} was closed")
 
     def agree(self, asked: Limits) -> None:
         """Let limits be decided by who asks first. Raises LimitMismatch."""
@@ -115,8 +106,7 @@ class _Spool:
         for name, value in given.items():
             if self.asked.get(name, value) != value:
                 raise errors.LimitMismatch(
-                    f"{self.path} has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there,"
-                    " or use another name"
+                    f"{self.path} has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there"
                 )
         self.asked |= given
         self.limits = replace(values.DEFAULTS, **self.asked)
@@ -146,48 +136,52 @@ class _Spool:
         self.changed.notify_all()
         return item.seq
 
-    def first(self, asking: Consumer) -> _Item:
-        """The item to be delivered next. Raises Empty, and ShutDown when none can come any more."""
-        if self.requeued and self.requeued[0].due <= self.now:
-            return self.requeued[0]
-        if self.fresh:
-            return self.fresh[0]
+    def deliverable(self, asking: Consumer, limit: int) -> list[_Item]:
+        """Up to `limit` items to be delivered next. Raises Empty, and ShutDown when none can come any more."""
+        due = (item for item in chain(self.requeued, self.fresh) if item.due <= self.now)
+        if found := list(islice(due, limit)):
+            return found
         others = self.requeued or any(item.owner is not asking for item in self.in_flight.values())
         if self.state == "discarded" or (self.state == "draining" and not others):
             raise errors.ShutDown(f"{self.path} was shut down and has no more items")
         raise errors.Empty(f"no item waits in {self.path}")
 
-    def pop(self, asking: Consumer) -> _Item:
-        """Let that item wait no more. Raises as `first` does."""
-        item = self.first(asking)
-        (self.requeued if item.attempt else self.fresh).remove(item)
+    def claim(self, asking: Consumer, limit: int, lease: float) -> list[_Item]:
+        """Deliver them: they are in flight now. Raises as `deliverable` does."""
+        found = self.deliverable(asking, limit)
+        for item in found:
+            (self.requeued if item.attempt else self.fresh).remove(item)
+            item.attempt, item.owner, item.due = item.attempt + 1, asking, self.now + lease
+            self.in_flight[item.seq] = item
         self.changed.notify_all()
-        return item
+        return found
 
     def remove(self, item: _Item) -> None:
-        """Let an item be in flight no more, and its bytes be free."""
-        self.in_flight.pop(item.seq, None)
+        """Let an item in flight be gone, and its bytes be free."""
+        del self.in_flight[item.seq]
         self.bytes -= len(item.image)
         self.changed.notify_all()
 
-    def requeue(self, item: _Item, why: str, delay: float = 0.0) -> None:
-        """What becomes of an item in flight that was not settled otherwise."""
+    def acknowledge(self, item: _Item) -> None:
+        self.remove(item)
+        self.gets += 1
+
+    def fail(self, item: _Item, why: str, delay: float = 0.0, last: bool = False) -> None:
+        """Requeue an item in flight, or make it a dead letter: when its attempts are used up, or this is its last."""
         most = self.limits.max_attempts
-        if most and item.attempt >= most:
-            self.dead_letter(item, f"{why}; that was attempt {item.attempt} of {most}")
+        if most and item.attempt >= most and not last:
+            why, last = f"{why}; that was attempt {item.attempt} of {most}", True
+        item.history.append(values.Failure(item.attempt, time.time(), f"process {os.getpid()}", why))
+        if last:
+            self.remove(item)
+            self.dead[item.seq] = item
+            _log.error("%s: item %d is now a dead letter: %s", self.path, item.seq, why)
         elif self.state == "discarded":
             self.remove(item)
         else:
-            item.failed(why)
             item.due = self.now + delay
             insort(self.requeued, self.in_flight.pop(item.seq), key=lambda item: item.due)
             self.changed.notify_all()
-
-    def dead_letter(self, item: _Item, why: str) -> None:
-        item.failed(why)
-        self.remove(item)
-        self.dead[item.seq] = item
-        _log.error("%s: item %d is now a dead letter: %s", self.path, item.seq, why)
 
     # As it is looked after from outside
 
@@ -233,50 +227,34 @@ class _Spool:
         wanted = sorted(self.dead if seqs is None else set(seqs))
         for seq in wanted:
             if seq not in self.dead:
-                raise errors.NoSuchItem(
-                    f"{self.path} has no dead letter {seq}; failed_list() tells which it has"
-                )
+                raise errors.NoSuchItem(f"{self.path} has no dead letter {seq}; see failed_list()")
         return [self.dead[seq] for seq in wanted]
 
 
 class _Session:
     """One side of an open spool."""
 
-    def __init__(self, spool: _Spool, limits: Limits) -> None:
-        self._spool = spool
-        with spool.changed:
+    def __init__(self, spool: _Spool, limits: Limits, reopen: bool = False) -> None:
+        self._spool, self.path = spool, spool.path
+        with spool.step():
             spool.agree(limits)
+            spool.state = "open" if reopen else spool.state
             spool.sessions.add(self)
-
-    @property
-    def path(self) -> str:
-        return self._spool.path
 
     @property
     def maxsize(self) -> int:
         return self._spool.limits.maxsize or 0
 
     def qsize(self) -> int:
-        with self._step() as spool:
+        with self._spool.step(self) as spool:
             return spool.waiting()
 
     def close(self) -> None:
         with self._spool.step() as spool:
             spool.sessions.discard(self)
             for item in [item for item in spool.in_flight.values() if item.owner is self]:
-                spool.requeue(item, "its reader left")
+                spool.fail(item, "its reader left")
             spool.changed.notify_all()
-
-    @contextmanager
-    def _step(self) -> Iterator[_Spool]:
-        """A step of the spool. Raises SpoolClosed."""
-        with self._spool.step() as spool:
-            self._check_open()
-            yield spool
-
-    def _check_open(self) -> None:
-        if self not in self._spool.sessions:
-            raise errors.SpoolClosed(f"this session of {self.path} was closed")
 
     def _wait(self, until: Deadline) -> bool:
         """Wait, within a step, until another try may help; False when the deadline is past."""
@@ -287,8 +265,7 @@ class _Session:
         away = (*spool.in_flight.values(), *spool.requeued[:1])
         ends += [item.due for item in away if item.due > spool.now]
         spool.changed.wait(max(0.0, min(ends) - now))
-        spool.tick()
-        self._check_open()
+        spool.look(self)
         return True
 
 
@@ -299,7 +276,7 @@ class Producer(_Session):
         """Put messages; all are made first, so that none is put where one cannot be stored."""
         made = [_made(message) for message in messages]
         seqs: list[int] = []
-        with self._step() as spool:
+        with self._spool.step(self) as spool:
             try:
                 for item in made:
                     self._await_room(len(item.image), until)
@@ -312,20 +289,19 @@ class Producer(_Session):
     def loan(self, spec: values.ArraySpec, meta: values.Json, until: Deadline) -> Loan:
         layout, message = items.layout_of_spec(spec), Message((), None, meta)
         size = layout.end + len(_footer(layout, message, 0))
-        with self._step():
+        with self._spool.step(self):
             self._await_room(size, until)
         return Loan(self, layout, message, bytearray(size))
 
     def full(self) -> bool:
-        with self._step() as spool:
+        with self._spool.step(self) as spool:
             return spool.full()
 
     def shutdown(self, immediate: bool) -> None:
-        with self._step() as spool:
+        with self._spool.step(self) as spool:
             if immediate:
                 spool.state = "discarded"
-                for item in (*spool.requeued, *spool.fresh):
-                    spool.remove(item)
+                spool.bytes -= sum(len(item.image) for item in (*spool.requeued, *spool.fresh))
                 spool.requeued.clear()
                 spool.fresh.clear()
             elif spool.state == "open":
@@ -350,7 +326,7 @@ class Loan:
         image = self._image
         if image is None:
             raise errors.AlreadySettled("this loan was committed or discarded before")
-        with self._producer._step() as spool:
+        with self._producer._spool.step(self._producer) as spool:
             self._producer._await_room(len(image), until)
             self.array.flags.writeable = False
             self._image, now = None, time.time_ns()
@@ -365,65 +341,51 @@ class Consumer(_Session):
     """A reader's side."""
 
     def take(self, limit: int, until: Deadline) -> list[Message]:
-        with self._step() as spool:
-            found = self._pop(limit, until)
-            spool.gets += len(found)
+        with self._spool.step(self) as spool:
+            found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
             for item in found:
-                spool.remove(item)
-        return [item.message for item in found]
+                spool.acknowledge(item)
+            return [item.message for item in found]
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
-        with self._step() as spool:
-            found = self._pop(limit, until)
-            due = math.inf if lease is None else spool.now + lease
-            for item in found:
-                item.attempt, item.owner, item.due = item.attempt + 1, self, due
-                spool.in_flight[item.seq] = item
+        seconds = math.inf if lease is None else lease
+        with self._spool.step(self) as spool:
+            found = retry(lambda: spool.claim(self, limit, seconds), self._wait, until)
             return [Delivery(item.seq, item.attempt, item.put_time, len(item.image), None) for item in found]
 
     def peek(self, until: Deadline) -> values.Peeked:
-        with self._step() as spool:
-            item = retry(lambda: spool.first(self), self._wait, until)
+        with self._spool.step(self) as spool:
+            (item,) = retry(lambda: spool.deliverable(self, 1), self._wait, until)
             _, names, meta, put_time, _ = item.message
             return values.Peeked(item.seq, item.attempt, put_time / 1e9, len(item.image), names, meta)
 
     def load(self, delivery: Delivery) -> Message:
-        with self._step():
+        with self._spool.step(self):
             return self._in_flight(delivery).message
 
     def describe(self, delivery: Delivery) -> values.Contents:
         return values.Contents(*self.load(delivery)[1:])
 
     def settle(self, deliveries: Sequence[Delivery], verdict: values.Verdict) -> None:
-        with self._step() as spool:
+        with self._spool.step(self) as spool:
             for delivery in deliveries:
                 item = self._in_flight(delivery)
                 match verdict:
                     case values.Ack():
-                        spool.gets += 1
-                        spool.remove(item)
+                        spool.acknowledge(item)
                     case values.Nack(delay, reason):
-                        spool.requeue(item, reason, delay)
+                        spool.fail(item, reason, delay)
                     case values.Reject(reason):
-                        spool.dead_letter(item, reason)
+                        spool.fail(item, reason, last=True)
                     case values.Extend(lease):
                         item.due = spool.now + lease
                         spool.changed.notify_all()  # who waits for it may have to wake sooner
-
-    def _pop(self, limit: int, until: Deadline) -> list[_Item]:
-        """Up to `limit` items, waiting only for the first."""
-        found = [retry(lambda: self._spool.pop(self), self._wait, until)]
-        with suppress(errors.Empty, errors.ShutDown):
-            while len(found) < limit:
-                found.append(self._spool.pop(self))
-        return found
 
     def _in_flight(self, delivery: Delivery) -> _Item:
         item = self._spool.in_flight.get(delivery.seq)
         if item is None or (item.owner, item.attempt) != (self, delivery.attempt):
             raise errors.LeaseExpired(
-                f"item {delivery.seq} of {self.path} is not in flight at this reader any more: its lease ended, or it"
-                " was settled already; it may have been redelivered"
+                f"item {delivery.seq} of {self.path} is in flight here no more: its lease ended, or it was settled"
             )
         return item
 
@@ -440,36 +402,26 @@ class MemoryEngine:
 
     def producer(self, options: ProducerOptions) -> Producer:
         if options.durability != "none":
-            raise ValueError(
-                f"memory://{self._name} ends with the process; its durability can only be 'none'"
-            )
-        producer = Producer(self._spool(), options.limits)
-        if options.reopen:
-            with producer._step() as spool:
-                spool.state = "open"
-        return producer
+            raise ValueError(f"memory://{self._name} ends with the process: durability can only be 'none'")
+        return Producer(self._spool(), options.limits, options.reopen)
 
     def consumer(self, options: ConsumerOptions) -> Consumer:
         return Consumer(self._spool(), options.limits)
 
     def admin(self) -> _Spool:
-        with _opening:
-            if self._name not in _spools:
-                raise errors.NotASpool(f"there is no spool memory://{self._name} in this process")
-            return _spools[self._name]
+        if self._name not in _spools:
+            raise errors.NotASpool(f"there is no spool memory://{self._name} in this process")
+        return self._spool()
 
     def _spool(self) -> _Spool:
-        with _opening:
-            return _spools.setdefault(self._name, _Spool(f"memory://{self._name}"))
+        return _spools.setdefault(self._name, _Spool(f"memory://{self._name}"))
 
 
 def clear(name: str) -> None:
     """Forget the spool `memory://NAME`: who opens the name next makes a new one. Sessions still open keep the old."""
-    with _opening:
-        _spools.pop(name, None)
+    _spools.pop(name, None)
 
 
-_opening = threading.Lock()
 _spools: dict[str, _Spool] = {}
 _NO_FILES: Final[dict[str, Any]] = {
     **dict.fromkeys(("free_files", "free_bytes", "pinned_files", "pinned_bytes"), 0),
