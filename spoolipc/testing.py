@@ -483,14 +483,14 @@ class EngineSuite(SharedSuite):
         delivery = self.claim(1e-6 if verdict is None else None)
         if verdict is not None:
             self.settle(delivery, verdict)
-        late: list[Call] = [partial(self.settle, delivery, again) for again in (*SETTLED, Extend(10))]
-        late += [partial(self.consumer.load, delivery), partial(self.consumer.describe, delivery)]
-        refused(LeaseExpired, *late)
+        settles = [partial(self.settle, delivery, again) for again in (*SETTLED, Extend(10))]
+        refused(LeaseExpired, *settles)
+        refused(LeaseExpired, partial(self.load, delivery), partial(self.consumer.describe, delivery))
         assert self.consumer.qsize() == (verdict in (None, Nack(0, "")))
         assert self.dead_letters == [delivery.seq] * isinstance(verdict, Reject)
         if self.consumer.qsize():
             self.claim()  # a later attempt is not what this delivery was
-            refused(LeaseExpired, *late)
+            refused(LeaseExpired, *settles)
 
     def test_contents_are_told_without_the_arrays_and_peek_leaves_the_item(self) -> None:
         self.producer.put([Message((np.zeros(LARGE), np.zeros(3)), ("a", "b"), {"x": (1, 2)})], NOW)
