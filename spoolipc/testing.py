@@ -22,7 +22,6 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from multiprocessing.connection import Connection
-from threading import Thread
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -79,14 +78,15 @@ def gets(consumer: Consumer, until: float | None = NOW) -> list[Call]:
 
 
 def came_as_put(found: Message, put: Message) -> None:
-    """Assert that it did, its arrays read-only."""
+    """Assert that it did, its arrays read-only, with an id and the time of the put."""
     assert (found.names, found.meta) == (put.names, put.meta)
     for here, array in zip(found.arrays, put.arrays, strict=True):
         assert (type(here), here.dtype, here.shape) == (np.ndarray, array.dtype, array.shape)
+        assert (here.flags.fnc, here.flags.writeable) == (array.flags.fnc, False)
         assert here.tobytes() == array.tobytes()
-        assert here.flags.f_contiguous == array.flags.f_contiguous
-        assert here.flags.c_contiguous == array.flags.c_contiguous
-        assert not here.flags.writeable
+    assert abs(found.put_time / 1e9 - time.time()) < 3600
+    assert len(bytes.fromhex(found.id)) == 16
+    assert found.id == put.id or not put.id
 
 
 class Suite:
@@ -102,7 +102,7 @@ class Suite:
     @pytest.fixture(autouse=True)
     def _opened(self, tmp_path: Any) -> Iterator[None]:
         self.place = str(tmp_path / "spool")
-        with ExitStack() as self.opened:
+        with ThreadPoolExecutor() as self.threads, ExitStack() as self.opened:
             yield
 
     def open_producer(self, reopen: bool = False, **limits: int) -> Producer:
@@ -159,15 +159,7 @@ class Suite:
 
     def aside(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
         """A call in another thread, which was seen to wait."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work(*args))
-            except BaseException as error:
-                future.set_exception(error)
-
-        Thread(target=run, daemon=True).start()  # which no failed test has to wait for
+        future = self.threads.submit(work, *args)
         assert not wait([future], 0.05).done, "it should have waited"
         return future
 
@@ -272,11 +264,11 @@ class SharedSuite(Suite):
                         settled += [] if again else [number]
             return settled
 
-        with ThreadPoolExecutor(7) as threads:
-            getting = [threads.submit(get, each) for each in (self.consumer, self.consumer, self.other)]
-            list(threads.map(put, range(4)))
-            self.producer.shutdown(False)
-            assert sorted(number for each in getting for number in each.result(60)) == list(range(200))
+        getting = [self.aside(get, each) for each in (self.consumer, self.consumer, self.other)]
+        for putting in [self.threads.submit(put, me) for me in range(4)]:
+            putting.result(60)
+        self.producer.shutdown(False)
+        assert sorted(number for each in getting for number in each.result(60)) == list(range(200))
 
 
 class EngineSuite(SharedSuite):
@@ -294,13 +286,14 @@ class EngineSuite(SharedSuite):
     def test_items_come_as_they_were_put_and_in_order(self, dtype: Any) -> None:
         put = [message(number, 10, {"number": number}) for number in range(20)]
         put += [Message((np.ones(shape, dtype, order),)) for shape in SHAPES for order in ("C", "F")]
-        put += [
-            Message((np.zeros(size), np.ones(3, dtype)), ("b", "größe"), [1, None]) for size in (1, LARGE)
-        ]
+        several = np.zeros(LARGE), np.ones(3, dtype), np.zeros(1)
+        put += [Message(several, ("b", "größe", ""), [1, None], id="0123456789abcdef" * 2)]
         for each in put:
             self.producer.put([each], NOW)
-        for each in put:
-            came_as_put(self.consumer.take(1, None)[0], each)
+        found = [self.consumer.take(1, None)[0] for _ in put]
+        for each, original in zip(found, put, strict=True):
+            came_as_put(each, original)
+        assert len({each.id for each in found}) == len(put)
 
     def test_batches_lie_one_after_the_other_and_are_taken_as_far_as_there_are(self) -> None:
         messages = [message(number, (1, LARGE // 8)[number % 2]) for number in range(150)]
@@ -327,19 +320,6 @@ class EngineSuite(SharedSuite):
         self.go_on(size)
         assert not any(found.arrays[0].any() for found in taken)
         assert not any(found.arrays[0].flags.writeable for found in taken)
-
-    def test_every_item_has_an_id_and_the_time_of_its_put(self) -> None:
-        given = "0123456789abcdef" * 2
-        self.producer.put([message(0), message(1), message(2)._replace(id=given)], NOW)
-        found = self.consumer.take(2, NOW)
-        delivery = self.claim()
-        contents = self.consumer.describe(delivery)
-        found.append(self.consumer.load(delivery))
-        assert [len(bytes.fromhex(each.id)) for each in found] == [16, 16, 16]
-        assert found[0].id != found[1].id
-        assert found[2].id == contents.id == given
-        for put_time in (found[0].put_time, found[2].put_time, contents.put_time, delivery.put_time):
-            assert abs(put_time / 1e9 - time.time()) < 3600
 
     def test_either_side_may_come_first_and_items_outlive_all_sessions(self) -> None:
         refused(Empty, self.take)
@@ -498,10 +478,11 @@ class EngineSuite(SharedSuite):
         assert self.consumer.qsize() == 1
         delivery = self.claim()
         contents = self.consumer.describe(delivery)
+        assert contents[:2] == (("a", "b"), {"x": [1, 2]})
+        assert contents[2:] == self.consumer.load(delivery)[3:]
         for each in peeked:
             assert (each.seq, each.nbytes, each.attempt) == (delivery.seq, delivery.size, 0)
-            assert each.names == contents.names == ("a", "b")
-            assert each.meta == contents.meta == {"x": [1, 2]}
+            assert (each.names, each.meta) == contents[:2]
             assert each.put_time == pytest.approx(contents.put_time / 1e9)
         self.settle(delivery, Nack(0, ""))
         assert (self.consumer.peek(NOW).seq, self.consumer.peek(NOW).attempt) == (delivery.seq, 1)
@@ -540,22 +521,21 @@ class EngineSuite(SharedSuite):
         identity = self.consumer.load(deliveries[0]).id
         self.consumer.settle(deliveries[::-1], Reject("on purpose"))
         self.put(3)
+        admin = self.admin
         refused(
-            errors.NoSuchItem,
-            lambda: self.admin.failed_retry([seqs[0], 99]),
-            lambda: self.admin.failed_drop([99]),
+            errors.NoSuchItem, partial(admin.failed_retry, [seqs[0], 99]), partial(admin.failed_drop, [99])
         )
         assert self.dead_letters == seqs
-        assert self.admin.failed_drop([seqs[1]]) == seqs[1:2]
+        assert admin.failed_drop([seqs[1]]) == seqs[1:2]
         assert self.dead_letters == [seqs[0], seqs[2]]
-        retried = self.admin.failed_retry(None)
+        retried = admin.failed_retry(None)
         assert (list(retried.seqs), retried.damaged) == ([seqs[0], seqs[2]], {})
         deliveries = self.consumer.claim(9, None, NOW)
         assert self.load(*deliveries) == [3, 0, 2]
         assert [each.seq for each in deliveries[1:]] == list(retried.seqs.values())
         assert [each.attempt for each in deliveries] == [1, 1, 1]
         assert self.consumer.load(deliveries[1]).id == identity
-        assert (self.admin.failed_drop(None), self.dead_letters) == ([], [])
+        assert (admin.failed_drop(None), self.dead_letters) == ([], [])
 
     def test_stat_counts_every_place(self) -> None:
         refused(errors.NotASpool, lambda: self.admin.stat())
@@ -607,12 +587,13 @@ class EngineSuite(SharedSuite):
         assert self.take() == [5]
 
     def test_closed_session_says_so_and_closing_again_is_harmless(self) -> None:
+        self.put(0)
         calls: list[Call] = [
             *gets(self.consumer),
-            self.consumer.qsize,
-            self.producer.qsize,
-            partial(self.put, 0),
+            partial(self.settle, self.claim(), Ack()),
+            partial(self.put, 1),
         ]
+        calls += [self.consumer.qsize, self.producer.qsize, self.producer.full]
         for _ in range(2):
             self.producer.close()
             self.consumer.close()
@@ -629,27 +610,21 @@ class LoanSuite(Suite):
         return self.producer.loan(spec, meta, NOW)
 
     @pytest.mark.parametrize("size", [1, 2, LARGE])
-    def test_what_was_filled_in_is_what_readers_get_after_the_commit(self, size: int) -> None:
+    def test_committed_loan_is_what_readers_get_and_a_discarded_one_is_never_seen(self, size: int) -> None:
         for _ in range(3):
-            loan = self.loan(ArraySpec((size, 2), np.dtype(">i4"), "F"), {"lent": size})
-            array = loan.array
-            assert (array.shape, array.dtype.str, array.flags.f_contiguous) == ((size, 2), ">i4", True)
-            array[:] = size
-            assert self.consumer.qsize() == 0
-            loan.commit(NOW)
-            assert not array.flags.writeable
-            came_as_put(self.consumer.take(1, NOW)[0], Message((array,), None, {"lent": size}))
-
-    def test_order_is_that_of_commit_and_a_discarded_loan_is_never_seen(self) -> None:
-        for _ in range(3):
-            loans = [self.loan() for _ in range(3)]
-            for number, loan in enumerate(loans):
-                loan.array[:] = number
+            loans = [self.loan(ArraySpec((size, 2), np.dtype(">i4"), "F"), {"lent": k}) for k in range(3)]
+            arrays = [loan.array for loan in loans]
+            for number, array in enumerate(arrays):
+                assert (array.shape, array.dtype.str, array.flags.f_contiguous) == ((size, 2), ">i4", True)
+                array[:] = number
             loans[2].discard()
+            assert self.consumer.qsize() == 0
             assert loans[1].commit(NOW) < loans[0].commit(NOW)
             for loan in loans:
                 loan.discard()
-            assert self.take() == [1, 0]
+            for number, found in zip((1, 0), self.consumer.take(9, NOW), strict=True):
+                assert not arrays[number].flags.writeable
+                came_as_put(found, Message((arrays[number],), None, {"lent": number}))
 
     def test_loan_stays_one_while_there_is_no_room_to_commit_it(self) -> None:
         self.producer = self.open_producer(maxsize=1)
@@ -698,10 +673,11 @@ class WatchSuite(Suite):
     def test_armed_watch_becomes_readable_when_there_is_news(self, kind: Kind) -> None:
         self.producer = self.open_producer(maxsize=1)
         session: Any = self.consumer if kind == "items" else self.producer
-        news, undo = (self.fill, self.take) if kind == "items" else (self.take, self.fill)
+        calls: list[Call] = [partial(self.put, 0), self.take]
+        news, undo = calls if kind == "items" else calls[::-1]
         watch = session.watch(kind)
         if kind == "space":
-            self.fill()
+            undo()
         for _ in range(3):
             watch.arm()
             news()
@@ -712,9 +688,6 @@ class WatchSuite(Suite):
         for _ in range(2):
             watch.close()
 
-    def fill(self) -> None:
-        self.put(0)
-
 
 class DamageSuite(Suite):
     """What an engine does that finds an item damaged."""
@@ -723,27 +696,22 @@ class DamageSuite(Suite):
         """Spoil the stored item `seq` of the spool at `self.place`, so that it can be seen."""
         raise NotImplementedError
 
+    @pytest.mark.parametrize("look", ["take", "peek", "load", "describe"])
     @SIZES
-    def test_damaged_item_is_a_dead_letter_and_the_next_one_is_delivered(self, size: int) -> None:
-        damaged: list[int] = []
-        for peek in (False, True):
-            seqs = self.put(0, 1, size=size)
-            self.damage(seqs[0])
-            damaged.append(seqs[0])
-            assert not peek or self.consumer.peek(NOW).seq == seqs[1]
-            assert self.take() == [1]
-            assert self.dead_letters == damaged
-        assert all(letter.damage for letter in self.admin.failed_list())
-        assert list(self.admin.failed_retry(None).damaged) == damaged
-
-    @pytest.mark.parametrize("look", ["load", "describe"])
-    def test_damage_seen_in_flight_makes_a_dead_letter(self, look: str) -> None:
-        self.put(0, size=LARGE)
-        delivery = self.claim()
-        self.damage(delivery.seq)
-        refused(errors.BadItem, partial(getattr(self.consumer, look), delivery))
-        assert self.dead_letters == [delivery.seq]
-        refused(LeaseExpired, lambda: self.settle(delivery, Ack()))
+    def test_damaged_item_is_a_dead_letter_and_the_next_one_is_delivered(self, look: str, size: int) -> None:
+        damaged, whole = self.put(0, 1, size=size)
+        if look in ("load", "describe"):
+            delivery = self.claim()
+            self.damage(damaged)
+            refused(errors.BadItem, partial(getattr(self.consumer, look), delivery))
+            refused(LeaseExpired, lambda: self.settle(delivery, Ack()))
+        else:
+            self.damage(damaged)
+        assert look != "peek" or self.consumer.peek(NOW).seq == whole
+        assert self.take() == [1]
+        (letter,) = self.admin.failed_list()
+        assert (letter.seq, bool(letter.damage)) == (damaged, True)
+        assert list(self.admin.failed_retry(None).damaged) == [damaged]
 
 
 class OtherProcess(SharedSuite):
