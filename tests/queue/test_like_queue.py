@@ -11,10 +11,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -68,62 +66,6 @@ def test_empty_and_full_are_raised_when_the_timeout_is_over_and_not_before(
             reader.get(False, -1)
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, float("nan")])
-def test_negative_timeout_is_a_value_error_even_when_it_need_not_wait(
-    writer: SpoolWriter, reader: SpoolReader, timeout: float
-) -> None:
-    with pytest.raises(ValueError, match="non-negative"):
-        writer.put(np.zeros(1), timeout=timeout)
-    writer.put(np.zeros(1))
-    with pytest.raises(ValueError, match="non-negative"):
-        reader.get(timeout=timeout)
-    assert reader.qsize() == 1
-
-
-def test_blocked_get_takes_what_comes(writer: SpoolWriter, reader: SpoolReader) -> None:
-    waiting = Call(reader.get)
-    waiting.until_asleep()
-    writer.put(np.arange(4))
-    assert waiting.result().tolist() == [0, 1, 2, 3]
-
-
-def test_blocked_put_goes_on_when_there_is_room(spool: Path, reader: SpoolReader) -> None:
-    with SpoolWriter(spool, maxsize=1) as writer:
-        writer.put(np.zeros(1))
-        waiting = Call(writer.put, np.ones(1))
-        waiting.until_asleep()
-        assert reader.get_nowait() == 0
-        assert waiting.result() == 2
-        assert reader.get_nowait() == 1
-
-
-def test_closing_twice_is_harmless_and_use_after_it_is_an_error(spool: Path) -> None:
-    writer, reader = SpoolWriter(spool), SpoolReader(spool)
-    for _ in range(2):
-        writer.close()
-        reader.close()
-    for use in (lambda: writer.put(np.zeros(1)), reader.get_nowait, reader.qsize, writer.qsize):
-        with pytest.raises(ValueError, match="closed"):
-            use()
-
-
-def test_closing_ends_the_waits_of_other_threads(spool: Path) -> None:
-    with SpoolWriter(spool, maxsize=1) as other:
-        other.put(np.zeros(1))
-        writer = SpoolWriter(spool)
-        putting = Call(writer.put, np.zeros(LARGE))
-        putting.until_asleep()
-        writer.close()
-        assert isinstance(putting.error(), ValueError)
-        with SpoolReader(spool) as taking:
-            taking.get()
-        reader = SpoolReader(spool)
-        getting = Call(reader.get)
-        getting.until_asleep()
-        reader.close()
-        assert isinstance(getting.error(), ValueError)
-
-
 @pytest.mark.parametrize("size", [10, 40_000])
 def test_closing_amid_traffic_of_other_threads_ends_it_with_a_clear_error(spool: Path, size: int) -> None:
     def going_on(step: Callable[[], object], going: threading.Semaphore) -> None:
@@ -146,11 +88,6 @@ def test_closing_amid_traffic_of_other_threads_ends_it_with_a_clear_error(spool:
         writer.put(np.ones(3))
         assert sum(int(array.sum()) for array in reader.get_many(100_000)) == 3
     assert list((spool / "tmp").iterdir()) == []
-
-
-def test_repr_names_the_path(writer: SpoolWriter, reader: SpoolReader, spool: Path) -> None:
-    assert repr(writer) == f"SpoolWriter({str(spool)!r})"
-    assert repr(reader) == f"SpoolReader({str(spool)!r})"
 
 
 def work(writer: SpoolWriter, reader: SpoolReader) -> None:
@@ -208,36 +145,3 @@ def test_writer_and_reader_can_be_pickled(spool: Path) -> None:
             peer.run(f"reader, writer = pickle.loads({pickle.dumps((reader, writer))!r})")
             peer.run("writer.put(reader.get(timeout=30) + 1)")
             assert (another.get_nowait() == 2).all()
-
-
-def test_threads_share_a_writer_and_a_reader(spool: Path) -> None:
-    """Eight of each: every item once and whole, no view changed while it was kept."""
-    count = 150
-
-    def put(writer: SpoolWriter, me: int) -> None:
-        for number in range(count):
-            writer.put(np.full(100 + 700 * ((number + me) % 9), me * count + number))
-
-    def get(reader: SpoolReader) -> list[int]:
-        seen: list[int] = []
-        kept: list[tuple[Any, int]] = []
-        for array in reader:
-            seen.append(int(array[0]))
-            kept.append((array, seen[-1]))
-            if len(kept) > 5:
-                old, value = kept.pop(0)
-                assert (old == value).all()
-        assert all((array == value).all() for array, value in kept)
-        return seen
-
-    with (
-        SpoolWriter(spool, maxsize=40) as writer,
-        SpoolReader(spool) as reader,
-        ThreadPoolExecutor(16) as threads,
-    ):
-        getting = [threads.submit(get, reader) for _ in range(8)]
-        for future in [threads.submit(put, writer, me) for me in range(8)]:
-            future.result(100)
-        writer.shutdown()
-        seen = [value for future in getting for value in future.result(100)]
-    assert sorted(seen) == list(range(8 * count))
