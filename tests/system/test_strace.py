@@ -74,6 +74,7 @@ def say(*words):
         os.stat("/" + " ".join(words))
 
 
+SpoolWriter(path, mode=0o770).close()
 round_of()  # what Python does once, such as to import, is done
 with Injector(lambda event: say("call", event.name), lambda event, _: say("done", event.name)):
     round_of()
