@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,12 @@ def kill_all(place: Path, name: str, faults: list[tuple[int, Hook]]) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_at_every_system_call(place: Path, name: str) -> None:
     met = events(place, name)
-    faults = [(number, at(number, kill)) for number, call in enumerate(met, 1) if call != STORE]
+    # Before each call, and after each: before the store that follows it, if one does.
+    faults = [
+        (number, at(number, kill))
+        for number, (before, event) in enumerate(pairwise(["", *met]), 1)
+        if STORE not in (before, event) or before != event
+    ]
     for number, call in enumerate(met, 1):
         if call in WRITES:
             faults += [(number, at(number, partly(part, kill))) for part in (0.01, 0.6)]

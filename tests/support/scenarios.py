@@ -203,11 +203,14 @@ def _arrays_of(received: Item) -> Any:
     return found[""] if "" in found else dict(found)
 
 
-def verify(path: Path, log: Log, bystander: SpoolReader | None = None, *, ended: bool = True) -> None:
+def verify(
+    path: Path, log: Log, bystander: SpoolReader | None = None, *, ended: bool = True, explained: bool = True
+) -> None:
     """Hold the spool against the log.
 
     bystander: a session that was open before the fault. ended: the sessions before have: one whose end was interrupted
-    may seem to live until its process ends.
+    may seem to live until its process ends. explained: dead letters have a reason; one that could not be written is in
+    the log of Python.
     """
     account = Account(log)
     if bystander is not None:
@@ -242,8 +245,7 @@ def verify(path: Path, log: Log, bystander: SpoolReader | None = None, *, ended:
         bystander.close()
     spoolipc.gc(path)
     assert os.listdir(path / "alive") == [] or not ended
-    # A history that could not be written is in the log.
-    check_spool(path, checked=False)
+    check_spool(path, checked=explained)
     problems = spoolipc.fsck(path).problems
     assert [problem for problem in problems if "has no reason" not in problem.what] == []
     assert set(os.listdir(path)) <= {*PLACES, "shutdown"}
@@ -275,7 +277,8 @@ class Run:
     """One run of a scenario in this process; verified at the end of the `with` block. error: what it raised."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.error, self._interrupted = path, "", False
+        self.path, self.error = path, ""
+        self._interrupted, self._is_faulty = False, False
         self.log = Log()
         self.stage = Stage(path, self.log)
         self._steps = SCENARIOS[name](self.stage)
@@ -285,6 +288,7 @@ class Run:
         self, before: Hook = lambda _: None, after: After = lambda *_: None, *, stores: bool = False
     ) -> list[str]:
         """Do the operation under test, with a fault; returns the names of the events that it met."""
+        self._is_faulty = True
         with Injector(before, after, stores=stores) as injector:
             self._do()
         return injector.met
@@ -314,7 +318,7 @@ class Run:
                 self.stage.go_on()
                 self.stage.close()
                 gc.collect()  # a session interrupted as it was opened ends with its last reference
-                verify(self.path, self.log, ended=not self._interrupted)
+                verify(self.path, self.log, ended=not self._interrupted, explained=not self._is_faulty)
         except BaseException as failure:
             failure.add_note("\n".join(map(str, self.log.lines())))
             raise

@@ -7,19 +7,21 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.account import check_spool
+from support.peek import peek_table
+from support.waits import until, until_asleep
 
 from spoolipc import Empty, Full, SpoolReader, SpoolWriter, StorageError, TooLarge, failed_list, fsck
-from spoolipc import words as W
 
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 MIB = 1 << 20
 MKFS = shutil.which("mkfs.ext4", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 LARGEST = 1_300_000
@@ -101,27 +103,9 @@ def put_all(writer: SpoolWriter) -> int:
     return put
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until a condition that another thread or process brings about holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not reached"
-        time.sleep(0.0005)
-
-
-def waits_for_space(writer: SpoolWriter) -> bool:
-    return any(writer._sink.party.look()[W.SPACE_FLAGS : W.SPACE_FLAGS + 8])
-
-
-def clear_flags(writer: SpoolWriter) -> None:
-    """A new index has every flag set, as nobody knows yet who waits."""
-    for k in range(8):
-        writer._sink.party.look()[W.SPACE_FLAGS + k] = 0
-
-
 def sound(path: Path) -> None:
-    """Nothing damaged, nothing given up, nothing half written."""
-    assert fsck(path).problems == ()
+    """Nothing damaged, nothing dead-lettered, nothing half written."""
+    check_spool(path)
     assert failed_list(path) == []
     assert os.listdir(path / "tmp") == []
 
@@ -130,7 +114,7 @@ def test_writers_on_a_full_disk_wait_for_a_slow_reader_and_nothing_is_torn_or_lo
     path = disk / "spool"
     with SpoolReader(path) as reader:
         writers = [
-            SPAWN.Process(target=write, args=(str(path), writer), daemon=True) for writer in range(WRITERS)
+            FORK.Process(target=write, args=(str(path), writer), daemon=True) for writer in range(WRITERS)
         ]
         for process in writers:
             process.start()
@@ -194,11 +178,11 @@ def test_what_never_fits_names_what_it_needs_the_size_and_what_is_free(disk: Pat
 def test_put_that_waits_goes_on_when_a_foreign_file_is_removed(disk: Path) -> None:
     path = disk / "spool"
     with SpoolWriter(path) as writer, SpoolReader(path) as reader, ThreadPoolExecutor(1) as aside:
+        thread = aside.submit(threading.get_native_id).result()
         for array in (array_of(1, 1), array_of(0, 0)):
             file = fill(disk)
-            clear_flags(writer)
             waiting = aside.submit(writer.put, array)
-            until(lambda: waits_for_space(writer) or waiting.done())  # noqa: B023
+            until_asleep(os.getpid(), thread)
             assert not waiting.done()
             file.unlink()
             waiting.result(20)
@@ -210,14 +194,13 @@ def test_put_that_waits_goes_on_when_a_foreign_file_is_removed(disk: Path) -> No
 def test_index_that_cannot_grow_is_full_and_the_items_stay(disk: Path) -> None:
     path = disk / "spool"
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        capacity = writer._sink.party.look()[W.CAPACITY]
-        records = (capacity - W.HEADER) // W.RECORD
+        records = peek_table(path).counts["capacity"]
         writer.put_many([np.array([count]) for count in range(records)])
         file = fill(disk, 12_000)  # room for the item, not for the index
         with pytest.raises(Full):
             writer.put_nowait(np.array([records]))
         assert writer.qsize() == records
-        assert writer._sink.party.look()[W.CAPACITY] == capacity
+        assert peek_table(path).counts["capacity"] == records
         file.unlink()
         writer.put(np.array([records]), timeout=20)
         assert [int(reader.get_nowait()[0]) for _ in range(records + 1)] == list(range(records + 1))
@@ -235,7 +218,7 @@ def test_spool_that_cannot_be_made_on_a_full_disk_is_a_clear_error_and_is_made_l
     sound(disk / "spool")
 
 
-def test_readers_receive_and_give_back_on_a_full_disk(disk: Path) -> None:
+def test_readers_receive_and_requeue_on_a_full_disk(disk: Path) -> None:
     path = disk / "spool"
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
         writer.put_many([array_of(0, count) for count in range(4)])

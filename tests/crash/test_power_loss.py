@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from support.faults import Event, Injector
 
-from spoolipc import Empty, SpoolReader, SpoolWriter, failed_list, fsck, gc, index
+from spoolipc import Empty, SpoolReader, SpoolWriter, failed_list, fsck, gc
+from spoolipc.directory import fs, journal, rebuild
 
 Mode = Literal["least", "zeros", "most", "some"]
 Names = dict[str, int]
@@ -48,10 +50,9 @@ class State:
 
 @dataclass
 class Recorder:
-    """Wraps the calls of `os` that change names or sync, below `base`, which is synced itself."""
+    """Takes note of the engine's calls that change names or sync, below `base`, which is synced itself."""
 
     base: Path
-    patch: pytest.MonkeyPatch
     states: list[State] = field(default_factory=list)
     returned: list[int] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
@@ -60,76 +61,62 @@ class Recorder:
     pending: list[tuple[int, str, int | None]] = field(default_factory=list)
     kept: dict[int, bytes | None] = field(default_factory=dict)
     _looks: dict[int, int] = field(default_factory=dict)
+    _created = False
 
     def __post_init__(self) -> None:
         self.root = os.stat(self.base).st_ino
         self.synced[self.root], self.now[self.root] = {}, {}
         self._note()
-        for name in ("open", "mkdir", "rename", "unlink", "fsync"):
-            self.patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
-        for name in ("link", "replace", "rmdir", "remove", "symlink", "fdatasync", "sync"):
-            self.patch.setattr(os, name, _unknown(name))
 
-    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            before = self._before(name, args, options)
-            result = real(*args, **options)
-            if self._after(name, args, options, before, result, real):
-                self._note()
-            return result
+    def before(self, event: Event) -> None:
+        self._created = False
+        if event.name == "open_at" and event.args[1] & os.O_CREAT:
+            parent, entry = _parent(event.args[0], event.options.get("dir_fd"))
+            self._created = parent in self.now and entry not in self.now[parent]
 
-        return call
+    def after(self, event: Event, result: Any) -> None:
+        done = {
+            "sync": lambda: self._sync(event.args[0]),
+            "rename": lambda: self._rename(*event.args, **event.options),
+            "unlink": lambda: self._unlink(*event.args, **event.options),
+            "mkdir": lambda: self._mkdir(*event.args[:1], **event.options),
+            "make_parents": lambda: self._make_parents(*event.args),
+            "open_at": lambda: self._open(event.args[0], event.options.get("dir_fd"), result),
+        }.get(event.name, lambda: False)()
+        if done:
+            self._note()
 
-    def _parent(self, path: str | os.PathLike[str], fd: int | None) -> tuple[int, str]:
-        folder, name = os.path.split(os.fspath(path))
-        place = f"/proc/self/fd/{fd}/{folder}" if fd is not None else folder or "."
-        return os.stat(place).st_ino, name
+    def _rename(self, old: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> bool:
+        (source, old), (target, new) = _parent(old, src_dir_fd), _parent(new, dst_dir_fd)
+        inode = self.now[source][old]
+        self._change(source, old, None)
+        self._change(target, new, inode)
+        return True
 
-    def _before(self, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Whether an `open` makes a file."""
-        if name != "open" or not args[1] & os.O_CREAT:
+    def _unlink(self, name: str, *, dir_fd: int) -> bool:
+        self._change(*_parent(name, dir_fd), None)
+        return True
+
+    def _mkdir(self, name: str | Path, mode: int = 0, *, dir_fd: int | None = None) -> bool:
+        inode = os.stat(name, dir_fd=dir_fd).st_ino
+        self.synced[inode], self.now[inode] = {}, {}
+        self._change(*_parent(name, dir_fd), inode)
+        return True
+
+    def _make_parents(self, path: Path) -> bool:
+        places = [place for place in reversed(path.parents) if self.base in place.parents]
+        new = [place for place in places if place.stat().st_ino not in self.now]
+        for place in new:
+            self._mkdir(place)
+        return bool(new)
+
+    def _open(self, name: str, dir_fd: int | None, fd: int) -> bool:
+        if not self._created:
             return False
-        parent, entry = self._parent(args[0], options.get("dir_fd"))
-        return parent in self.now and entry not in self.now[parent]
-
-    def _after(
-        self,
-        name: str,
-        args: tuple[Any, ...],
-        options: dict[str, Any],
-        created: bool,
-        result: Any,
-        real: Callable[..., Any],
-    ) -> bool:
-        if name == "fsync":
-            return self._sync(args[0])
-        if name == "rename":
-            source, old = self._parent(args[0], options.get("src_dir_fd"))
-            target, new = self._parent(args[1], options.get("dst_dir_fd"))
-            if source not in self.now or target not in self.now:
-                return False
-            inode = self.now[source][old]
-            self._change(source, old, None)
-            self._change(target, new, inode)
-            return True
-        if name == "open" and not created:
-            return False
-        parent, entry = self._parent(args[0], options.get("dir_fd"))
-        if parent not in self.now:
-            return False
-        if name == "unlink":
-            self._change(parent, entry, None)
-            return True
-        if name == "mkdir":
-            fd = options.get("dir_fd")
-            status = os.stat(args[0], dir_fd=fd)
-            self.synced[status.st_ino], self.now[status.st_ino] = {}, {}
-            self._change(parent, entry, status.st_ino)
-            return True
-        status = os.fstat(result)
-        self._looks[status.st_ino] = real(f"/proc/self/fd/{result}", os.O_RDONLY | os.O_CLOEXEC)
-        self.kept[status.st_ino] = None
-        self._change(parent, entry, status.st_ino)
+        inode = os.fstat(fd).st_ino
+        self._looks[inode] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        self.kept[inode] = None
+        self._change(*_parent(name, dir_fd), inode)
         return True
 
     def _change(self, parent: int, name: str, inode: int | None) -> None:
@@ -178,7 +165,6 @@ class Recorder:
 
     def close(self) -> None:
         """End the recording, which must have seen every change: the names it knows are those that are there."""
-        self.patch.undo()
         for fd in self._looks.values():
             os.close(fd)
         found: dict[int, Names] = {}
@@ -188,11 +174,11 @@ class Recorder:
         assert found == self.now
 
 
-def _unknown(name: str) -> Callable[..., Any]:
-    def call(*_: Any, **__: Any) -> Any:
-        raise AssertionError(f"os.{name} is not recorded; teach the recorder")
-
-    return call
+def _parent(path: str | os.PathLike[str], fd: int | None) -> tuple[int, str]:
+    """The inode of the directory that a name is in, and the name."""
+    folder, name = os.path.split(os.fspath(path))
+    place = f"/proc/self/fd/{fd}/{folder}" if fd is not None else folder or "."
+    return os.stat(place).st_ino, name
 
 
 def _apply(names: Names, name: str, inode: int | None) -> None:
@@ -278,15 +264,16 @@ def test_what_a_synced_put_returned_is_whole_after_power_loss_at_any_moment(
 ) -> None:
     base, tree = tmp_path / "base", tmp_path / "tree"
     base.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        recorder = Recorder(base, patch)
+    recorder = Recorder(base)
+    with Injector(recorder.before, recorder.after):
         work(recorder, base / "new" / "spool")
-        recorder.close()
+    recorder.close()
     assert recorder.returned == [1, 2, 4, 3, 5, 6, 8]
     rng = random.Random(20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "boot_words", lambda: (1, 2))
-        patch.setattr(os, "fsync", lambda _: None)  # these trees need not last
+        patch.setattr(journal, "boot_words", lambda: (1, 2))
+        patch.setattr(rebuild, "boot_words", lambda: (1, 2))
+        patch.setattr(fs, "sync", lambda _: None)  # these trees need not last
         before: tuple[object, ...] = ()
         for state in recorder.states:
             now = (state.synced, state.kept, state.returned, state.taken)
