@@ -180,9 +180,8 @@ class DirectoryConsumer(Receiver):
             record = first(words)
             if not record or words[SHUTDOWN] == DISCARDED:
                 break
-            taken.append(
-                self._delivery(record, 1)
-            )  # first, so that whoever requeues it after an interrupt finds it
+            # First, so that whoever requeues it after an interrupt finds it.
+            taken.append(self._delivery(record, 1))
             journal.commit(transitions.claim(words, record, token, due))
         space += len(taken)
         return not taken and self.has_ended(), items + self.pass_on(0), space

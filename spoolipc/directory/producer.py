@@ -58,8 +58,8 @@ RETRY_AFTER: Final = 1.0
 
 
 class DirectoryProducer:
-    """A writer's session in a spool directory. Keeps `spoolipc.engine.Producer`, `Lender`,
-    `Preallocator` and `Watchable`.
+    """A writer's session in a spool directory. Keeps `spoolipc.engine.Producer`, `Lender`, `Preallocator` and
+    `Watchable`.
 
     durability: "none" survives the crash of any process, "fsync" also the loss of power: then no consumed file is
     written again, as after the loss of power an older name could show the new bytes.
@@ -279,19 +279,8 @@ class DirectoryProducer:
             if not recycler.is_ours(file):
                 return None
         seq = transitions.next_seq(words)
-        ITEM.pack_into(
-            journal.map,
-            (record + ITEM_AT) * WORD,
-            seq,
-            staged.put_time,
-            0,
-            flags,
-            staged.layout.end,
-            0,
-            0,
-            0,
-            loan,
-        )
+        said = (seq, staged.put_time, 0, flags, staged.layout.end, 0, 0, 0, loan)
+        ITEM.pack_into(journal.map, (record + ITEM_AT) * WORD, *said)
         successor = link = 0
         try:
             if file is None:
