@@ -98,7 +98,8 @@ class Staging:
         mappings, free, name = self.recycler.mappings, self.session.directories.free, file.name
         layout, end, need = staged.layout, staged.layout.end, staged.need
         try:
-            if file.size <= SMALL and not mappings.wants(file.generation):
+            kept = mappings.kept.get(file.generation)
+            if kept is None and file.size <= SMALL and not mappings.wants(file.generation):
                 data = to_bytes(layout, staged.arrays)
                 if self.checksum:
                     staged.tail = self.sealed(staged, data)
@@ -110,7 +111,6 @@ class Staging:
                 status = fs.stat_at(name, dir_fd=free)
                 if status[3] != 1 or status[6] != file.size:
                     raise BadItem("the file is linked elsewhere or has changed its size")
-                kept = mappings.kept.get(file.generation)
                 if kept is not None and kept.identity == status[1:3] and kept.size == status[6]:
                     buffer = kept.buffer
                 else:
