@@ -585,6 +585,7 @@ class EngineSuite(SharedSuite):
         self.producer = self.open_producer(reopen=True)
         self.put(5)
         assert self.take() == [5]
+        assert self.admin.stat().bytes == 0
 
     def test_closed_session_says_so_and_closing_again_is_harmless(self) -> None:
         self.put(0)
