@@ -207,23 +207,24 @@ class SharedSuite(Suite):
         again = self.aside(self.claim_other).result(20)
         assert time.monotonic() - began >= 0.2
         assert (again.seq, again.attempt) == (delivery.seq, 2)
-        refused(
-            LeaseExpired, *[partial(self.settle, delivery, verdict) for verdict in (*SETTLED, Extend(10))]
-        )
+        settles = [partial(self.settle, delivery, verdict) for verdict in (*SETTLED, Extend(10))]
+        refused(LeaseExpired, *settles)
         assert number_of(self.other.load(again)) == 0
         self.other.settle([again], Ack())
+        refused(LeaseExpired, *settles)
         self.go_on()
         assert number_of(view) == 0
 
     def test_item_stays_in_flight_until_its_lease_ends_which_may_be_changed(self) -> None:
         self.put(0, 1)
-        first, _ = self.claim(0.1), self.claim()
-        self.settle(first, Extend(30))
+        leased, endless = self.claim(0.1), self.claim()
+        self.settle(leased, Extend(30))
         with pytest.raises(Empty):  # for longer than between two looks for crashed sessions
             self.other.claim(1, None, time.monotonic() + 1.3)
-        waiting = self.aside(self.claim_other)
-        self.settle(first, Extend(0.05))
-        assert (waiting.result(20).seq, waiting.result().attempt) == (first.seq, 2)
+        for delivery in (endless, leased):
+            waiting = self.aside(self.claim_other)
+            self.settle(delivery, Extend(0.05))
+            assert (waiting.result(20).seq, waiting.result().attempt) == (delivery.seq, 2)
 
     def test_items_in_flight_are_redelivered_when_their_consumer_closes(self) -> None:
         seqs = self.put(0, 1, 2, size=LARGE)
