@@ -770,27 +770,20 @@ class Remote:
 
 
 def serve(engine: Engine, pipe: Connection) -> None:
-    """Make the calls of a `Remote`. Deliveries stay here; a number stands for each over there."""
+    """Make the calls of a `Remote`. The handles of deliveries stay here."""
     consumer = engine.consumer(engines.ConsumerOptions())
-    known: list[Delivery] = []
-
-    def ours(argument: Any) -> Any:
-        if isinstance(argument, list):
-            return list(map(ours, argument))
-        return known[argument.handle] if isinstance(argument, Delivery) else argument
-
-    def theirs(value: Any) -> Any:
-        if isinstance(value, list):
-            return list(map(theirs, value))
-        if not isinstance(value, Delivery):
-            return value
-        known.append(value)
-        return replace(value, handle=len(known) - 1)
-
+    handles: dict[tuple[int, int], Any] = {}
     name = ""
     while name != "close":
         name, args = pipe.recv()
+        if name in ("load", "describe", "settle"):
+            for each in args[0] if name == "settle" else args:
+                each.handle = handles[each.seq, each.attempt]
         try:
-            pipe.send((True, theirs(getattr(consumer, name)(*map(ours, args)))))
+            done, value = True, getattr(consumer, name)(*args)
         except Exception as error:
-            pipe.send((False, error))
+            done, value = False, error
+        if done and name == "claim":
+            handles |= {(each.seq, each.attempt): each.handle for each in value}
+            value = [replace(each, handle=None) for each in value]
+        pipe.send((done, value))
