@@ -40,8 +40,8 @@ _LONGEST_SLEEP: Final = 3600.0
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """An item. image: the bytes of its file. owner: at whom it is in flight. due: monotonic seconds when its lease
-    ends, or when it is to be delivered again."""
+    """An item. image: the bytes of its file. owner: at whom it was in flight last. due: monotonic seconds when its
+    lease ends, or when it is to be delivered again."""
 
     image: bytes | bytearray
     put_time: int
@@ -118,12 +118,12 @@ class _Spool:
         return self.waiting() >= (self.limits.maxsize or math.inf)
 
     def check_room(self, size: int) -> None:
-        """Raise TooLarge, ShutDown, or Full when there is no room now."""
+        """Raise ShutDown, TooLarge, or Full when there is no room now."""
+        if self.state != "open":
+            raise errors.ShutDown(f"{self.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
         most = self.limits.max_bytes or math.inf
         if size > most:
             raise errors.TooLarge(f"{size} bytes can never fit into {self.path}: max_bytes is {most}")
-        if self.state != "open":
-            raise errors.ShutDown(f"{self.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
         if self.full() or self.bytes + size > most:
             raise errors.Full(f"{self.path} had no room in time")
 
@@ -161,10 +161,6 @@ class _Spool:
         del self.in_flight[item.seq]
         self.bytes -= len(item.image)
         self.changed.notify_all()
-
-    def acknowledge(self, item: _Item) -> None:
-        self.remove(item)
-        self.gets += 1
 
     def fail(self, item: _Item, why: str, delay: float = 0.0, last: bool = False) -> None:
         """Requeue an item in flight, or make it a dead letter: when its attempts are used up, or this is its last."""
@@ -343,8 +339,9 @@ class Consumer(_Session):
     def take(self, limit: int, until: Deadline) -> list[Message]:
         with self._spool.step(self) as spool:
             found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
+            spool.gets += len(found)
             for item in found:
-                spool.acknowledge(item)
+                spool.remove(item)
             return [item.message for item in found]
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
@@ -372,7 +369,8 @@ class Consumer(_Session):
                 item = self._in_flight(delivery)
                 match verdict:
                     case values.Ack():
-                        spool.acknowledge(item)
+                        spool.gets += 1
+                        spool.remove(item)
                     case values.Nack(delay, reason):
                         spool.fail(item, reason, delay)
                     case values.Reject(reason):
@@ -437,5 +435,6 @@ def _footer(layout: items.Layout, message: Message, put_time: int) -> bytes:
 
 
 def _made(message: Message) -> _Item:
+    """The item of a message that is put now."""
     layout, now = items.layout_of(message.arrays), time.time_ns()
     return _Item(b"".join((*items.parts(layout, message.arrays), _footer(layout, message, now))), now)

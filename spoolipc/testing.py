@@ -207,23 +207,24 @@ class SharedSuite(Suite):
         again = self.aside(self.claim_other).result(20)
         assert time.monotonic() - began >= 0.2
         assert (again.seq, again.attempt) == (delivery.seq, 2)
-        refused(
-            LeaseExpired, *[partial(self.settle, delivery, verdict) for verdict in (*SETTLED, Extend(10))]
-        )
+        settles = [partial(self.settle, delivery, verdict) for verdict in (*SETTLED, Extend(10))]
+        refused(LeaseExpired, *settles)
         assert number_of(self.other.load(again)) == 0
         self.other.settle([again], Ack())
+        refused(LeaseExpired, *settles)
         self.go_on()
         assert number_of(view) == 0
 
     def test_item_stays_in_flight_until_its_lease_ends_which_may_be_changed(self) -> None:
         self.put(0, 1)
-        first, _ = self.claim(0.1), self.claim()
-        self.settle(first, Extend(30))
+        leased, endless = self.claim(0.1), self.claim()
+        self.settle(leased, Extend(30))
         with pytest.raises(Empty):  # for longer than between two looks for crashed sessions
             self.other.claim(1, None, time.monotonic() + 1.3)
-        waiting = self.aside(self.claim_other)
-        self.settle(first, Extend(0.05))
-        assert (waiting.result(20).seq, waiting.result().attempt) == (first.seq, 2)
+        for delivery in (endless, leased):
+            waiting = self.aside(self.claim_other)
+            self.settle(delivery, Extend(0.05))
+            assert (waiting.result(20).seq, waiting.result().attempt) == (delivery.seq, 2)
 
     def test_items_in_flight_are_redelivered_when_their_consumer_closes(self) -> None:
         seqs = self.put(0, 1, 2, size=LARGE)
@@ -585,6 +586,7 @@ class EngineSuite(SharedSuite):
         self.producer = self.open_producer(reopen=True)
         self.put(5)
         assert self.take() == [5]
+        assert self.admin.stat().bytes == 0
 
     def test_closed_session_says_so_and_closing_again_is_harmless(self) -> None:
         self.put(0)
@@ -768,27 +770,20 @@ class Remote:
 
 
 def serve(engine: Engine, pipe: Connection) -> None:
-    """Make the calls of a `Remote`. Deliveries stay here; a number stands for each over there."""
+    """Make the calls of a `Remote`. The handles of deliveries stay here."""
     consumer = engine.consumer(engines.ConsumerOptions())
-    known: list[Delivery] = []
-
-    def ours(argument: Any) -> Any:
-        if isinstance(argument, list):
-            return list(map(ours, argument))
-        return known[argument.handle] if isinstance(argument, Delivery) else argument
-
-    def theirs(value: Any) -> Any:
-        if isinstance(value, list):
-            return list(map(theirs, value))
-        if not isinstance(value, Delivery):
-            return value
-        known.append(value)
-        return replace(value, handle=len(known) - 1)
-
+    handles: dict[tuple[int, int], Any] = {}
     name = ""
     while name != "close":
         name, args = pipe.recv()
+        if name in ("load", "describe", "settle"):
+            for each in args[0] if name == "settle" else args:
+                each.handle = handles[each.seq, each.attempt]
         try:
-            pipe.send((True, theirs(getattr(consumer, name)(*map(ours, args)))))
+            done, value = True, getattr(consumer, name)(*args)
         except Exception as error:
-            pipe.send((False, error))
+            done, value = False, error
+        if done and name == "claim":
+            handles |= {(each.seq, each.attempt): each.handle for each in value}
+            value = [replace(each, handle=None) for each in value]
+        pipe.send((done, value))

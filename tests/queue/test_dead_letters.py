@@ -17,11 +17,9 @@ from support.peer import Peer
 from spoolipc import (
     Empty,
     LimitMismatch,
-    ShutDown,
     SpoolReader,
     SpoolWriter,
     failed_list,
-    failed_retry,
     failed_show,
 )
 
@@ -116,33 +114,6 @@ def test_limit_of_attempts_is_five_or_what_the_first_asked_for(
                 SpoolReader(spool, max_attempts=4)
 
 
-def test_rejected_item_is_dead_lettered_at_once_with_its_reason(pair: Pair, spool: Path) -> None:
-    writer, reader = pair
-    seq = writer.put({"a": np.zeros(3), "b": np.ones(LARGE)}, meta=[1])
-    reader.receive().nack(reason="first")
-    reader.receive().reject("not a frame")
-    letter = failed_show(spool, seq)
-    assert [(failure.attempt, failure.why) for failure in letter.history] == [
-        (1, "first"),
-        (2, "not a frame"),
-    ]
-    assert [array.name for array in letter.arrays] == ["a", "b"]
-    with pytest.raises(Empty):
-        reader.receive(block=False)
-
-
-def test_retried_item_starts_afresh(pair: Pair, spool: Path) -> None:
-    writer, reader = pair
-    seq = writer.put(np.full(LARGE, 4.0), meta="m")
-    reader.receive().reject("on purpose")
-    ((old, new),) = failed_retry(spool, [seq]).seqs.items()
-    assert old == seq
-    with reader.receive(block=False) as item:
-        assert (item.seq, item.attempt, item.meta) == (new, 1, "m")
-        assert (item.array == 4).all()
-    assert list((spool / "failed").iterdir()) == []
-
-
 def test_dead_letters_outlive_the_index_and_their_numbers_are_not_given_again(
     pair: Pair, spool: Path
 ) -> None:
@@ -153,19 +124,6 @@ def test_dead_letters_outlive_the_index_and_their_numbers_are_not_given_again(
     assert writer.put(np.zeros(3)) > seq
     assert failed_show(spool, seq).reason == "on purpose"
     reader.get()
-
-
-def test_last_item_dead_lettered_ends_a_spool_that_was_shut_down(pair: Pair, spool: Path) -> None:
-    writer, reader = pair
-    writer.put(np.zeros(3))
-    with SpoolReader(spool) as other:
-        item = other.receive()
-        writer.shutdown()
-        with pytest.raises(Empty):
-            reader.receive(block=False)
-        item.reject("on purpose")
-        with pytest.raises(ShutDown):
-            reader.receive()
 
 
 @pytest.mark.parametrize("reason", ["größe\n\x00\u2028", "x" * 100_000], ids=["odd", "long"])
@@ -235,14 +193,3 @@ def test_reader_that_crashes_on_a_full_file_system_blocks_nobody(tmp_path: Path)
                     assert (item.array == 0).all()
     finally:
         subprocess.run(["umount", "-l", place], check=True)
-
-
-def test_damaged_item_that_get_passes_over_is_a_dead_letter_too(pair: Pair, spool: Path) -> None:
-    writer, reader = pair
-    seq = writer.put(np.zeros(LARGE))
-    writer.put(np.ones(LARGE))
-    os.truncate(spool / "items" / f"{seq:020d}.npy", 5000)
-    assert reader.get()[0] == 1
-    letter = failed_show(spool, seq)
-    assert letter.damage
-    assert "damaged" in letter.reason

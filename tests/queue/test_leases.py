@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,48 +44,6 @@ def history(path: Path, item: Item) -> tuple[Failure, ...]:
     return failed_show(path, item.seq).history[:-1]
 
 
-def test_item_goes_to_another_reader_when_its_lease_ends(pair: Pair, spool: Path) -> None:
-    writer, reader = pair
-    seq = writer.put(np.zeros(LARGE))
-    with SpoolReader(spool, lease=0.5) as leasing:
-        began = time.monotonic()
-        late = leasing.receive()
-        item = reader.receive(timeout=20)
-        assert time.monotonic() - began >= 0.5
-        assert (item.seq, item.attempt) == (seq, 2)
-        with pytest.raises(LeaseExpired):
-            late.ack()
-    (failure,) = history(spool, item)
-    assert (failure.attempt, failure.why) == (1, "its lease ended")
-
-
-@pytest.mark.parametrize("late", ["ack", "nack", "reject", "extend"])
-@pytest.mark.parametrize("taken", ["nobody took it", "another has it", "another settled it"])
-def test_late_settling_is_refused_and_changes_nothing(
-    pair: Pair, leasing: SpoolReader, spool: Path, late: str, taken: str
-) -> None:
-    writer, reader = pair
-    seq = writer.put(np.zeros(LARGE))
-    item = leasing.receive()
-    let_it_end()
-    again = None if taken == "nobody took it" else reader.receive(timeout=20)
-    if again and taken == "another settled it":
-        again.ack()
-    settle: dict[str, Callable[[], None]] = {
-        "ack": item.ack,
-        "nack": item.nack,
-        "reject": lambda: item.reject("late"),
-        "extend": lambda: item.extend(5),
-    }
-    with pytest.raises(LeaseExpired, match=f"item {seq} "):
-        settle[late]()
-    again = again or reader.receive(block=False)
-    assert again.attempt == 2
-    if not again.settled:
-        again.ack()
-    assert list((spool / "failed").iterdir()) == []
-
-
 def test_late_acknowledgement_at_the_end_of_the_block_raises_and_hides_no_error(
     pair: Pair, leasing: SpoolReader
 ) -> None:
@@ -103,32 +61,6 @@ def test_late_acknowledgement_at_the_end_of_the_block_raises_and_hides_no_error(
     with pytest.raises(RuntimeError, match="mine"):
         work(RuntimeError("mine"))
     assert reader.receive(block=False).attempt == 3
-
-
-def test_own_item_whose_lease_ended_comes_back_as_another_delivery(pair: Pair, leasing: SpoolReader) -> None:
-    writer, _ = pair
-    writer.put(np.zeros(LARGE))
-    first = leasing.receive()
-    second = leasing.receive(timeout=20)
-    second.extend(60)
-    assert second.attempt == 2
-    with pytest.raises(LeaseExpired):
-        first.ack()
-    second.ack()
-
-
-@pytest.mark.parametrize("lease", [None, 1.0])
-def test_extend_counts_from_now_whatever_the_lease_was(pair: Pair, spool: Path, lease: float | None) -> None:
-    writer, reader = pair
-    writer.put(np.zeros(3))
-    with SpoolReader(spool, lease=lease) as leasing:
-        item = leasing.receive()
-        if lease:
-            item.extend(60)
-        with pytest.raises(Empty):
-            reader.receive(timeout=1.2)
-        item.extend(SHORT)  # a shorter one counts too
-        assert reader.receive(timeout=20).attempt == 2
 
 
 @pytest.mark.parametrize("lease", [0.3, None])
@@ -151,19 +83,6 @@ def test_hung_reader_loses_its_item_when_the_lease_ends_and_learns_it_when_it_go
                 reader.receive(timeout=1.2)  # crashed sessions are looked for once a second
             peer.go()
             peer.run("item.ack()")
-
-
-def test_item_waits_out_its_delay_and_counts_as_waiting(pair: Pair) -> None:
-    writer, reader = pair
-    writer.put(np.full(3, 1))
-    began = time.monotonic()
-    reader.receive().nack(delay=0.5)
-    writer.put(np.full(3, 2))
-    assert reader.qsize() == 2
-    assert reader.get()[0] == 2
-    item = reader.receive(timeout=20)
-    assert time.monotonic() - began >= 0.5
-    assert (item.array[0], item.attempt) == (1, 2)
 
 
 def test_shorter_delay_is_over_first_and_one_without_an_end_is_a_long_one(pair: Pair, spool: Path) -> None:

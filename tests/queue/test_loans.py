@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from support.calls import Call
 from support.peek import peek_table
 from support.peer import Peer
 
-from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter, UnsupportedArray
+from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter
 
 LARGE = 5000
 
@@ -125,14 +124,6 @@ def test_array_kept_after_an_exception_is_nobody_elses_memory(
         assert (reader.get() == number).all()
 
 
-def test_array_is_read_only_after_the_block(writer: SpoolWriter) -> None:
-    with writer.loan(LARGE) as array:
-        array[:] = 1
-    for part in (array, array[1:]):
-        with pytest.raises(ValueError, match="read-only"):
-            part[0] = 2
-
-
 @pytest.mark.parametrize("how", ["get", "receive"])
 def test_array_kept_keeps_its_file_from_being_written_again(
     writer: SpoolWriter, reader: SpoolReader, how: str
@@ -212,32 +203,6 @@ def test_loan_waits_for_room_when_it_begins(spool: Path, reader: SpoolReader) ->
         assert reader.get()[0] == 0
         lending.result()
         assert reader.get()[0] == 5
-
-
-def test_loan_waits_for_room_when_it_ends(spool: Path, reader: SpoolReader) -> None:
-    filled = threading.Event()
-
-    def lending(writer: SpoolWriter, other: SpoolWriter) -> None:
-        with writer.loan(LARGE) as array:
-            array[:] = 5
-            other.put(np.zeros(3))
-            filled.set()
-
-    with SpoolWriter(spool, maxsize=1) as writer, SpoolWriter(spool) as other:
-        call = Call(lending, writer, other)
-        assert filled.wait(20)
-        call.until_asleep()
-        assert reader.get(timeout=10)[0] == 0
-        call.result()
-        assert reader.get_nowait()[0] == 5
-
-
-def test_loan_of_what_is_no_array_is_refused(writer: SpoolWriter, spool: Path) -> None:
-    with pytest.raises(UnsupportedArray), writer.loan(3, object):
-        pytest.fail("the loan was given")
-    with pytest.raises(ValueError, match="negative"), writer.loan(-1):
-        pytest.fail("the loan was given")
-    assert files(spool, "tmp") == []
 
 
 def test_shutdown_during_the_loan_discards_it(writer: SpoolWriter, spool: Path) -> None:
