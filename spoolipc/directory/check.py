@@ -22,6 +22,7 @@ import numpy as np
 from ..errors import BadItem, NotASpool, SpoolError, UnknownVersion
 from ..message import Limits
 from . import fs, liveness
+from . import table as W
 from .gc import Progress, foreign_at_top
 from .itemfile import ItemFile
 from .layout import (
@@ -40,25 +41,7 @@ from .quarantine import (
     read_history,
 )
 from .repair import put_right, repair_all
-from .table import (
-    BYTES,
-    FAILED_COUNT,
-    FILE,
-    IN_FREE,
-    IN_ITEMS,
-    LAST_SEQ,
-    MAX_ATTEMPTS,
-    MAX_BYTES,
-    MAXSIZE,
-    RECYCLE_BYTES,
-    SHUTDOWN,
-    STATE,
-    Rows,
-    Words,
-    files_in,
-    rows,
-    violations,
-)
+from .table import Rows, Words, files_in, rows, violations
 from .visitor import Visitor
 
 _log = logging.getLogger("spoolipc")
@@ -203,8 +186,8 @@ class _Look:
                 self._note("limits", "index", what)
         items, free = self._files("items"), self._files("free")
         if words is not None:
-            self._compare(words, "items", items, IN_ITEMS)
-            self._compare(words, "free", free, IN_FREE)
+            self._compare(words, "items", items, W.IN_ITEMS)
+            self._compare(words, "free", free, W.IN_FREE)
         self._files("failed")
         self._names("tmp", temporary_owner)
         self._names("alive", liveness.token_of)
@@ -231,12 +214,12 @@ class _Look:
             return []
         words, limits = self.visitor.journal.words, agree(self.directories, Limits())
         said = {
-            "maxsize": (words[MAXSIZE], limits.maxsize),
-            "max_bytes": (words[MAX_BYTES], limits.max_bytes),
-            "recycle_bytes": (words[RECYCLE_BYTES], limits.recycle_bytes),
-            "max_attempts": (words[MAX_ATTEMPTS], limits.max_attempts),
-            "state of shutdown": (words[SHUTDOWN], read_shutdown(self.directories.root)),
-            "number of dead letters": (words[FAILED_COUNT], len(failed_numbers(self.directories))),
+            "maxsize": (words[W.MAXSIZE], limits.maxsize),
+            "max_bytes": (words[W.MAX_BYTES], limits.max_bytes),
+            "recycle_bytes": (words[W.RECYCLE_BYTES], limits.recycle_bytes),
+            "max_attempts": (words[W.MAX_ATTEMPTS], limits.max_attempts),
+            "state of shutdown": (words[W.SHUTDOWN], read_shutdown(self.directories.root)),
+            "number of dead letters": (words[W.FAILED_COUNT], len(failed_numbers(self.directories))),
         }
         return [f"{what}: the index says {a}, the directory {b}" for what, (a, b) in said.items() if a != b]
 
@@ -272,7 +255,7 @@ class _Look:
         for names in fs.batches(self.directories.parts[part]):
             for name in names:
                 number = item_number(name)
-                if number is None or (part != "free" and number >= LAST_SEQ):
+                if number is None or (part != "free" and number >= W.LAST_SEQ):
                     self._other(part, name)
                     continue
                 status = self._status(part, name)
@@ -325,8 +308,8 @@ class _Look:
         """Hold the files of a part against the records of its states."""
         numbers, sizes = listed
         records = rows(words)
-        records = records[np.isin(records[:, STATE], states)]
-        suspects = np.setxor1d(numbers, records[:, FILE])
+        records = records[np.isin(records[:, W.STATE], states)]
+        suspects = np.setxor1d(numbers, records[:, W.FILE])
         for start in range(0, len(suspects), _SLICE):
             self.visitor.step(self._disagreement, part, suspects[start : start + _SLICE], states)
         for number, said, size in _wrong_sizes(records, numbers, sizes):
@@ -359,11 +342,11 @@ def _wrong_sizes(records: Rows, numbers: Rows, sizes: Rows) -> list[tuple[int, i
     if not len(numbers):
         return []
     order = np.argsort(numbers)
-    place = np.searchsorted(numbers, records[:, FILE], sorter=order)
+    place = np.searchsorted(numbers, records[:, W.FILE], sorter=order)
     found = order[np.minimum(place, len(numbers) - 1)]
-    wrong = (numbers[found] == records[:, FILE]) & (sizes[found] != records[:, BYTES])
+    wrong = (numbers[found] == records[:, W.FILE]) & (sizes[found] != records[:, W.BYTES])
     return [
-        (int(record[FILE]), int(record[BYTES]), int(size))
+        (int(record[W.FILE]), int(record[W.BYTES]), int(size))
         for record, size in zip(records[wrong], sizes[found][wrong], strict=True)
     ]
 

@@ -17,30 +17,14 @@ from ..engine import retry
 from ..errors import BadItem, Empty, LeaseExpired
 from ..message import NOW, Ack, Contents, Deadline, Delivery, Extend, Message, Nack, Peeked, Verdict
 from . import fs, housekeeping, transitions
+from . import table as W
 from .itemfile import ItemFile
 from .layout import item_name
 from .quarantine import set_aside
 from .receiving import Opened, Receiver
 from .recycling import Pin
 from .session import operation
-from .table import (
-    ATTEMPT,
-    BYTES,
-    DATA_END,
-    DISCARDED,
-    DUE,
-    GENERATION,
-    IN_FLIGHT,
-    OWNER,
-    PUT_TIME,
-    READY,
-    REDELIVERY,
-    SEQ,
-    SHUTDOWN,
-    STATE,
-    Words,
-    active,
-)
+from .table import Words, active
 from .transitions import first
 
 _LONGEST: Final = 1e9  # seconds of a lease or delay
@@ -83,7 +67,7 @@ class DirectoryConsumer(Receiver):
         """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
         words = self.session.look()
         ahead = self.look_ahead(words, limit)
-        if not (ahead or sure or words[READY.head] or words[REDELIVERY.head] or words[SHUTDOWN]):
+        if not (ahead or sure or words[W.READY.head] or words[W.REDELIVERY.head] or words[W.SHUTDOWN]):
             raise self.nothing(False)
         got, ended = self.session.step(self._take, limit, ahead)
         if not got:
@@ -103,16 +87,16 @@ class DirectoryConsumer(Receiver):
         try:
             while len(got) < limit:
                 record = first(words)
-                if not record or words[SHUTDOWN] == DISCARDED:
+                if not record or words[W.SHUTDOWN] == W.DISCARDED:
                     break
-                seq = words[record + SEQ]
+                seq = words[record + W.SEQ]
                 if ahead and ahead[-1][0] == seq:
                     _, found, pinned, single = ahead.pop()
                 else:
                     try:
                         _, found, pinned, single = self.open(words, record, seq)
                     except BadItem as error:
-                        recycler.mappings.forget(words[record + GENERATION])
+                        recycler.mappings.forget(words[record + W.GENERATION])
                         set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
                         space += 1
                         continue
@@ -178,7 +162,7 @@ class DirectoryConsumer(Receiver):
         taken.clear()  # what was taken before the index proved damaged is in flight no more
         while len(taken) < limit:
             record = first(words)
-            if not record or words[SHUTDOWN] == DISCARDED:
+            if not record or words[W.SHUTDOWN] == W.DISCARDED:
                 break
             # First, so that whoever requeues it after an interrupt finds it.
             taken.append(self._delivery(record, 1))
@@ -189,10 +173,10 @@ class DirectoryConsumer(Receiver):
     def _delivery(self, record: int, more: int) -> Delivery:
         journal = self.session.journal
         words = journal.words
-        seq, data_end = words[record + SEQ], words[record + DATA_END]
-        put_time = words[record + PUT_TIME] if data_end else 0
+        seq, data_end = words[record + W.SEQ], words[record + W.DATA_END]
+        put_time = words[record + W.PUT_TIME] if data_end else 0
         handle = Claim(journal.identity, record, seq, data_end)
-        return Delivery(seq, words[record + ATTEMPT] + more, put_time, words[record + BYTES], handle)
+        return Delivery(seq, words[record + W.ATTEMPT] + more, put_time, words[record + W.BYTES], handle)
 
     def _requeue(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
         """Requeue what a call claimed that was interrupted before anybody had it. A step."""
@@ -229,9 +213,9 @@ class DirectoryConsumer(Receiver):
         words, table = session.look(), session.journal.identity
         if (
             claim.table is not table
-            or words[record + SEQ] != claim.seq
-            or words[record + STATE] != IN_FLIGHT
-            or words[record + OWNER] != session.token
+            or words[record + W.SEQ] != claim.seq
+            or words[record + W.STATE] != W.IN_FLIGHT
+            or words[record + W.OWNER] != session.token
         ):
             record = session.step(self._record_of, delivery)
             words, table = session.look(), session.journal.identity
@@ -278,10 +262,10 @@ class DirectoryConsumer(Receiver):
             known = active(words)
         for record in known:
             if (
-                words[record + SEQ] == claim.seq
-                and words[record + STATE] == IN_FLIGHT
-                and words[record + OWNER] == token
-                and words[record + ATTEMPT] == delivery.attempt
+                words[record + W.SEQ] == claim.seq
+                and words[record + W.STATE] == W.IN_FLIGHT
+                and words[record + W.OWNER] == token
+                and words[record + W.ATTEMPT] == delivery.attempt
             ):
                 return record
         return 0
@@ -295,7 +279,7 @@ class DirectoryConsumer(Receiver):
         if not record:
             raise self._expired(delivery.seq)
         words = self.session.journal.words
-        if 0 < words[record + DUE] <= time.monotonic_ns():
+        if 0 < words[record + W.DUE] <= time.monotonic_ns():
             housekeeping.redeliver(self.session, record, "its lease ended", 0)
             raise self._expired(delivery.seq)
         return record
@@ -321,7 +305,7 @@ class DirectoryConsumer(Receiver):
                 if not pin.left:
                     self.recycler.pins.pending.append(pin)
             done += 1
-        return None, self.pass_on(done) if self.session.journal.words[SHUTDOWN] else 0, done
+        return None, self.pass_on(done) if self.session.journal.words[W.SHUTDOWN] else 0, done
 
     def _is_single(self, seq: int) -> bool:
         """Whether an item's file is a regular one that has no other name."""
@@ -344,7 +328,7 @@ class DirectoryConsumer(Receiver):
         journal = self.session.journal
         for delivery in deliveries:
             record = self._still_ours(delivery)
-            self.recycler.mappings.forget(journal.words[record + GENERATION])
+            self.recycler.mappings.forget(journal.words[record + W.GENERATION])
             set_aside(self.session.directories, journal, record, _who(), reason)
         return None, self.pass_on(len(deliveries)), len(deliveries)
 
@@ -390,7 +374,7 @@ class DirectoryConsumer(Receiver):
         items, space = self.begin()
         words = self.session.journal.words
         record = first(words)
-        if not record or words[SHUTDOWN] == DISCARDED:
+        if not record or words[W.SHUTDOWN] == W.DISCARDED:
             return (None, self.has_ended()), items, space
         return (self._delivery(record, 0), False), items, space
 
@@ -398,9 +382,9 @@ class DirectoryConsumer(Receiver):
         """Dead-letter an item that was peeked at, if it is still the next. A step."""
         journal = self.session.journal
         record = first(journal.words)
-        if not record or journal.words[record + SEQ] != seq:
+        if not record or journal.words[record + W.SEQ] != seq:
             return None, 0, 0
-        self.recycler.mappings.forget(journal.words[record + GENERATION])
+        self.recycler.mappings.forget(journal.words[record + W.GENERATION])
         set_aside(self.session.directories, journal, record, _who(), why)
         return None, self.pass_on(1), 1
 

@@ -18,11 +18,11 @@ from ..errors import BadItem, NoSuchItem, ShutDown, SpoolError, StorageError
 from ..format.footer import Footer
 from ..message import DeadLetter, Limits, Retried, StoredArray
 from . import fs, transitions
+from . import table as W
 from .itemfile import ItemFile
 from .layout import Directories, item_name
 from .quarantine import failed_numbers, forget_history, read_history
 from .session import Session, owns_nothing
-from .table import HAS_METADATA, ITEM, ITEM_AT, NEVER_AGAIN, SHUTDOWN, WORD
 from .visitor import Visitor
 
 _log = logging.getLogger("spoolipc")
@@ -160,7 +160,7 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     """Put a dead letter; None when it is gone. A crash after the transition leaves the old history, which belongs to
     no item any more: `gc` removes it. A step."""
     journal, directories = session.journal, session.directories
-    if journal.words[SHUTDOWN]:
+    if journal.words[W.SHUTDOWN]:
         what = f"the spool {session.path} was shut down; SpoolWriter(path, reopen=True) opens it again"
         raise ShutDown(what)
     name = item_name(number)
@@ -170,9 +170,9 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     words = journal.words
     seq = transitions.next_seq(words)
     # Whether its file survives power loss is not known any more: it is never written again, as one that does.
-    flags = NEVER_AGAIN | (0 if tail.names is None and tail.meta is None else HAS_METADATA)
-    at = (record + ITEM_AT) * WORD
-    ITEM.pack_into(journal.map, at, seq, max(0, tail.put_time), 0, flags, tail.data_end, 0, 0, 0, 0)
+    flags = W.NEVER_AGAIN | (0 if tail.names is None and tail.meta is None else W.HAS_METADATA)
+    at = (record + W.ITEM_AT) * W.WORD
+    W.ITEM.pack_into(journal.map, at, seq, max(0, tail.put_time), 0, flags, tail.data_end, 0, 0, 0, 0)
     journal.commit(transitions.put_new(words, record, size, "failed", name))
     forget_history(directories, number)
     return seq, 1, 0

@@ -31,8 +31,9 @@ from typing import Final, Protocol
 from ..engine import Kind
 from ..errors import SpoolError
 from . import fs, hearing
+from . import table as W
 from .liveness import ring, token_name
-from .table import FOR_ITEMS, FOR_SPACE, KINDS, MOST_WAITERS, SINCES, TOKENS, WAITERS, Token, Waiter, Words
+from .table import Token, Waiter, Words
 
 LOOK_EVERY: Final = {"items": 1.0, "space": 0.05}
 """Seconds a sleeper waits before it looks again unasked; for space less, as not every single place is rung for."""
@@ -41,7 +42,7 @@ SHORT_LOOK: Final = (5e-6, 200e-6)  # seconds of looking before sleeping: least 
 CROWDED: Final = 50e-6  # seconds: a look that takes longer gave the core to somebody with work to do
 SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have been a longer look
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where nothing can be heard: first and longest
-_CODES: Final[dict[Kind, int]] = {"items": FOR_ITEMS, "space": FOR_SPACE}
+_CODES: Final[dict[Kind, int]] = {"items": W.FOR_ITEMS, "space": W.FOR_SPACE}
 
 
 class Host(Protocol):
@@ -102,21 +103,21 @@ class Doorbell:
         if host is None or words is None:
             return
         code = _CODES[kind]
-        sinces = enumerate(words[SINCES : SINCES + MOST_WAITERS].tolist())
-        asleep = sorted((since, place) for place, since in sinces if since and words[KINDS + place] == code)
+        sinces = enumerate(words[W.SINCES : W.SINCES + W.MOST_WAITERS].tolist())
+        asleep = sorted((since, place) for place, since in sinces if since and words[W.KINDS + place] == code)
         fresh = time.monotonic_ns() - FRESH
         for since, place in asleep:
             if count <= 0:
                 return
-            token = words[TOKENS + place]
-            words[SINCES + place] = 0  # before the write: a `since` set after this is for the next ring
+            token = words[W.TOKENS + place]
+            words[W.SINCES + place] = 0  # before the write: a `since` set after this is for the next ring
             if token and ring(host.alive_directory, token) and since > fresh:
                 count -= 1
 
     def ring_all(self) -> None:
         """Wake everybody: for what concerns all, such as a shutdown."""
-        self.ring("items", len(WAITERS))
-        self.ring("space", len(WAITERS))
+        self.ring("items", len(W.WAITERS))
+        self.ring("space", len(W.WAITERS))
 
     # Waiting
 
@@ -203,12 +204,12 @@ class Doorbell:
         words = host.peek_words() if host is not None else None
         if host is None or words is None:
             return None, None
-        if self._place < 0 or words[WAITERS[self._place].token] != host.token:
+        if self._place < 0 or words[W.WAITERS[self._place].token] != host.token:
             self._place = host.take_place(_CODES[self.kind])
             words = host.peek_words()
             if self._place < 0 or words is None:
                 return None, None
-        return WAITERS[self._place], words
+        return W.WAITERS[self._place], words
 
     def _leave(self, look: Callable[[], bool] | None) -> None:
         """One thread waits no longer; the last one takes back that the session does.
@@ -223,7 +224,7 @@ class Doorbell:
         with suppress(SpoolError, OSError):
             words = host.peek_words() if host is not None and self._place >= 0 else None
             if last and host is not None and words is not None:
-                waiter = WAITERS[self._place]
+                waiter = W.WAITERS[self._place]
                 if words[waiter.token] == host.token:
                     words[waiter.since] = 0
             if look is not None:

@@ -20,27 +20,13 @@ import numpy as np
 from ..errors import StorageError
 from ..message import Limits
 from . import fs, liveness, pool
+from . import table as W
 from .housekeeping import discard_some, put_right
 from .journal import Journal
 from .layout import FILES, PARTS, Directories, item_name, item_number, temporary_owner
 from .quarantine import history_number
 from .session import Session, owns_nothing
-from .table import (
-    ATTEMPT,
-    BYTES,
-    DISCARDED,
-    FILE,
-    IN_FLIGHT,
-    ITEM_BYTES,
-    MAX_ATTEMPTS,
-    NOTHING,
-    OWNER,
-    SHUTDOWN,
-    STATE,
-    Rows,
-    active,
-    rows,
-)
+from .table import Rows, active, rows
 from .visitor import AnySpool, Visitor
 
 Progress: TypeAlias = Callable[[int, int | None], None]
@@ -194,7 +180,7 @@ class _Sweep:
             if journal is None:
                 return
             words = journal.words
-            owned = [(record, words[record + OWNER]) for record in reversed(active(words))]
+            owned = [(record, words[record + W.OWNER]) for record in reversed(active(words))]
             crashed = liveness.crashed_among(
                 self.spool.directories.alive, {owner for _, owner in owned if owner}
             )
@@ -216,13 +202,13 @@ class _Sweep:
 
     def _count(self, journal: Journal, record: int) -> None:
         words = journal.words
-        most = words[MAX_ATTEMPTS]
-        if words[record + STATE] == IN_FLIGHT:
-            last = most and words[record + ATTEMPT] >= most
+        most = words[W.MAX_ATTEMPTS]
+        if words[record + W.STATE] == W.IN_FLIGHT:
+            last = most and words[record + W.ATTEMPT] >= most
             self.counts["dead_lettered_items" if last else "requeued_items"] += 1
         else:
             self.counts["abandoned_files"] += 1
-            self.counts["bytes_freed"] += words[record + BYTES]
+            self.counts["bytes_freed"] += words[record + W.BYTES]
 
     def _settle(
         self, session: Session, journal: Journal, abandoned: list[tuple[int, int]]
@@ -237,7 +223,7 @@ class _Sweep:
             ):  # built again meanwhile: what had crashed owns nothing any more
                 abandoned.clear()
                 break
-            if journal.words[record + OWNER] == owner:
+            if journal.words[record + W.OWNER] == owner:
                 self._count(journal, record)
                 more, room = put_right(session, record, "its reader crashed")
                 items, space = items + more, space + room
@@ -250,18 +236,18 @@ class _Sweep:
                 pass
             return
         journal = self._journal()
-        if journal is not None and journal.words[SHUTDOWN] == DISCARDED:
+        if journal is not None and journal.words[W.SHUTDOWN] == W.DISCARDED:
             words = journal.words
             waiting = pool.waiting(words)
             self.counts["discarded_items"] += waiting + self.counts["requeued_items"]
-            self.counts["bytes_freed"] += words[ITEM_BYTES]
+            self.counts["bytes_freed"] += words[W.ITEM_BYTES]
 
     def _discard(self, session: Session) -> tuple[bool, int, int]:
         words = session.journal.words
-        before, size = pool.waiting(words), words[ITEM_BYTES]
+        before, size = pool.waiting(words), words[W.ITEM_BYTES]
         more, _, _ = discard_some(session)
         self.counts["discarded_items"] += before - pool.waiting(words)
-        self.counts["bytes_freed"] += size - words[ITEM_BYTES]
+        self.counts["bytes_freed"] += size - words[W.ITEM_BYTES]
         return more, 0, 0
 
     def _temporary_files(self) -> None:
@@ -296,7 +282,7 @@ class _Sweep:
             if journal is None:
                 return listed  # a rebuild removes every file of free/
             records = rows(journal.words)
-            orphans: Rows = np.setdiff1d(listed, records[records[:, STATE] != NOTHING, FILE])
+            orphans: Rows = np.setdiff1d(listed, records[records[:, W.STATE] != W.NOTHING, W.FILE])
             if self.session is None or not orphans.size:
                 return orphans
             self._step(lambda: None)

@@ -12,28 +12,11 @@ import time
 from typing import Final
 
 from . import fs, liveness, pool, transitions
+from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import note_failure, set_aside
 from .session import MEMBERS, Session, is_due
-from .table import (
-    ATTEMPT,
-    BYTES,
-    DELAYED,
-    DISCARDED,
-    DUE,
-    HOUSEKEPT,
-    IN_FLIGHT,
-    MAX_ATTEMPTS,
-    NEXT_DUE,
-    OWNER,
-    PEAK_BYTES,
-    SEQ,
-    SHUTDOWN,
-    STATE,
-    WAITERS,
-    IndexDamaged,
-    active,
-)
+from .table import IndexDamaged, active
 
 _NAMES: Final = 64  # of tmp/ looked at in one round
 _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
@@ -50,12 +33,12 @@ def redeliver(session: Session, record: int, why: str, due: int) -> tuple[bool, 
     dead-lettered. Also how many who wait to wake. A step."""
     journal, directories = session.journal, session.directories
     words = journal.words
-    attempt, most = words[record + ATTEMPT], words[MAX_ATTEMPTS]
-    who = f"process {liveness.process_of(directories.alive, words[record + OWNER])}"
+    attempt, most = words[record + W.ATTEMPT], words[W.MAX_ATTEMPTS]
+    who = f"process {liveness.process_of(directories.alive, words[record + W.OWNER])}"
     if most and attempt >= most:
         set_aside(directories, journal, record, who, f"{why}; that was attempt {attempt} of {most}")
-        return False, MEMBERS if words[SHUTDOWN] else 0, 1
-    note_failure(directories, words[record + SEQ], attempt, who, why)
+        return False, MEMBERS if words[W.SHUTDOWN] else 0, 1
+    note_failure(directories, words[record + W.SEQ], attempt, who, why)
     journal.commit(transitions.requeue(words, record, due))
     return True, MEMBERS if due else 1, 0  # after a delay all who wait must know when to look
 
@@ -64,11 +47,11 @@ def put_right(session: Session, record: int, why: str) -> tuple[int, int]:
     """Take a record from who has it no more: an item waits again, or is dead-lettered after its last attempt; a file
     of `free/` is unlinked, as a fork of the crashed session may still show it. Whom to wake. A step."""
     journal = session.journal
-    state = journal.words[record + STATE]
-    if state == IN_FLIGHT:
+    state = journal.words[record + W.STATE]
+    if state == W.IN_FLIGHT:
         _, items, space = redeliver(session, record, why, 0)
         return items, space
-    if state == DELAYED:
+    if state == W.DELAYED:
         journal.commit(transitions.requeue(journal.words, record, 0))
         return 1, 0
     journal.commit(transitions.drop(journal.words, record))
@@ -87,27 +70,27 @@ def round_if_due(session: Session) -> None:
 def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     """One round; does nothing, unless forced, when somebody did it within the second. A step."""
     words = session.journal.words
-    if not force and not is_due(words[HOUSEKEPT], words[NEXT_DUE]):
+    if not force and not is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
         return None, 0, 0
     now = time.monotonic_ns()
     session.check_present()  # who holds the lock on a directory that was removed is alone with it
     crashed = _Crashed(session)
     items, space = _settle_round(session, crashed, now)
     words = session.journal.words
-    words[HOUSEKEPT] = now
+    words[W.HOUSEKEPT] = now
     with fs.scan(session.directories.tmp) as entries:
         for entry in itertools.islice(entries, _NAMES):
             token = temporary_owner(entry.name)
             if token and crashed.has(token):
                 fs.unlink_missing_ok(session.directories.tmp, entry.name)
-    for waiter in WAITERS:
+    for waiter in W.WAITERS:
         if words[waiter.token] and words[waiter.since] and crashed.has(words[waiter.token]):
             words[waiter.since] = words[waiter.token] = 0
     for token in crashed.found():
         fs.unlink_missing_ok(session.directories.alive, liveness.token_name(token))
-    words[PEAK_BYTES] = pool.lower_peak(words)
+    words[W.PEAK_BYTES] = pool.lower_peak(words)
     _trim(session)
-    if words[SHUTDOWN] == DISCARDED:
+    if words[W.SHUTDOWN] == W.DISCARDED:
         discard_some(session)  # what its maker did not live to remove, or a reader requeued since
     return None, items, space
 
@@ -135,7 +118,7 @@ def _settle_round(session: Session, crashed: _Crashed, now: int) -> tuple[int, i
         if settled == _AT_ONCE:
             soonest = now  # the next step goes on
             break
-        owner, ends = words[record + OWNER], words[record + DUE]
+        owner, ends = words[record + W.OWNER], words[record + W.DUE]
         why = ""
         if owner and crashed.has(owner):
             why = "its reader crashed"
@@ -146,7 +129,7 @@ def _settle_round(session: Session, crashed: _Crashed, now: int) -> tuple[int, i
         if why:
             more, room = put_right(session, record, why)
             items, space, settled = items + more, space + room, settled + 1
-    session.journal.words[NEXT_DUE] = soonest
+    session.journal.words[W.NEXT_DUE] = soonest
     return items, space
 
 
@@ -158,7 +141,7 @@ def _trim(session: Session) -> None:
         record, link = pool.largest_pooled(journal.words)
         if not record:
             break
-        count, size = count + 1, size + journal.words[record + BYTES]
+        count, size = count + 1, size + journal.words[record + W.BYTES]
         journal.commit(transitions.evict(journal.words, record, link))
 
 
@@ -170,11 +153,11 @@ def discard_some(session: Session) -> tuple[bool, int, int]:
     """
     journal = session.journal
     words = journal.words
-    if words[SHUTDOWN] != DISCARDED:
+    if words[W.SHUTDOWN] != W.DISCARDED:
         return False, 0, 0
-    if read_shutdown(session.directories.root) != DISCARDED:
+    if read_shutdown(session.directories.root) != W.DISCARDED:
         raise IndexDamaged("the index says that the spool was discarded, and no marker does")
-    delayed = [record for record in active(words) if words[record + STATE] == DELAYED]
+    delayed = [record for record in active(words) if words[record + W.STATE] == W.DELAYED]
     for _ in range(_DISCARDED_AT_ONCE):
         record = transitions.first(words) or (delayed.pop() if delayed else 0)
         if not record:

@@ -26,45 +26,16 @@ from typing import Final
 
 from ..errors import StorageError, UnknownVersion, UnsafeSpool
 from . import fs
+from . import table as W
 from .layout import Directories, item_name, read_shutdown, write_shutdown
-from .table import (
-    ALL_BITS,
-    BOOT,
-    CAPACITY,
-    EDGE,
-    FIRST_SEQ,
-    GUARD,
-    HEADER,
-    HOLDER,
-    JOURNAL,
-    JOURNAL_ROOM,
-    MAGIC,
-    MAGIC_VALUE,
-    MARK,
-    NEXT_SEQ,
-    NEXT_SEQ_CHECK,
-    NOTHING,
-    RECORD,
-    SHUTDOWN,
-    STORES,
-    SUBJECT,
-    UNUSED,
-    VERSION,
-    VERSION_VALUE,
-    WORD,
-    IndexDamaged,
-    Words,
-    known,
-    record_in,
-    violations,
-)
+from .table import IndexDamaged, Words, known, record_in, violations
 from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, MEMORY, Stores, Transition
 
 NAME: Final = "index"
 NEW: Final = "index.new"
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 FIRST_RECORDS: Final = 240
-_JOURNAL_AT: Final = SUBJECT * WORD  # then STORES, then the stores
+_JOURNAL_AT: Final = W.SUBJECT * W.WORD  # then STORES, then the stores
 _VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
 """Check the whole table after every commit: for tests."""
 _MOST_VERIFIED: Final = 512  # records, so that a long backlog is not checked in quadratic time
@@ -80,7 +51,7 @@ def _row(count: int) -> struct.Struct:
 def boot_words() -> tuple[int, int]:
     """The identity of the running boot, as two words."""
     number = int(fs.read_text(BOOT_ID).strip().replace("-", ""), 16)
-    return number >> 64, number & ALL_BITS
+    return number >> 64, number & W.ALL_BITS
 
 
 class Journal:
@@ -111,33 +82,33 @@ class Journal:
 
     def _map(self, name: str) -> None:
         status = fs.fstat(self._fd)
-        if status.st_nlink != 1 or status.st_size < HEADER * WORD:
+        if status.st_nlink != 1 or status.st_size < W.HEADER * W.WORD:
             raise IndexDamaged("the index is too short, or was deleted")
-        self.size = status.st_size // WORD * WORD
+        self.size = status.st_size // W.WORD * W.WORD
         self._inode = status.st_ino
         self.map = fs.map_file(self._fd, self.size)
         self.words: Words = memoryview(self.map).cast("Q")
         if name == NEW:
             return
         words = self.words
-        if words[MAGIC] != MAGIC_VALUE:
+        if words[W.MAGIC] != W.MAGIC_VALUE:
             raise IndexDamaged("the index does not begin with its magic number")
-        if words[VERSION] != VERSION_VALUE:
-            what = f"the index has version {words[VERSION]}, this release knows version {VERSION_VALUE}"
+        if words[W.VERSION] != W.VERSION_VALUE:
+            what = f"the index has version {words[W.VERSION]}, this release knows version {W.VERSION_VALUE}"
             raise UnknownVersion(errno.EINVAL, what, str(self._directories.path))
-        if (words[BOOT], words[BOOT + 1]) != boot_words():
+        if (words[W.BOOT], words[W.BOOT + 1]) != boot_words():
             raise IndexDamaged("the index is of an earlier boot")
 
     def is_whole(self) -> bool:
         """Whether the mapping can be looked at without the lock: false when its file was truncated or overwritten."""
         try:
-            return fs.mapped_size(self.map) >= self.size and self.words[MAGIC] == MAGIC_VALUE
+            return fs.mapped_size(self.map) >= self.size and self.words[W.MAGIC] == W.MAGIC_VALUE
         except OSError:
             return False
 
     def holds_what_it_says(self) -> bool:
         """Whether the file is as long as its capacity says."""
-        return self.words[CAPACITY] * WORD <= self.size
+        return self.words[W.CAPACITY] * W.WORD <= self.size
 
     def is_same_file(self, other: Journal) -> bool:
         """Whether two mappings are of one file."""
@@ -152,25 +123,25 @@ class Journal:
         status = fs.fstat(self._fd)
         if status[3] != 1 or status[6] < self.size:
             raise IndexDamaged("the index was deleted or truncated")
-        if self.map[:GUARD] != self._guard:
+        if self.map[: W.GUARD] != self._guard:
             self._check(status[6])
-        self.words[HOLDER] = token
+        self.words[W.HOLDER] = token
 
     def _check(self, size: int) -> None:
         words = self.words
-        if words[MAGIC] != MAGIC_VALUE or words[VERSION] != VERSION_VALUE:
+        if words[W.MAGIC] != W.MAGIC_VALUE or words[W.VERSION] != W.VERSION_VALUE:
             raise IndexDamaged("the index was overwritten")
-        if words[CAPACITY] * WORD > self.size:
-            if words[CAPACITY] * WORD > size:
+        if words[W.CAPACITY] * W.WORD > self.size:
+            if words[W.CAPACITY] * W.WORD > size:
                 raise IndexDamaged("the index is shorter than it says")
             self._map(NAME)
-        if self.words[MARK]:
+        if self.words[W.MARK]:
             self.recover()
         if not self._known:
-            if fs.exists(self._directories.items, item_name(self.words[NEXT_SEQ])):
+            if fs.exists(self._directories.items, item_name(self.words[W.NEXT_SEQ])):
                 raise IndexDamaged("the next item is there already: the index is another spool's")
             self._known = True
-        self._guard = self.map[:GUARD]
+        self._guard = self.map[: W.GUARD]
 
     def commit(self, transition: Transition) -> None:
         """Make one transition; the caller holds the lock.
@@ -186,7 +157,7 @@ class Journal:
             _row(2 * count + 2).pack_into(self.map, _JOURNAL_AT, subject, count, *stores, *stores.values())
         except struct.error:  # a sum of damaged words
             raise IndexDamaged("a number of the index is beyond 64 bits") from None
-        words[MARK] = kind
+        words[W.MARK] = kind
         # A crash until here leaves stores that recovery forgets, as the file is where it was.
         if move is not None:
             source, name, target, new_name = move
@@ -203,12 +174,12 @@ class Journal:
             write_shutdown(self._directories.root, subject, self._directories.file_mode)
         # A crash from here on leaves stores that recovery makes again.
         any(map(words.__setitem__, stores, stores.values()))  # a loop in C: each store is None
-        words[MARK] = CLEAN
+        words[W.MARK] = CLEAN
         if _VERIFY:
             self._verify(transition)
 
     def _verify(self, transition: Transition) -> None:
-        if self.words[EDGE] > HEADER + _MOST_VERIFIED * RECORD:
+        if self.words[W.EDGE] > W.HEADER + _MOST_VERIFIED * W.RECORD:
             return
         found = violations(self.words)
         if found:
@@ -217,20 +188,20 @@ class Journal:
     def recover(self) -> None:
         """Finish or forget the transition whose maker ended in it, from what the directory says."""
         words = self.words
-        kind, subject = words[MARK], words[SUBJECT]
-        if words[STORES] > JOURNAL_ROOM or kind > FOLLOW:
+        kind, subject = words[W.MARK], words[W.SUBJECT]
+        if words[W.STORES] > W.JOURNAL_ROOM or kind > FOLLOW:
             raise IndexDamaged("the journal is damaged")
         if kind == FOLLOW:
             with contextlib.suppress(UnsafeSpool):  # something planted in its place says nothing
-                words[SHUTDOWN] = read_shutdown(self._directories.root)
+                words[W.SHUTDOWN] = read_shutdown(self._directories.root)
         elif kind != CLEAN:
             stores = journalled(words)
-            if any(position >= words[CAPACITY] for position in stores):
+            if any(position >= words[W.CAPACITY] for position in stores):
                 raise IndexDamaged("the journal is damaged")
             if happened(self._directories, kind, subject, finish=True):
                 for position, value in stores.items():
                     words[position] = value
-        words[MARK] = CLEAN
+        words[W.MARK] = CLEAN
 
     def unused_record(self) -> int:
         """Position of a record that stands for nothing, growing the file where none is left.
@@ -238,31 +209,31 @@ class Journal:
         The transition takes it. Raises StorageError when the file system is full.
         """
         words = self.words
-        if words[UNUSED]:
-            return record_in(words, words[UNUSED], NOTHING)
-        if words[EDGE] + RECORD > words[CAPACITY]:
+        if words[W.UNUSED]:
+            return record_in(words, words[W.UNUSED], W.NOTHING)
+        if words[W.EDGE] + W.RECORD > words[W.CAPACITY]:
             self._grow()
-        return known(self.words, self.words[EDGE])
+        return known(self.words, self.words[W.EDGE])
 
     def _grow(self) -> None:
         """Double the file. A crash leaves a longer file and an unchanged capacity."""
-        records = (self.words[CAPACITY] - HEADER) // RECORD * 2
-        capacity = HEADER + records * RECORD
+        records = (self.words[W.CAPACITY] - W.HEADER) // W.RECORD * 2
+        capacity = W.HEADER + records * W.RECORD
         try:
-            fs.allocate(self._fd, 0, capacity * WORD)
+            fs.allocate(self._fd, 0, capacity * W.WORD)
         except OSError as error:
             where = str(self._directories.path / NAME)
             raise StorageError(error.errno, "the index cannot grow", where) from error
         self._map(NAME)
-        self.words[CAPACITY] = capacity
+        self.words[W.CAPACITY] = capacity
         self._guard = b""
 
 
 def journalled(words: Words) -> Stores:
     """The stores of the transition under way, by position."""
-    count = min(words[STORES], JOURNAL_ROOM)
-    positions = words[JOURNAL : JOURNAL + count].tolist()
-    values = words[JOURNAL + count : JOURNAL + 2 * count].tolist()
+    count = min(words[W.STORES], W.JOURNAL_ROOM)
+    positions = words[W.JOURNAL : W.JOURNAL + count].tolist()
+    values = words[W.JOURNAL + count : W.JOURNAL + 2 * count].tolist()
     return dict(zip(positions, values, strict=True))
 
 
@@ -289,7 +260,7 @@ def holder(directories: Directories) -> int:
     except OSError:
         return 0
     try:
-        return int.from_bytes(fs.pread(fd, WORD, HOLDER * WORD), "little")
+        return int.from_bytes(fs.pread(fd, W.WORD, W.HOLDER * W.WORD), "little")
     finally:
         fs.close(fd)
 
@@ -299,10 +270,10 @@ def create(directories: Directories, records: int) -> Journal:
 
     Every block is allocated, so that no store can meet a full file system.
     """
-    capacity = HEADER + max(records, FIRST_RECORDS) * RECORD
+    capacity = W.HEADER + max(records, FIRST_RECORDS) * W.RECORD
     fd = fs.make_own(directories.root, NEW, directories.file_mode)
     try:
-        fs.allocate(fd, 0, capacity * WORD)
+        fs.allocate(fd, 0, capacity * W.WORD)
     except BaseException:
         fs.unlink_missing_ok(directories.root, NEW)
         raise
@@ -310,16 +281,16 @@ def create(directories: Directories, records: int) -> Journal:
         fs.close(fd)
     journal = Journal(directories, NEW)
     words = journal.words
-    words[VERSION] = VERSION_VALUE
-    words[BOOT], words[BOOT + 1] = boot_words()
-    words[CAPACITY] = capacity
-    words[EDGE] = HEADER
-    words[NEXT_SEQ] = words[FIRST_SEQ] = 1
-    words[NEXT_SEQ_CHECK] = 1 ^ ALL_BITS
+    words[W.VERSION] = W.VERSION_VALUE
+    words[W.BOOT], words[W.BOOT + 1] = boot_words()
+    words[W.CAPACITY] = capacity
+    words[W.EDGE] = W.HEADER
+    words[W.NEXT_SEQ] = words[W.FIRST_SEQ] = 1
+    words[W.NEXT_SEQ_CHECK] = 1 ^ W.ALL_BITS
     return journal
 
 
 def install(directories: Directories, journal: Journal) -> None:
     """Put a new index in the place of the old: the magic number, then the rename that makes it the spool's."""
-    journal.words[MAGIC] = MAGIC_VALUE
+    journal.words[W.MAGIC] = W.MAGIC_VALUE
     fs.rename(NEW, NAME, src_dir_fd=directories.root, dst_dir_fd=directories.root)

@@ -5,27 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Final
 
-from .table import (
-    BUCKET_COUNT,
-    BUCKETS,
-    BYTES,
-    DELAYED_COUNT,
-    GENERATION,
-    ITEM_BYTES,
-    MAX_BYTES,
-    MAXSIZE,
-    NEXT,
-    PEAK_BYTES,
-    POOL_BYTES,
-    POOL_COUNT,
-    POOLED,
-    READY,
-    RECYCLE_BYTES,
-    REDELIVERY,
-    Words,
-    bucket,
-    record_in,
-)
+from . import table as W
+from .table import Words, bucket, record_in
 
 LARGE: Final = 1 << 18
 """Bytes from which mapping a file's pages costs more than looking for one already mapped."""
@@ -42,24 +23,24 @@ _LOOKS_LARGE: Final = 64  # a look costs 0.3 us, the page faults of a large file
 
 def waiting(words: Words) -> int:
     """How many items wait, delayed ones included."""
-    return words[READY.length] + words[REDELIVERY.length] + words[DELAYED_COUNT]
+    return words[W.READY.length] + words[W.REDELIVERY.length] + words[W.DELAYED_COUNT]
 
 
 def has_room(words: Words, need: int) -> bool:
     """Whether the spool's own limits leave room for `need` bytes; without the lock, a hint."""
-    maxsize, max_bytes = words[MAXSIZE], words[MAX_BYTES]
-    if maxsize and words[READY.length] + words[REDELIVERY.length] + words[DELAYED_COUNT] >= maxsize:
+    maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]
+    if maxsize and words[W.READY.length] + words[W.REDELIVERY.length] + words[W.DELAYED_COUNT] >= maxsize:
         return False
-    return not (max_bytes and words[ITEM_BYTES] + need > max_bytes)
+    return not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes)
 
 
 def places(words: Words, size: int) -> int:
     """How many more items in files of `size` bytes the spool's own limits allow; without the lock, a hint."""
-    maxsize, max_bytes = words[MAXSIZE], words[MAX_BYTES]
+    maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]
     left = _MANY
     if maxsize:
-        left = maxsize - words[READY.length] - words[REDELIVERY.length] - words[DELAYED_COUNT]
-    return min(left, (max_bytes - words[ITEM_BYTES]) // size) if max_bytes else left
+        left = maxsize - words[W.READY.length] - words[W.REDELIVERY.length] - words[W.DELAYED_COUNT]
+    return min(left, (max_bytes - words[W.ITEM_BYTES]) // size) if max_bytes else left
 
 
 def is_worth_waking(words: Words) -> bool:
@@ -68,7 +49,7 @@ def is_worth_waking(words: Words) -> bool:
     A wake-up costs more than a put. With 16 writers blocked, one for each single place took two thirds of all time; a
     writer that is woken for some places fills them one after another. Who waits looks 20 times a second besides.
     """
-    maxsize = words[MAXSIZE]
+    maxsize = words[W.MAXSIZE]
     if not maxsize:  # who waits, waits for bytes
         return True
     return maxsize - waiting(words) >= maxsize >> 1
@@ -80,20 +61,20 @@ def may_pool(words: Words, size: int) -> bool:
     A backlog that comes and goes would otherwise have its files unlinked and made again, which takes 16 writers of
     54 MB, with up to 100 items waiting, twice as long.
     """
-    limit, pooled, items = words[RECYCLE_BYTES], words[POOL_BYTES], words[ITEM_BYTES]
-    return limit > 0 and (pooled + size <= limit or pooled + items <= max(words[PEAK_BYTES], items))
+    limit, pooled, items = words[W.RECYCLE_BYTES], words[W.POOL_BYTES], words[W.ITEM_BYTES]
+    return limit > 0 and (pooled + size <= limit or pooled + items <= max(words[W.PEAK_BYTES], items))
 
 
 def must_trim(words: Words) -> bool:
     """Whether the pool holds more than it may."""
-    pooled = words[POOL_BYTES]
-    return pooled > words[RECYCLE_BYTES] and pooled + words[ITEM_BYTES] > words[PEAK_BYTES]
+    pooled = words[W.POOL_BYTES]
+    return pooled > words[W.RECYCLE_BYTES] and pooled + words[W.ITEM_BYTES] > words[W.PEAK_BYTES]
 
 
 def lower_peak(words: Words) -> int:
     """What PEAK_BYTES is after a second: it halves in ten, but not below what is there."""
-    peak = words[PEAK_BYTES]
-    return max(words[ITEM_BYTES], peak - (peak >> 4) - 1) if peak else 0
+    peak = words[W.PEAK_BYTES]
+    return max(words[W.ITEM_BYTES], peak - (peak >> 4) - 1) if peak else 0
 
 
 def find_pooled(
@@ -106,35 +87,35 @@ def find_pooled(
     """
     link = head = bucket(size)
     record = words[head]
-    if record and size < LARGE and size <= words[record_in(words, record, POOLED) + BYTES] <= most:
+    if record and size < LARGE and size <= words[record_in(words, record, W.POOLED) + W.BYTES] <= most:
         return record, head
     found = (0, 0)
     for _ in range(_LOOKS_LARGE if size >= LARGE else _LOOKS):
         record = words[link]
         if not record:
             break
-        record_in(words, record, POOLED)
-        if size <= words[record + BYTES] <= most:
-            if size < LARGE or words[record + GENERATION] in mapped:
+        record_in(words, record, W.POOLED)
+        if size <= words[record + W.BYTES] <= most:
+            if size < LARGE or words[record + W.GENERATION] in mapped:
                 return record, link
             if not found[0]:
                 found = record, link
-        link = record + NEXT
+        link = record + W.NEXT
     if only_mapped:
         return 0, 0
     if found[0]:
         return found
-    for higher in range(head + 1, min(head + 5, BUCKETS + BUCKET_COUNT)):  # up to twice the size
+    for higher in range(head + 1, min(head + 5, W.BUCKETS + W.BUCKET_COUNT)):  # up to twice the size
         record = words[higher]
-        if record and words[record_in(words, record, POOLED) + BYTES] <= most:
+        if record and words[record_in(words, record, W.POOLED) + W.BYTES] <= most:
             return record, higher
     return 0, 0
 
 
 def largest_pooled(words: Words) -> tuple[int, int]:
     """A pooled file to evict for space, the largest first: (record, link), or zeros."""
-    if words[POOL_COUNT]:
-        for head in range(BUCKETS + BUCKET_COUNT - 1, BUCKETS - 1, -1):
+    if words[W.POOL_COUNT]:
+        for head in range(W.BUCKETS + W.BUCKET_COUNT - 1, W.BUCKETS - 1, -1):
             if words[head]:
-                return record_in(words, words[head], POOLED), head
+                return record_in(words, words[head], W.POOLED), head
     return 0, 0

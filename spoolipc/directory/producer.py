@@ -22,35 +22,14 @@ from ..format import footer
 from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
 from . import fs, housekeeping, transitions
+from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .pool import LARGE, find_pooled, has_room, places
 from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
 from .session import Session, operation
 from .staging import Staged, Staging
-from .table import (
-    DISCARDED,
-    DRAINING,
-    FIRST_DONATED,
-    HOUSEKEPT,
-    ITEM,
-    ITEM_AT,
-    MAX_BYTES,
-    MAXSIZE,
-    NEVER_AGAIN,
-    OPEN,
-    OWNER,
-    PINNED,
-    POOL_BYTES,
-    POOL_COUNT,
-    RECYCLE_BYTES,
-    SHUTDOWN,
-    STATE,
-    WORD,
-    Words,
-    active,
-    bucket,
-)
+from .table import Words, active, bucket
 
 T = TypeVar("T")
 RETRY_AFTER: Final = 1.0
@@ -80,7 +59,7 @@ class DirectoryProducer:
                 if self._durable:
                     self.session.directories.sync()  # whoever made the spool may not have
                 if options.reopen:
-                    self.session.step(self._set_state, OPEN)
+                    self.session.step(self._set_state, W.OPEN)
         except BaseException:
             self.close()
             raise
@@ -93,7 +72,7 @@ class DirectoryProducer:
     @property
     def maxsize(self) -> int:
         """Most items waiting, 0 for no limit."""
-        return self.session.look()[MAXSIZE]
+        return self.session.look()[W.MAXSIZE]
 
     def qsize(self) -> int:
         """How many items wait, delayed ones included."""
@@ -166,9 +145,9 @@ class DirectoryProducer:
         """Learn how many items of `need` bytes there is room for. Raises Full, ShutDown, TooLarge."""
         need = rounded(need)
         words = self.session.look()
-        limit = words[MAX_BYTES]
+        limit = words[W.MAX_BYTES]
         self._staging.limits_bytes = limit > 0
-        if words[SHUTDOWN]:
+        if words[W.SHUTDOWN]:
             raise self._shut_down()
         self._places = places(words, need)
         if not self._recycler.reserved or (limit and need > limit):
@@ -195,16 +174,16 @@ class DirectoryProducer:
         free space or any item taken is reason to try again, and so is a second gone by.
         """
         need = rounded(need)
-        self._refuse_impossible(need, self.session.look()[MAX_BYTES])
+        self._refuse_impossible(need, self.session.look()[W.MAX_BYTES])
         before, self._staging.no_space = self._staging.no_space, None
         self._places = 0
 
         def look(words: Words) -> bool:
-            if words[SHUTDOWN]:
+            if words[W.SHUTDOWN]:
                 return True
             if before is not None:
                 return before != self._staging.space(words)
-            return has_room(words, need) and (self._recycler.fits(need) or bool(words[POOL_COUNT]))
+            return has_room(words, need) and (self._recycler.fits(need) or bool(words[W.POOL_COUNT]))
 
         soon = until
         if before is not None:
@@ -230,11 +209,11 @@ class DirectoryProducer:
         true when the next one's file is not there any more. A step."""
         recycler, journal, put = self._recycler, self.session.journal, 0
         words = journal.words
-        if words[SHUTDOWN]:
+        if words[W.SHUTDOWN]:
             raise self._shut_down()
         if recycler.pins.pending:
             recycler.reclaim()
-        if words[HOUSEKEPT] != recycler.mappings.swept:
+        if words[W.HOUSEKEPT] != recycler.mappings.swept:
             recycler.mappings.sweep(words)
         try:
             while staged:
@@ -255,7 +234,7 @@ class DirectoryProducer:
             else:
                 raise
         words = journal.words
-        if words[MAXSIZE] or words[MAX_BYTES]:
+        if words[W.MAXSIZE] or words[W.MAX_BYTES]:
             self._places = places(words, staged[0].size if staged else self._last_size)
         return False, put, 0
 
@@ -267,10 +246,10 @@ class DirectoryProducer:
         session, recycler = self.session, self._recycler
         journal, file, size = session.journal, staged.file, staged.size
         words = journal.words
-        if (words[MAXSIZE] or words[MAX_BYTES]) and not has_room(words, size):
+        if (words[W.MAXSIZE] or words[W.MAX_BYTES]) and not has_room(words, size):
             return 0
         loan = session.token if staged.loan else 0
-        flags = staged.flags | (NEVER_AGAIN if self._durable else 0)
+        flags = staged.flags | (W.NEVER_AGAIN if self._durable else 0)
         if file is None:
             record = journal.unused_record()
             words = journal.words
@@ -280,7 +259,7 @@ class DirectoryProducer:
                 return None
         seq = transitions.next_seq(words)
         said = (seq, staged.put_time, 0, flags, staged.layout.end, 0, 0, 0, loan)
-        ITEM.pack_into(journal.map, (record + ITEM_AT) * WORD, *said)
+        W.ITEM.pack_into(journal.map, (record + W.ITEM_AT) * W.WORD, *said)
         successor = link = 0
         try:
             if file is None:
@@ -393,13 +372,13 @@ class DirectoryProducer:
         if count < 0 or nbytes < 0:
             raise ValueError(f"preallocate takes a count and a number of bytes, not ({count!r}, {nbytes!r})")
         size = rounded(ALIGN * 4 + nbytes + footer.SIZE)
-        limit = self.session.look()[RECYCLE_BYTES]
+        limit = self.session.look()[W.RECYCLE_BYTES]
         if count * size > limit:
             raise ValueError(
                 f"preallocate asks for {count} files of {size} bytes, but the spool keeps at most"
                 f" recycle_bytes={limit}; give a new spool a larger recycle_bytes"
             )
-        while self.session.look()[POOL_BYTES] < count * size:
+        while self.session.look()[W.POOL_BYTES] < count * size:
             name, buffer, status = self._staging.make_mapped(size)
             try:
                 number, record = self.session.step(self._donate, name, size)
@@ -411,7 +390,7 @@ class DirectoryProducer:
     def _donate(self, name: str, size: int) -> tuple[tuple[int, int], int, int]:
         """The file goes to `free/` under a number of its own, and into the pool. A step."""
         journal = self.session.journal
-        number = FIRST_DONATED + secrets.randbits(62)
+        number = W.FIRST_DONATED + secrets.randbits(62)
         record = journal.unused_record()
         journal.commit(transitions.donate(journal.words, record, number, size, name))
         return (number, record), 0, 0
@@ -421,7 +400,7 @@ class DirectoryProducer:
     @operation
     def shutdown(self, immediate: bool) -> None:
         """End the spool for all: no more puts; with `immediate` no more gets either, and what waits is removed."""
-        self.session.step(self._set_state, DISCARDED if immediate else DRAINING)
+        self.session.step(self._set_state, W.DISCARDED if immediate else W.DRAINING)
         self.session.doorbell.ring_all()
         if immediate:
             while self.session.step(housekeeping.discard_some, self.session):
@@ -430,10 +409,10 @@ class DirectoryProducer:
     def _set_state(self, state: int) -> tuple[None, int, int]:
         """DISCARDED is not taken back by a later DRAINING, only by OPEN. A step."""
         session = self.session
-        now = session.journal.words[SHUTDOWN]
-        if now == state or (now == DISCARDED and state == DRAINING):
+        now = session.journal.words[W.SHUTDOWN]
+        if now == state or (now == W.DISCARDED and state == W.DRAINING):
             return None, 0, 0
-        while now == DISCARDED and housekeeping.discard_some(session)[0]:
+        while now == W.DISCARDED and housekeeping.discard_some(session)[0]:
             pass  # whoever shut down ended before all was removed
         session.journal.commit(transitions.set_shutdown(state))
         return None, 0, 0
@@ -448,7 +427,7 @@ class DirectoryProducer:
         self._recycler.release_all()
         for record in active(journal.words):
             words = journal.words
-            if words[record + OWNER] == token and words[record + STATE] == PINNED:
+            if words[record + W.OWNER] == token and words[record + W.STATE] == W.PINNED:
                 journal.commit(transitions.drop(words, record))
         return None, 0, 0
 

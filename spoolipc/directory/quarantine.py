@@ -50,7 +50,9 @@ def note_failure(directories: Directories, number: int, attempt: int, who: str, 
     try:
         fd = fs.open_own(directories.failed, history_name(number), flags, directories.file_mode)
         try:
-            before = b"\n" if fs.fstat(fd).st_size else b""  # a line cut off by a crash must not spoil this one
+            before = (
+                b"\n" if fs.fstat(fd).st_size else b""
+            )  # a line cut off by a crash must not spoil this one
             fs.write(fd, before + line.encode() + b"\n")
         finally:
             fs.close(fd)

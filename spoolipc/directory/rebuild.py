@@ -19,55 +19,12 @@ import numpy as np
 
 from ..message import Limits
 from . import fs
+from . import table as W
 from .journal import NAME, Journal, boot_words, create, install
 from .layout import Directories, agree, item_name, item_number, read_shutdown
 from .liveness import has_crashed
 from .quarantine import MOST_ATTEMPTS, attempts_of, failed_numbers
-from .table import (
-    ACTIVE,
-    ALL_BITS,
-    ATTEMPT,
-    BOOT,
-    BYTES,
-    DUE,
-    EDGE,
-    FAILED_COUNT,
-    FILE,
-    FIRST_DONATED,
-    FIRST_SEQ,
-    FLAGS,
-    GENERATION,
-    HEADER,
-    IN_FLIGHT,
-    IN_FLIGHT_COUNT,
-    ITEM_BYTES,
-    LAST_SEQ,
-    MAGIC,
-    MAGIC_VALUE,
-    MAX_ATTEMPTS,
-    MAX_BYTES,
-    MAXSIZE,
-    NEVER_AGAIN,
-    NEXT,
-    NEXT_DUE,
-    NEXT_SEQ,
-    NEXT_SEQ_CHECK,
-    OWNER,
-    PREV,
-    PUT_TIME,
-    READY,
-    RECORD,
-    RECYCLE_BYTES,
-    SEQ,
-    SHUTDOWN,
-    STATE,
-    VERSION,
-    VERSION_VALUE,
-    WAITING,
-    WORD,
-    Words,
-    rows,
-)
+from .table import Words, rows
 
 _log = logging.getLogger("spoolipc")
 _LEFTOVERS: Final = 4096  # files of free/ unlinked here; more are left to gc, in short steps
@@ -85,18 +42,18 @@ def rebuild(directories: Directories, why: str) -> Journal:
     """
     fs.check_present(directories.root, str(directories.path))
     listed = map(item_number, fs.list_names(directories.items))
-    waiting = sorted(number for number in listed if number is not None and number < LAST_SEQ)
-    failed = [number for number in failed_numbers(directories) if number < LAST_SEQ]
+    waiting = sorted(number for number in listed if number is not None and number < W.LAST_SEQ)
+    failed = [number for number in failed_numbers(directories) if number < W.LAST_SEQ]
     old = _old_table(directories)
     freed = _clear_free(directories)
     journal = _create(directories, len(waiting) * 5 // 4)
     words = journal.words
     _fill(words, directories, waiting, _still_in_flight(directories, old, set(waiting)))
     known = max([0, *waiting[-1:], *failed, *freed, _last_seq(old)])
-    words[FAILED_COUNT] = len(failed)
-    words[SHUTDOWN] = read_shutdown(directories.root)
-    words[NEXT_SEQ] = words[FIRST_SEQ] = known + 1
-    words[NEXT_SEQ_CHECK] = known + 1 ^ ALL_BITS
+    words[W.FAILED_COUNT] = len(failed)
+    words[W.SHUTDOWN] = read_shutdown(directories.root)
+    words[W.NEXT_SEQ] = words[W.FIRST_SEQ] = known + 1
+    words[W.NEXT_SEQ_CHECK] = known + 1 ^ W.ALL_BITS
     set_limits(words, agree(directories, Limits()))
     install(directories, journal)
     if known:
@@ -106,10 +63,10 @@ def rebuild(directories: Directories, why: str) -> Journal:
 
 def set_limits(words: Words, limits: Limits) -> None:
     """Tell the index the limits in force; the caller holds the lock."""
-    words[MAXSIZE] = limits.maxsize or 0
-    words[MAX_BYTES] = limits.max_bytes or 0
-    words[RECYCLE_BYTES] = limits.recycle_bytes or 0
-    words[MAX_ATTEMPTS] = limits.max_attempts or 0
+    words[W.MAXSIZE] = limits.maxsize or 0
+    words[W.MAX_BYTES] = limits.max_bytes or 0
+    words[W.RECYCLE_BYTES] = limits.recycle_bytes or 0
+    words[W.MAX_ATTEMPTS] = limits.max_attempts or 0
 
 
 def _create(directories: Directories, records: int) -> Journal:
@@ -129,8 +86,8 @@ def _old_table(directories: Directories) -> Words | None:
         text = fs.read_own(directories.root, NAME, _LONGEST_INDEX)
     except OSError:
         return None
-    words: Words = memoryview(text[: len(text) // WORD * WORD]).cast("Q")
-    if len(words) < HEADER or (words[MAGIC], words[VERSION]) != (MAGIC_VALUE, VERSION_VALUE):
+    words: Words = memoryview(text[: len(text) // W.WORD * W.WORD]).cast("Q")
+    if len(words) < W.HEADER or (words[W.MAGIC], words[W.VERSION]) != (W.MAGIC_VALUE, W.VERSION_VALUE):
         return None
     return words
 
@@ -139,24 +96,28 @@ def _last_seq(old: Words | None) -> int:
     """The last sequence number the old index gave out, 0 where it does not tell."""
     if old is None:
         return 0
-    seq = old[NEXT_SEQ]
-    return seq - 1 if 0 < seq < LAST_SEQ and old[NEXT_SEQ_CHECK] == seq ^ ALL_BITS else 0
+    seq = old[W.NEXT_SEQ]
+    return seq - 1 if 0 < seq < W.LAST_SEQ and old[W.NEXT_SEQ_CHECK] == seq ^ W.ALL_BITS else 0
 
 
 def _still_in_flight(directories: Directories, old: Words | None, there: set[int]) -> dict[int, list[int]]:
     """The rows of the items that live sessions have in flight, by number."""
-    if old is None or (old[BOOT], old[BOOT + 1]) != boot_words():
+    if old is None or (old[W.BOOT], old[W.BOOT + 1]) != boot_words():
         return {}
     records = rows(old)
-    mine = (records[:, STATE] == IN_FLIGHT) & (records[:, SEQ] == records[:, FILE]) & (records[:, OWNER] > 0)
-    mine &= (records[:, ATTEMPT] > 0) & (records[:, ATTEMPT] < MOST_ATTEMPTS)
+    mine = (
+        (records[:, W.STATE] == W.IN_FLIGHT)
+        & (records[:, W.SEQ] == records[:, W.FILE])
+        & (records[:, W.OWNER] > 0)
+    )
+    mine &= (records[:, W.ATTEMPT] > 0) & (records[:, W.ATTEMPT] < MOST_ATTEMPTS)
     found = records[mine]
     alive = {
-        int(owner) for owner in np.unique(found[:, OWNER]) if not has_crashed(directories.alive, int(owner))
+        int(owner) for owner in np.unique(found[:, W.OWNER]) if not has_crashed(directories.alive, int(owner))
     }
-    numbers, counts = np.unique(found[:, SEQ], return_counts=True)
+    numbers, counts = np.unique(found[:, W.SEQ], return_counts=True)
     once = set(numbers[counts == 1].tolist()) & there
-    return {row[SEQ]: row for row in found.tolist() if row[OWNER] in alive and row[SEQ] in once}
+    return {row[W.SEQ]: row for row in found.tolist() if row[W.OWNER] in alive and row[W.SEQ] in once}
 
 
 def _fill(
@@ -164,34 +125,34 @@ def _fill(
 ) -> None:
     """Describe the files of items/, in order: those in flight in the ACTIVE list, the others in the queue."""
     tries = attempts_of(directories, set(waiting))
-    position, total, last_waiting, last_active = HEADER, 0, 0, 0
+    position, total, last_waiting, last_active = W.HEADER, 0, 0, 0
     for number in waiting:
         status = fs.stat_at(item_name(number), dir_fd=directories.items)
-        record = [0] * RECORD
-        record[SEQ] = record[FILE] = record[GENERATION] = number
-        record[BYTES] = max(1, min(status.st_size, _MOST_BYTES))
-        record[PUT_TIME] = max(0, status.st_mtime_ns)
-        record[FLAGS] = NEVER_AGAIN  # nobody knows whether it must survive the loss of power
+        record = [0] * W.RECORD
+        record[W.SEQ] = record[W.FILE] = record[W.GENERATION] = number
+        record[W.BYTES] = max(1, min(status.st_size, _MOST_BYTES))
+        record[W.PUT_TIME] = max(0, status.st_mtime_ns)
+        record[W.FLAGS] = W.NEVER_AGAIN  # nobody knows whether it must survive the loss of power
         old = in_flight.get(number)
         if old is not None:
-            record[STATE], record[PREV] = IN_FLIGHT, last_active
-            record[ATTEMPT], record[OWNER], record[DUE] = old[ATTEMPT], old[OWNER], old[DUE]
-            words[last_active + NEXT if last_active else ACTIVE] = position
-            words[IN_FLIGHT_COUNT] += 1
-            if old[DUE] and (not words[NEXT_DUE] or old[DUE] < words[NEXT_DUE]):
-                words[NEXT_DUE] = old[DUE]
+            record[W.STATE], record[W.PREV] = W.IN_FLIGHT, last_active
+            record[W.ATTEMPT], record[W.OWNER], record[W.DUE] = old[W.ATTEMPT], old[W.OWNER], old[W.DUE]
+            words[last_active + W.NEXT if last_active else W.ACTIVE] = position
+            words[W.IN_FLIGHT_COUNT] += 1
+            if old[W.DUE] and (not words[W.NEXT_DUE] or old[W.DUE] < words[W.NEXT_DUE]):
+                words[W.NEXT_DUE] = old[W.DUE]
             last_active = position
         else:
-            record[STATE], record[ATTEMPT] = WAITING, tries.get(number, 0)
-            words[last_waiting + NEXT if last_waiting else READY.head] = position
-            words[READY.length] += 1
+            record[W.STATE], record[W.ATTEMPT] = W.WAITING, tries.get(number, 0)
+            words[last_waiting + W.NEXT if last_waiting else W.READY.head] = position
+            words[W.READY.length] += 1
             last_waiting = position
-        words[position : position + RECORD] = array("Q", record)
-        total += record[BYTES]
-        position += RECORD
-    words[READY.tail] = last_waiting
-    words[EDGE] = position
-    words[ITEM_BYTES] = total
+        words[position : position + W.RECORD] = array("Q", record)
+        total += record[W.BYTES]
+        position += W.RECORD
+    words[W.READY.tail] = last_waiting
+    words[W.EDGE] = position
+    words[W.ITEM_BYTES] = total
 
 
 def _clear_free(directories: Directories) -> list[int]:
@@ -201,6 +162,6 @@ def _clear_free(directories: Directories) -> list[int]:
             number = item_number(entry.name)
             if number is not None:
                 fs.unlink_missing_ok(directories.free, entry.name)
-                if number < FIRST_DONATED:
+                if number < W.FIRST_DONATED:
                     numbers.append(number)
     return numbers

@@ -16,6 +16,7 @@ from ..format.footer import Buffer
 from ..format.item import message, parse, verify
 from ..message import Deadline, Message
 from . import fs, housekeeping, transitions
+from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile, check_regular
 from .journal import Journal
@@ -23,36 +24,7 @@ from .pool import may_pool
 from .quarantine import forget_history
 from .recycling import SMALL, Pin, Recycler
 from .session import MEMBERS, Session, is_due
-from .table import (
-    ATTEMPT,
-    BYTES,
-    CAPACITY,
-    DELAYED_COUNT,
-    DISCARDED,
-    DRAINING,
-    FLAGS,
-    GENERATION,
-    HEADER,
-    HOUSEKEPT,
-    IN_FLIGHT,
-    IN_FLIGHT_COUNT,
-    LOAN,
-    MAXSIZE,
-    NEVER_AGAIN,
-    NEXT,
-    NEXT_DUE,
-    OWNER,
-    PINNED,
-    READY,
-    RECORD,
-    REDELIVERY,
-    SEQ,
-    SHUTDOWN,
-    STATE,
-    WAITING,
-    Words,
-    active,
-)
+from .table import Words, active
 from .transitions import consume
 
 _AHEAD: Final = 64  # items opened without the lock for one call
@@ -65,9 +37,9 @@ arrays of their own; single, whether the file has no other name, so that it may 
 
 def _ended(words: Words, own: int) -> bool:
     """Whether nothing can come any more to a reader that has `own` items in flight."""
-    state = words[SHUTDOWN]
-    return state == DISCARDED or (
-        state == DRAINING and words[IN_FLIGHT_COUNT] <= own and not words[DELAYED_COUNT]
+    state = words[W.SHUTDOWN]
+    return state == W.DISCARDED or (
+        state == W.DRAINING and words[W.IN_FLIGHT_COUNT] <= own and not words[W.DELAYED_COUNT]
     )
 
 
@@ -98,7 +70,7 @@ class Receiver:
     @property
     def maxsize(self) -> int:
         """Most items waiting, 0 for no limit."""
-        return self.session.look()[MAXSIZE]
+        return self.session.look()[W.MAXSIZE]
 
     def qsize(self) -> int:
         """How many items wait, delayed ones included."""
@@ -112,8 +84,8 @@ class Receiver:
         if journal is not None:
             words, token, self._table = journal.words, self.session.token, journal.identity
             for record in active(words):
-                if words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token:
-                    seq = words[record + SEQ]
+                if words[record + W.STATE] == W.IN_FLIGHT and words[record + W.OWNER] == token:
+                    seq = words[record + W.SEQ]
                     self.kept[seq] = kept.get(seq, before)
 
     def nothing(self, ended: bool) -> Empty | ShutDown:
@@ -125,16 +97,16 @@ class Receiver:
     def look_ahead(self, words: Words, limit: int) -> list[Opened]:
         """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
         found: list[Opened] = []
-        record = words[REDELIVERY.head] or words[READY.head]
-        top = min(words[CAPACITY], len(words)) - RECORD  # the file may have grown beyond what is mapped
-        while HEADER <= record <= top:
+        record = words[W.REDELIVERY.head] or words[W.READY.head]
+        top = min(words[W.CAPACITY], len(words)) - W.RECORD  # the file may have grown beyond what is mapped
+        while W.HEADER <= record <= top:
             try:
-                found.append(self.open(words, record, words[record + SEQ]))
+                found.append(self.open(words, record, words[record + W.SEQ]))
             except (BadItem, OSError):
                 break  # gone meanwhile, or damaged: the locked step will see which
             if len(found) == limit or len(found) == _AHEAD:
                 break
-            record = words[record + NEXT]
+            record = words[record + W.NEXT]
         found.reverse()
         return found
 
@@ -146,7 +118,7 @@ class Receiver:
         except FileNotFoundError:
             self.session.check_present()
             raise BadItem("its file is missing") from None
-        size, generation = status[6], words[record + GENERATION]
+        size, generation = status[6], words[record + W.GENERATION]
         kept = mappings.kept.get(generation)
         if kept is not None and kept.identity == status[1:3] and kept.size == size:
             buffer: Buffer = kept.buffer
@@ -172,12 +144,12 @@ class Receiver:
         session, recycler = self.session, self.recycler
         words = session.journal.words
         items = space = 0
-        if is_due(words[HOUSEKEPT], words[NEXT_DUE]):
+        if is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
             _, items, space = housekeeping.round_of(session, False)
             words = session.journal.words
         if len(recycler.pins.pending) > leave:
             recycler.reclaim(leave)
-        if words[HOUSEKEPT] != recycler.mappings.swept:
+        if words[W.HOUSEKEPT] != recycler.mappings.swept:
             recycler.mappings.sweep(words)
         return items, space
 
@@ -185,18 +157,19 @@ class Receiver:
         """How many who wait for items are to look, after a step that took `done` items off: another one when items are
         left, as two puts may have woken one; all when the spool was shut down, as it may have ended."""
         words = self.session.journal.words
-        if words[SHUTDOWN] and done:
+        if words[W.SHUTDOWN] and done:
             return MEMBERS
-        return 1 if words[READY.head] or words[REDELIVERY.head] else 0
+        return 1 if words[W.READY.head] or words[W.REDELIVERY.head] else 0
 
     def has_ended(self) -> bool:
         """Whether nothing can come any more: nothing waits, and no other reader may requeue anything. A step."""
         words = self.session.journal.words
-        if not words[SHUTDOWN]:
+        if not words[W.SHUTDOWN]:
             return False
         token = self.session.token
         self._own = sum(
-            words[record + STATE] == IN_FLIGHT and words[record + OWNER] == token for record in active(words)
+            words[record + W.STATE] == W.IN_FLIGHT and words[record + W.OWNER] == token
+            for record in active(words)
         )
         return _ended(words, self._own)
 
@@ -204,24 +177,24 @@ class Receiver:
         """The item at `record` leaves the spool for good; whether its file is kept. A step."""
         journal, recycler = self.session.journal, self.recycler
         words = journal.words
-        waits, attempt = words[record + STATE] == WAITING, words[record + ATTEMPT]
+        waits, attempt = words[record + W.STATE] == W.WAITING, words[record + W.ATTEMPT]
         before = 0 if waits else 1
         # Whoever had the item in flight before may still show its file.
         keep = (
             single
             and attempt == before
-            and not words[record + FLAGS] & NEVER_AGAIN
-            and may_pool(words, words[record + BYTES])
+            and not words[record + W.FLAGS] & W.NEVER_AGAIN
+            and may_pool(words, words[record + W.BYTES])
         )
         if not keep:
-            recycler.mappings.forget(words[record + GENERATION])
+            recycler.mappings.forget(words[record + W.GENERATION])
         released = 0
         if waits and recycler.pins.pending:
             if keep and pin is not None:
                 released = recycler.releasable()
             if not released:
                 recycler.reclaim()
-        owner = words[record + LOAN] if pin is None else self.session.token
+        owner = words[record + W.LOAN] if pin is None else self.session.token
         try:
             journal.commit(consume(words, record, owner, keep, released))
         except OSError as error:
@@ -234,17 +207,17 @@ class Receiver:
         if released:
             recycler.pins.pending.popleft()
         if attempt > before:
-            forget_history(self.session.directories, words[record + SEQ])
+            forget_history(self.session.directories, words[record + W.SEQ])
         return keep
 
     def wait_for_item(self, until: Deadline) -> bool:
         """Wait until there may be an item, or the end; false when the deadline is past."""
         if self.recycler.pins.pending:
             self.session.step(self._reclaim)
-        own, state = self._own, self.session.look()[SHUTDOWN]
+        own, state = self._own, self.session.look()[W.SHUTDOWN]
 
         def look(words: Words) -> bool:
-            if words[REDELIVERY.head] or words[READY.head] or words[SHUTDOWN] != state:
+            if words[W.REDELIVERY.head] or words[W.READY.head] or words[W.SHUTDOWN] != state:
                 return True
             return _ended(words, own)
 
@@ -274,11 +247,11 @@ class Receiver:
         self.recycler.reclaim()
         for record in reversed(active(session.journal.words)):
             words = session.journal.words
-            if words[record + OWNER] != session.token:
+            if words[record + W.OWNER] != session.token:
                 continue
-            if words[record + STATE] == IN_FLIGHT:
+            if words[record + W.STATE] == W.IN_FLIGHT:
                 _, more, room = housekeeping.redeliver(session, record, "its reader left", 0)
                 items, space = items + more, space + room
-            elif words[record + STATE] == PINNED:
+            elif words[record + W.STATE] == W.PINNED:
                 session.journal.commit(transitions.drop(words, record))
         return None, items, space

@@ -20,25 +20,11 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import BadItem
 from . import fs, transitions
+from . import table as W
 from .itemfile import ItemFile
 from .pool import find_pooled, largest_pooled, may_pool
 from .session import Session
-from .table import (
-    BYTES,
-    FILE,
-    FLAGS,
-    GENERATION,
-    HOUSEKEPT,
-    LOAN,
-    NEVER_AGAIN,
-    OWNER,
-    PINNED,
-    POOL_COUNT,
-    RESERVED,
-    STATE,
-    Words,
-    bucket,
-)
+from .table import Words, bucket
 
 PAGE: Final = 4096
 SMALL: Final = 16384
@@ -194,16 +180,16 @@ class Mappings:
 
     def is_sweep_due(self, words: Words) -> bool:
         """Whether `sweep` has something to look at."""
-        return bool(self.kept) and words[HOUSEKEPT] != self.swept
+        return bool(self.kept) and words[W.HOUSEKEPT] != self.swept
 
     def sweep(self, words: Words) -> None:
         """Let go of the mappings of files that are no more, once after each round of housekeeping; the caller holds the
         index lock. A file that was unlinked would otherwise keep its memory for as long as it is mapped here."""
-        if words[HOUSEKEPT] == self.swept:
+        if words[W.HOUSEKEPT] == self.swept:
             return
-        self.swept = words[HOUSEKEPT]
+        self.swept = words[W.HOUSEKEPT]
         for generation, mapping in list(self.kept.items()):
-            if words[mapping.record + GENERATION] != generation:
+            if words[mapping.record + W.GENERATION] != generation:
                 self.forget(generation)
 
 
@@ -245,12 +231,12 @@ class Recycler:
         if (
             pin.alone
             and pin.table is journal.identity
-            and words[record + FILE] == pin.number
-            and words[record + STATE] == PINNED
-            and words[record + OWNER] == self.session.token
-            and not words[record + LOAN]
-            and not words[record + FLAGS] & NEVER_AGAIN
-            and may_pool(words, words[record + BYTES])
+            and words[record + W.FILE] == pin.number
+            and words[record + W.STATE] == W.PINNED
+            and words[record + W.OWNER] == self.session.token
+            and not words[record + W.LOAN]
+            and not words[record + W.FLAGS] & W.NEVER_AGAIN
+            and may_pool(words, words[record + W.BYTES])
         ):
             return record
         return 0
@@ -262,16 +248,16 @@ class Recycler:
         while len(pending) > leave:
             pin = pending.popleft()
             words, record = journal.words, pin.record
-            if pin.table is not journal.identity or words[record + FILE] != pin.number:
+            if pin.table is not journal.identity or words[record + W.FILE] != pin.number:
                 continue
-            if words[record + LOAN] == token:
+            if words[record + W.LOAN] == token:
                 journal.commit(transitions.end_loan(words, record, shared=not pin.alone))
-            elif words[record + STATE] == PINNED and words[record + OWNER] == token:
-                shared = not pin.alone or words[record + FLAGS] & NEVER_AGAIN
-                if shared or not may_pool(words, words[record + BYTES]):
-                    self.mappings.forget(words[record + GENERATION])
+            elif words[record + W.STATE] == W.PINNED and words[record + W.OWNER] == token:
+                shared = not pin.alone or words[record + W.FLAGS] & W.NEVER_AGAIN
+                if shared or not may_pool(words, words[record + W.BYTES]):
+                    self.mappings.forget(words[record + W.GENERATION])
                     journal.commit(transitions.drop(words, record))
-                elif words[record + LOAN]:
+                elif words[record + W.LOAN]:
                     journal.commit(transitions.pass_to_lender(words, record))
                 else:
                     journal.commit(transitions.release(words, record))
@@ -289,14 +275,14 @@ class Recycler:
         """A reserved file as its writer knows it. A step."""
         journal = self.session.journal
         words = journal.words
-        number = words[record + FILE]
+        number = words[record + W.FILE]
         return Reserved(
             journal.identity,
             record,
             f"{number:020d}.npy",
             number,
-            words[record + BYTES],
-            words[record + GENERATION],
+            words[record + W.BYTES],
+            words[record + W.GENERATION],
         )
 
     def is_ours(self, file: Reserved) -> bool:
@@ -305,9 +291,9 @@ class Recycler:
         words, record = journal.words, file.record
         return (
             file.table is journal.identity
-            and words[record + STATE] == RESERVED
-            and words[record + OWNER] == self.session.token
-            and words[record + FILE] == file.number
+            and words[record + W.STATE] == W.RESERVED
+            and words[record + W.OWNER] == self.session.token
+            and words[record + W.FILE] == file.number
         )
 
     def release_all(self) -> None:
@@ -360,7 +346,7 @@ class Recycler:
             # One file more in circulation, so that the next commit finds one to reserve in the same step.
             self._short[kind] = short - 1
             return None
-        if not self.session.look()[POOL_COUNT]:
+        if not self.session.look()[W.POOL_COUNT]:
             return None
         return self.session.step(self._reserve_one, need, most)
 
@@ -385,7 +371,7 @@ class Recycler:
         for need, most in wanted:
             fit = next((position for position, size in enumerate(sizes) if need <= size <= most), None)
             if fit is None:
-                if self.session.look()[POOL_COUNT]:
+                if self.session.look()[W.POOL_COUNT]:
                     self.session.step(self._restock, wanted)
                 return
             del sizes[fit]

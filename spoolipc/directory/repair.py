@@ -15,6 +15,7 @@ from typing import Final
 
 from ..message import Limits
 from . import fs, liveness
+from . import table as W
 from .gc import gc
 from .layout import (
     PARTS,
@@ -30,16 +31,7 @@ from .quarantine import (
     set_file_aside,
 )
 from .session import Session, owns_nothing
-from .table import (
-    ALL_BITS,
-    CAPACITY,
-    FILE,
-    IN_FLIGHT,
-    OWNER,
-    STATE,
-    IndexDamaged,
-    rows,
-)
+from .table import IndexDamaged, rows
 
 _log = logging.getLogger("spoolipc")
 _WHO: Final = "spoolipc fsck"
@@ -126,9 +118,9 @@ def _set_aside(session: Session, problem: Problem) -> None:
 
 def _is_in_flight(session: Session, number: int) -> bool:
     records = rows(session.journal.words)
-    found = records[(records[:, STATE] == IN_FLIGHT) & (records[:, FILE] == number)]
+    found = records[(records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.FILE] == number)]
     alive = session.directories.alive
-    return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, OWNER])
+    return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, W.OWNER])
 
 
 def _rebuild(session: Session, aside: list[Problem], done: list[bool]) -> tuple[None, int, int]:
@@ -138,7 +130,7 @@ def _rebuild(session: Session, aside: list[Problem], done: list[bool]) -> tuple[
     """
     if not done:
         done.append(True)
-        session.journal.words[CAPACITY] = ALL_BITS
+        session.journal.words[W.CAPACITY] = W.ALL_BITS
         for problem in aside:
             _tried(session, problem, _set_aside, session, problem)
         raise IndexDamaged("fsck found that it is not as the directories are")

@@ -21,22 +21,14 @@ from typing import Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
 from . import fs, liveness
+from . import table as W
 from .doorbell import Doorbell
 from .journal import Journal, holder
 from .layout import Directories, agree, open_directories
 from .lock import IndexLock, no_fork
 from .pool import is_worth_waking, waiting
 from .rebuild import rebuild, set_limits
-from .table import (
-    HOUSEKEPT,
-    NEXT_DUE,
-    NOBODY,
-    SINCES_BYTES,
-    WAITERS,
-    IndexDamaged,
-    Token,
-    Words,
-)
+from .table import IndexDamaged, Token, Words
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +38,7 @@ CLOSED: Final = "this was closed; open a new one"
 EVERY: Final = 1.0
 """Seconds between two rounds of housekeeping."""
 _EVERY_NS: Final = int(EVERY * 1e9)
-MEMBERS: Final = len(WAITERS)
+MEMBERS: Final = len(W.WAITERS)
 """How many to wake so that all are."""
 
 
@@ -201,7 +193,7 @@ class Session:
         result, items, space = done
         if items or space:
             journal = self.journal
-            if journal is not _NONE and journal.map[SINCES_BYTES] != NOBODY:
+            if journal is not _NONE and journal.map[W.SINCES_BYTES] != W.NOBODY:
                 self.wake(items, space)
         return result
 
@@ -315,20 +307,20 @@ class Session:
     def _take_place(self, kind: int) -> tuple[int, int, int]:
         words = self.journal.words
         free = -1
-        for place, waiter in enumerate(WAITERS):
+        for place, waiter in enumerate(W.WAITERS):
             if words[waiter.token] == self.token:
                 return place, 0, 0
             if free < 0 and not words[waiter.token]:
                 free = place
         if free < 0:
-            tokens = {words[waiter.token] for waiter in WAITERS}
+            tokens = {words[waiter.token] for waiter in W.WAITERS}
             crashed = liveness.crashed_among(self.directories.alive, tokens)
-            places = [place for place, waiter in enumerate(WAITERS) if words[waiter.token] in crashed]
+            places = [place for place, waiter in enumerate(W.WAITERS) if words[waiter.token] in crashed]
             free = places[0] if places else -1
         if free >= 0:
-            words[WAITERS[free].since] = 0
-            words[WAITERS[free].kind] = kind
-            words[WAITERS[free].token] = self.token
+            words[W.WAITERS[free].since] = 0
+            words[W.WAITERS[free].kind] = kind
+            words[W.WAITERS[free].token] = self.token
         return free, 0, 0
 
     def wait(self, look: Callable[[Words], bool], until: Deadline, each_second: Callable[[], None]) -> bool:
@@ -342,8 +334,8 @@ class Session:
             now = time.monotonic()
             event = now + EVERY
             words = self.look()
-            if words[NEXT_DUE]:
-                event = min(event, words[NEXT_DUE] / 1e9)
+            if words[W.NEXT_DUE]:
+                event = min(event, words[W.NEXT_DUE] / 1e9)
             if until is not None:
                 event = min(event, until)
             if self.doorbell.wait(self._glance(look, int(event * 1e9)), max(0.0, event - now)):
@@ -360,14 +352,14 @@ class Session:
             if self.closed:
                 raise SpoolClosed("this was closed while it waited")
             words = self.peek_words()
-            return words is None or look(words) or 0 < words[NEXT_DUE] < until_ns
+            return words is None or look(words) or 0 < words[W.NEXT_DUE] < until_ns
 
         return glance
 
     def is_housekeeping_due(self) -> bool:
         """Whether nobody has kept house within the second, or a lease or delay has ended; a hint."""
         words = self.look()
-        return is_due(words[HOUSEKEPT], words[NEXT_DUE])
+        return is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE])
 
     # Leaving, and forks
 
@@ -413,7 +405,7 @@ class Session:
 
     def _leave(self, last: Callable[[], tuple[None, int, int]]) -> tuple[None, int, int]:
         words = self.journal.words
-        for waiter in WAITERS:
+        for waiter in W.WAITERS:
             if words[waiter.token] == self.token:
                 words[waiter.since] = words[waiter.token] = 0
         return last()

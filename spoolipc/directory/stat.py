@@ -11,36 +11,12 @@ from typing import Any, Final
 from ..errors import LockTimeout
 from ..message import Limits, SpoolStat, State
 from . import fs, hearing, liveness
+from . import table as W
 from .layout import MEMORY, agree, file_system, item_number, read_shutdown
-from .table import (
-    BYTES,
-    DELAYED_COUNT,
-    DELIVERED_TOTAL,
-    DISCARDED,
-    DRAINING,
-    FAILED_COUNT,
-    FIRST_SEQ,
-    IN_FLIGHT_COUNT,
-    ITEM_BYTES,
-    NEXT_SEQ,
-    OPEN,
-    PINNED,
-    POOL_BYTES,
-    POOL_COUNT,
-    PUT_TIME,
-    READY,
-    RECORD,
-    REDELIVERY,
-    RESERVED,
-    SHUTDOWN,
-    STATE,
-    IndexDamaged,
-    Words,
-    active,
-)
+from .table import IndexDamaged, Words, active
 from .visitor import Visitor
 
-_STATES: Final[dict[int, State]] = {OPEN: "open", DRAINING: "draining", DISCARDED: "discarded"}
+_STATES: Final[dict[int, State]] = {W.OPEN: "open", W.DRAINING: "draining", W.DISCARDED: "discarded"}
 _PATIENCE: Final = 1.0  # seconds to wait for the lock
 
 
@@ -80,17 +56,17 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
 def _counted(words: Words) -> dict[str, Any]:
     """What the table's header says; one transition may be half in it."""
     return {
-        "state": _STATES.get(words[SHUTDOWN], "open"),
-        "depth": words[READY.length] + words[REDELIVERY.length],
-        "delayed": words[DELAYED_COUNT],
-        "in_flight": words[IN_FLIGHT_COUNT],
-        "bytes": words[ITEM_BYTES],
+        "state": _STATES.get(words[W.SHUTDOWN], "open"),
+        "depth": words[W.READY.length] + words[W.REDELIVERY.length],
+        "delayed": words[W.DELAYED_COUNT],
+        "in_flight": words[W.IN_FLIGHT_COUNT],
+        "bytes": words[W.ITEM_BYTES],
         "oldest_age": _oldest_age(words),
-        "failed": words[FAILED_COUNT],
-        "puts": words[NEXT_SEQ] - words[FIRST_SEQ],
-        "gets": words[DELIVERED_TOTAL],
-        "free_files": words[POOL_COUNT],
-        "free_bytes": words[POOL_BYTES],
+        "failed": words[W.FAILED_COUNT],
+        "puts": words[W.NEXT_SEQ] - words[W.FIRST_SEQ],
+        "gets": words[W.DELIVERED_TOTAL],
+        "free_files": words[W.POOL_COUNT],
+        "free_bytes": words[W.POOL_BYTES],
     }
 
 
@@ -113,8 +89,8 @@ def _listed(visitor: Visitor) -> dict[str, Any]:
 def _oldest_age(words: Words) -> float | None:
     """Seconds since the first items to be delivered, requeued or never delivered, were put, at most; 0 when the wall
     clock was set back."""
-    heads = [words[queue.head] for queue in (READY, REDELIVERY) if words[queue.head]]
-    times = [words[head + PUT_TIME] for head in heads if head + RECORD <= len(words)]
+    heads = [words[queue.head] for queue in (W.READY, W.REDELIVERY) if words[queue.head]]
+    times = [words[head + W.PUT_TIME] for head in heads if head + W.RECORD <= len(words)]
     return max(0.0, (time.time_ns() - min(times)) / 1e9) if times else None
 
 
@@ -124,10 +100,10 @@ def _pinned(visitor: Visitor) -> tuple[int, int]:
         return 0, 0
     words = visitor.journal.words
     try:
-        pinned = [record for record in active(words) if words[record + STATE] in (PINNED, RESERVED)]
+        pinned = [record for record in active(words) if words[record + W.STATE] in (W.PINNED, W.RESERVED)]
     except IndexDamaged:
         return 0, 0
-    return len(pinned), sum(words[record + BYTES] for record in pinned)
+    return len(pinned), sum(words[record + W.BYTES] for record in pinned)
 
 
 def _live_sessions(visitor: Visitor) -> int:

@@ -19,53 +19,9 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
+from . import table as W
 from .layout import item_name
-from .table import (
-    ACTIVE,
-    ALL_BITS,
-    ATTEMPT,
-    BYTES,
-    DELAYED,
-    DELAYED_COUNT,
-    DELIVERED_TOTAL,
-    DUE,
-    EDGE,
-    FAILED_COUNT,
-    FILE,
-    FLAGS,
-    GENERATION,
-    IN_FLIGHT,
-    IN_FLIGHT_COUNT,
-    ITEM_BYTES,
-    LOAN,
-    NEVER_AGAIN,
-    NEXT,
-    NEXT_DUE,
-    NEXT_SEQ,
-    NEXT_SEQ_CHECK,
-    NOTHING,
-    OWNER,
-    PEAK_BYTES,
-    PINNED,
-    POOL_BYTES,
-    POOL_COUNT,
-    POOLED,
-    PREV,
-    READY,
-    RECORD,
-    REDELIVERY,
-    RESERVED,
-    SEQ,
-    SHUTDOWN,
-    STATE,
-    UNUSED,
-    WAITING,
-    IndexDamaged,
-    Queue,
-    Words,
-    bucket,
-    record_in,
-)
+from .table import IndexDamaged, Queue, Words, bucket, record_in
 
 Stores: TypeAlias = dict[int, int]
 
@@ -84,7 +40,7 @@ Move: TypeAlias = tuple[str, str, str, str]
 without another part, an unlinking of what may be gone already."""
 Transition: TypeAlias = tuple[int, int, Stores, Move | None]
 """Kind, number of the file moved, stores, move. Plain, as a named tuple costs a call each on the path of every put."""
-_READY_HEAD, _READY_TAIL, _READY_LENGTH = READY
+_READY_HEAD, _READY_TAIL, _READY_LENGTH = W.READY
 
 
 # Lists
@@ -92,16 +48,16 @@ _READY_HEAD, _READY_TAIL, _READY_LENGTH = READY
 
 def _append(words: Words, stores: Stores, queue: Queue, record: int) -> None:
     tail = words[queue.tail]
-    stores[tail + NEXT if tail else queue.head] = record
+    stores[tail + W.NEXT if tail else queue.head] = record
     stores[queue.tail] = record
     stores[queue.length] = words[queue.length] + 1
-    stores[record + NEXT] = 0
+    stores[record + W.NEXT] = 0
 
 
 def _pop(words: Words, stores: Stores, record: int) -> None:
     """Take a record off the queue that it heads."""
-    queue = REDELIVERY if words[REDELIVERY.head] == record else READY
-    following = words[record + NEXT]
+    queue = W.REDELIVERY if words[W.REDELIVERY.head] == record else W.READY
+    following = words[record + W.NEXT]
     stores[queue.head] = following
     if not following:
         stores[queue.tail] = 0
@@ -109,67 +65,67 @@ def _pop(words: Words, stores: Stores, record: int) -> None:
 
 
 def _activate(words: Words, stores: Stores, record: int) -> None:
-    head = words[ACTIVE]
-    stores[record + NEXT] = head
-    stores[record + PREV] = 0
+    head = words[W.ACTIVE]
+    stores[record + W.NEXT] = head
+    stores[record + W.PREV] = 0
     if head:
-        stores[head + PREV] = record
-    stores[ACTIVE] = record
+        stores[head + W.PREV] = record
+    stores[W.ACTIVE] = record
 
 
 def _deactivate(words: Words, stores: Stores, record: int) -> None:
-    following, previous = words[record + NEXT], words[record + PREV]
-    stores[previous + NEXT if previous else ACTIVE] = following
+    following, previous = words[record + W.NEXT], words[record + W.PREV]
+    stores[previous + W.NEXT if previous else W.ACTIVE] = following
     if following:
-        stores[following + PREV] = previous
-    stores[record + OWNER] = 0
-    stores[record + DUE] = 0
+        stores[following + W.PREV] = previous
+    stores[record + W.OWNER] = 0
+    stores[record + W.DUE] = 0
 
 
 def _replace(words: Words, stores: Stores, record: int, other: int) -> None:
     """Put another record in the place of one of the ACTIVE list."""
-    following, previous = words[record + NEXT], words[record + PREV]
-    stores[other + NEXT] = following
-    stores[other + PREV] = previous
-    stores[previous + NEXT if previous else ACTIVE] = other
+    following, previous = words[record + W.NEXT], words[record + W.PREV]
+    stores[other + W.NEXT] = following
+    stores[other + W.PREV] = previous
+    stores[previous + W.NEXT if previous else W.ACTIVE] = other
     if following:
-        stores[following + PREV] = other
-    stores[record + OWNER] = 0
+        stores[following + W.PREV] = other
+    stores[record + W.OWNER] = 0
 
 
 def _pool(words: Words, stores: Stores, record: int, size: int) -> None:
     head = bucket(size)
-    stores[record + STATE] = POOLED
-    stores[record + NEXT] = words[head]
+    stores[record + W.STATE] = W.POOLED
+    stores[record + W.NEXT] = words[head]
     stores[head] = record
-    stores[POOL_BYTES] = words[POOL_BYTES] + size
-    stores[POOL_COUNT] = words[POOL_COUNT] + 1
+    stores[W.POOL_BYTES] = words[W.POOL_BYTES] + size
+    stores[W.POOL_COUNT] = words[W.POOL_COUNT] + 1
 
 
 def _unpool(words: Words, stores: Stores, record: int, link: int) -> None:
-    stores[link] = words[record + NEXT]
-    stores[POOL_BYTES] = words[POOL_BYTES] - words[record + BYTES]
-    stores[POOL_COUNT] = words[POOL_COUNT] - 1
+    stores[link] = words[record + W.NEXT]
+    stores[W.POOL_BYTES] = words[W.POOL_BYTES] - words[record + W.BYTES]
+    stores[W.POOL_COUNT] = words[W.POOL_COUNT] - 1
 
 
 def _forget(words: Words, stores: Stores, record: int) -> None:
-    stores[record + STATE] = NOTHING
-    stores[record + NEXT] = words[UNUSED]
-    stores[record + OWNER] = 0
-    stores[record + GENERATION] = 0
-    stores[UNUSED] = record
+    stores[record + W.STATE] = W.NOTHING
+    stores[record + W.NEXT] = words[W.UNUSED]
+    stores[record + W.OWNER] = 0
+    stores[record + W.GENERATION] = 0
+    stores[W.UNUSED] = record
 
 
 def _take_unused(words: Words, record: int) -> Stores:
     """The stores that take a record given by `Journal.unused_record`."""
-    if words[UNUSED] == record:
-        return {UNUSED: words[record + NEXT]}
-    return {EDGE: record + RECORD}
+    if words[W.UNUSED] == record:
+        return {W.UNUSED: words[record + W.NEXT]}
+    return {W.EDGE: record + W.RECORD}
 
 
 def _due_no_later(words: Words, stores: Stores, due: int) -> None:
-    if not words[NEXT_DUE] or due < words[NEXT_DUE]:
-        stores[NEXT_DUE] = due
+    if not words[W.NEXT_DUE] or due < words[W.NEXT_DUE]:
+        stores[W.NEXT_DUE] = due
 
 
 # Putting
@@ -177,8 +133,8 @@ def _due_no_later(words: Words, stores: Stores, due: int) -> None:
 
 def next_seq(words: Words) -> int:
     """The next sequence number. Raises IndexDamaged when it cannot be trusted: a put would overwrite an item."""
-    seq = words[NEXT_SEQ]
-    if words[NEXT_SEQ_CHECK] != seq ^ ALL_BITS:
+    seq = words[W.NEXT_SEQ]
+    if words[W.NEXT_SEQ_CHECK] != seq ^ W.ALL_BITS:
         raise IndexDamaged("the next sequence number is damaged")
     return seq
 
@@ -189,31 +145,31 @@ def put(words: Words, record: int, name: str, successor: int, link: int) -> Tran
     name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its
     stead, or zeros.
     """
-    seq, tail, size = words[NEXT_SEQ], words[_READY_TAIL], words[record + BYTES]
-    following, previous = words[record + NEXT], words[record + PREV]
+    seq, tail, size = words[W.NEXT_SEQ], words[_READY_TAIL], words[record + W.BYTES]
+    following, previous = words[record + W.NEXT], words[record + W.PREV]
     stores = {
-        tail + NEXT if tail else _READY_HEAD: record,
+        tail + W.NEXT if tail else _READY_HEAD: record,
         _READY_TAIL: record,
         _READY_LENGTH: words[_READY_LENGTH] + 1,
-        NEXT_SEQ: seq + 1,
-        NEXT_SEQ_CHECK: seq + 1 ^ ALL_BITS,
-        ITEM_BYTES: words[ITEM_BYTES] + size,
-        record + STATE: WAITING,
-        record + FILE: seq,
-        record + OWNER: 0,
-        previous + NEXT if previous else ACTIVE: successor or following,
+        W.NEXT_SEQ: seq + 1,
+        W.NEXT_SEQ_CHECK: seq + 1 ^ W.ALL_BITS,
+        W.ITEM_BYTES: words[W.ITEM_BYTES] + size,
+        record + W.STATE: W.WAITING,
+        record + W.FILE: seq,
+        record + W.OWNER: 0,
+        previous + W.NEXT if previous else W.ACTIVE: successor or following,
     }
     if following:
-        stores[following + PREV] = successor or previous
+        stores[following + W.PREV] = successor or previous
     if successor:  # it takes the record's place in the ACTIVE list
-        stores[link] = words[successor + NEXT]
-        stores[successor + STATE] = RESERVED
-        stores[successor + OWNER] = words[record + OWNER]
-        stores[successor + NEXT] = following
-        stores[successor + PREV] = previous
-        stores[POOL_BYTES] = words[POOL_BYTES] - words[successor + BYTES]
-        stores[POOL_COUNT] = words[POOL_COUNT] - 1
-    stores[record + NEXT] = 0
+        stores[link] = words[successor + W.NEXT]
+        stores[successor + W.STATE] = W.RESERVED
+        stores[successor + W.OWNER] = words[record + W.OWNER]
+        stores[successor + W.NEXT] = following
+        stores[successor + W.PREV] = previous
+        stores[W.POOL_BYTES] = words[W.POOL_BYTES] - words[successor + W.BYTES]
+        stores[W.POOL_COUNT] = words[W.POOL_COUNT] - 1
+    stores[record + W.NEXT] = 0
     return (ARRIVE, seq, stores, ("free", name, "items", f"{seq:020d}.npy"))
 
 
@@ -222,16 +178,16 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
     has described the item in its record."""
     seq = next_seq(words)
     stores = _take_unused(words, record)
-    stores[record + STATE] = WAITING
-    stores[record + FILE] = stores[record + GENERATION] = seq
-    stores[record + BYTES] = size
-    stores[record + OWNER] = stores[record + DUE] = 0
-    _append(words, stores, READY, record)
-    stores[NEXT_SEQ] = seq + 1
-    stores[NEXT_SEQ_CHECK] = seq + 1 ^ ALL_BITS
-    stores[ITEM_BYTES] = words[ITEM_BYTES] + size
+    stores[record + W.STATE] = W.WAITING
+    stores[record + W.FILE] = stores[record + W.GENERATION] = seq
+    stores[record + W.BYTES] = size
+    stores[record + W.OWNER] = stores[record + W.DUE] = 0
+    _append(words, stores, W.READY, record)
+    stores[W.NEXT_SEQ] = seq + 1
+    stores[W.NEXT_SEQ_CHECK] = seq + 1 ^ W.ALL_BITS
+    stores[W.ITEM_BYTES] = words[W.ITEM_BYTES] + size
     if source == "failed":
-        stores[FAILED_COUNT] = max(0, words[FAILED_COUNT] - 1)
+        stores[W.FAILED_COUNT] = max(0, words[W.FAILED_COUNT] - 1)
     return (ARRIVE, seq, stores, (source, name, "items", item_name(seq)))
 
 
@@ -240,10 +196,10 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
 
 def first(words: Words) -> int:
     """The next record to deliver, 0 when nothing waits. Raises IndexDamaged."""
-    record = words[REDELIVERY.head] or words[_READY_HEAD]
+    record = words[W.REDELIVERY.head] or words[_READY_HEAD]
     if record:
-        return record_in(words, record, WAITING)
-    if words[REDELIVERY.length] or words[_READY_LENGTH]:
+        return record_in(words, record, W.WAITING)
+    if words[W.REDELIVERY.length] or words[_READY_LENGTH]:
         raise IndexDamaged("a queue of the index counts records it does not link")
     return 0
 
@@ -253,11 +209,11 @@ def claim(words: Words, record: int, owner: int, due: int) -> Transition:
     stores: Stores = {}
     _pop(words, stores, record)
     _activate(words, stores, record)
-    stores[record + STATE] = IN_FLIGHT
-    stores[record + OWNER] = owner
-    stores[record + DUE] = due
-    stores[record + ATTEMPT] = words[record + ATTEMPT] + 1
-    stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] + 1
+    stores[record + W.STATE] = W.IN_FLIGHT
+    stores[record + W.OWNER] = owner
+    stores[record + W.DUE] = due
+    stores[record + W.ATTEMPT] = words[record + W.ATTEMPT] + 1
+    stores[W.IN_FLIGHT_COUNT] = words[W.IN_FLIGHT_COUNT] + 1
     if due:
         _due_no_later(words, stores, due)
     return (MEMORY, 0, stores, None)
@@ -269,18 +225,18 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
     keep: its file moves to free/, PINNED by `owner`, or POOLED where that is 0; else it is unlinked (NOTHING).
     released: a PINNED record that becomes POOLED in the same transition, for one that becomes PINNED from WAITING.
     """
-    seq, size, items = words[record + SEQ], words[record + BYTES], words[ITEM_BYTES]
-    stores: Stores = {ITEM_BYTES: items - size, DELIVERED_TOTAL: words[DELIVERED_TOTAL] + 1}
-    if items > words[PEAK_BYTES]:
-        stores[PEAK_BYTES] = items
-    if words[record + STATE] == WAITING:
+    seq, size, items = words[record + W.SEQ], words[record + W.BYTES], words[W.ITEM_BYTES]
+    stores: Stores = {W.ITEM_BYTES: items - size, W.DELIVERED_TOTAL: words[W.DELIVERED_TOTAL] + 1}
+    if items > words[W.PEAK_BYTES]:
+        stores[W.PEAK_BYTES] = items
+    if words[record + W.STATE] == W.WAITING:
         _pop(words, stores, record)
         if released:
             _replace(words, stores, released, record)
         elif keep and owner:
             _activate(words, stores, record)
     else:
-        stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] - 1
+        stores[W.IN_FLIGHT_COUNT] = words[W.IN_FLIGHT_COUNT] - 1
         if not (keep and owner):
             _deactivate(words, stores, record)
     name = f"{seq:020d}.npy"
@@ -288,56 +244,56 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
         _forget(words, stores, record)
         return (LEAVE, seq, stores, ("items", name, "", ""))
     if owner:
-        stores[record + STATE] = PINNED
-        stores[record + OWNER] = owner
-        stores[record + DUE] = 0
-        if owner == words[record + LOAN]:  # the lender itself, who may still have the array
-            stores[record + LOAN] = 0
+        stores[record + W.STATE] = W.PINNED
+        stores[record + W.OWNER] = owner
+        stores[record + W.DUE] = 0
+        if owner == words[record + W.LOAN]:  # the lender itself, who may still have the array
+            stores[record + W.LOAN] = 0
     else:
         released = record
     if released:
-        stores[released + LOAN] = 0
-        _pool(words, stores, released, words[released + BYTES])
+        stores[released + W.LOAN] = 0
+        _pool(words, stores, released, words[released + W.BYTES])
     return (LEAVE, seq, stores, ("items", name, "free", name))
 
 
 def requeue(words: Words, record: int, due: int) -> Transition:
     """IN_FLIGHT or DELAYED becomes WAITING, before all never delivered, or DELAYED until `due` (monotonic ns)."""
     stores: Stores = {}
-    if words[record + STATE] == IN_FLIGHT:
-        stores[IN_FLIGHT_COUNT] = words[IN_FLIGHT_COUNT] - 1
-        delayed = words[DELAYED_COUNT]
+    if words[record + W.STATE] == W.IN_FLIGHT:
+        stores[W.IN_FLIGHT_COUNT] = words[W.IN_FLIGHT_COUNT] - 1
+        delayed = words[W.DELAYED_COUNT]
     else:
-        delayed = words[DELAYED_COUNT] - 1
+        delayed = words[W.DELAYED_COUNT] - 1
     if due:
-        stores[record + STATE] = DELAYED
-        stores[record + OWNER] = 0
-        stores[record + DUE] = due
-        stores[DELAYED_COUNT] = delayed + 1
+        stores[record + W.STATE] = W.DELAYED
+        stores[record + W.OWNER] = 0
+        stores[record + W.DUE] = due
+        stores[W.DELAYED_COUNT] = delayed + 1
         _due_no_later(words, stores, due)
     else:
-        stores[DELAYED_COUNT] = delayed
+        stores[W.DELAYED_COUNT] = delayed
         _deactivate(words, stores, record)
-        stores[record + STATE] = WAITING
-        _append(words, stores, REDELIVERY, record)
+        stores[record + W.STATE] = W.WAITING
+        _append(words, stores, W.REDELIVERY, record)
     return (MEMORY, 0, stores, None)
 
 
 def extend(words: Words, record: int, due: int) -> Transition:
     """IN_FLIGHT stays so until `due` (monotonic ns)."""
-    stores = {record + DUE: due}
+    stores = {record + W.DUE: due}
     _due_no_later(words, stores, due)
     return (MEMORY, 0, stores, None)
 
 
 def _removal(words: Words, record: int) -> Stores:
     """The stores by which WAITING, the first, IN_FLIGHT or DELAYED becomes NOTHING."""
-    stores: Stores = {ITEM_BYTES: words[ITEM_BYTES] - words[record + BYTES]}
-    state = words[record + STATE]
-    if state == WAITING:
+    stores: Stores = {W.ITEM_BYTES: words[W.ITEM_BYTES] - words[record + W.BYTES]}
+    state = words[record + W.STATE]
+    if state == W.WAITING:
         _pop(words, stores, record)
     else:
-        counter = IN_FLIGHT_COUNT if state == IN_FLIGHT else DELAYED_COUNT
+        counter = W.IN_FLIGHT_COUNT if state == W.IN_FLIGHT else W.DELAYED_COUNT
         stores[counter] = words[counter] - 1
         _deactivate(words, stores, record)
     _forget(words, stores, record)
@@ -346,16 +302,16 @@ def _removal(words: Words, record: int) -> Stores:
 
 def dead_letter(words: Words, record: int, *, there: bool) -> Transition:
     """WAITING, the first, IN_FLIGHT or DELAYED moves to failed/. there: its file is; else it is only forgotten."""
-    seq = words[record + SEQ]
+    seq = words[record + W.SEQ]
     stores = _removal(words, record)
-    stores[FAILED_COUNT] = words[FAILED_COUNT] + there
+    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + there
     name = item_name(seq)
     return (LEAVE, seq, stores, ("items", name, "failed", name) if there else None)
 
 
 def discard(words: Words, record: int) -> Transition:
     """WAITING, the first, or DELAYED is removed, delivered to nobody."""
-    seq = words[record + SEQ]
+    seq = words[record + W.SEQ]
     return (LEAVE, seq, _removal(words, record), ("items", item_name(seq), "", ""))
 
 
@@ -366,8 +322,8 @@ def release(words: Words, record: int) -> Transition:
     """PINNED or RESERVED becomes POOLED: no array shows the file and nobody writes it any more."""
     stores: Stores = {}
     _deactivate(words, stores, record)
-    stores[record + LOAN] = 0
-    _pool(words, stores, record, words[record + BYTES])
+    stores[record + W.LOAN] = 0
+    _pool(words, stores, record, words[record + W.BYTES])
     return (MEMORY, 0, stores, None)
 
 
@@ -384,8 +340,8 @@ def reserve(words: Words, record: int, link: int, owner: int) -> Transition:
     stores: Stores = {}
     _unpool(words, stores, record, link)
     _activate(words, stores, record)
-    stores[record + STATE] = RESERVED
-    stores[record + OWNER] = owner
+    stores[record + W.STATE] = W.RESERVED
+    stores[record + W.OWNER] = owner
     return (MEMORY, 0, stores, None)
 
 
@@ -398,29 +354,29 @@ def evict(words: Words, record: int, link: int) -> Transition:
 
 
 def _unlinking(words: Words, record: int, stores: Stores) -> Transition:
-    number = words[record + FILE]
+    number = words[record + W.FILE]
     return (UNLINK, number, stores, ("free", item_name(number), "", ""))
 
 
 def donate(words: Words, record: int, number: int, size: int, name: str) -> Transition:
     """NOTHING becomes POOLED: a file of `size` bytes made ahead, `name` in tmp/."""
     stores = _take_unused(words, record)
-    stores[record + FILE] = stores[record + GENERATION] = number
-    stores[record + BYTES] = size
-    stores[record + OWNER] = stores[record + LOAN] = stores[record + DUE] = 0
+    stores[record + W.FILE] = stores[record + W.GENERATION] = number
+    stores[record + W.BYTES] = size
+    stores[record + W.OWNER] = stores[record + W.LOAN] = stores[record + W.DUE] = 0
     _pool(words, stores, record, size)
     return (DONATE, number, stores, ("tmp", name, "free", item_name(number)))
 
 
 def end_loan(words: Words, record: int, *, shared: bool) -> Transition:
     """The writer's array over an item's file is gone. shared: a child forked meanwhile may have it for ever."""
-    flags = words[record + FLAGS] | (NEVER_AGAIN if shared else 0)
-    return (MEMORY, 0, {record + LOAN: 0, record + FLAGS: flags}, None)
+    flags = words[record + W.FLAGS] | (W.NEVER_AGAIN if shared else 0)
+    return (MEMORY, 0, {record + W.LOAN: 0, record + W.FLAGS: flags}, None)
 
 
 def pass_to_lender(words: Words, record: int) -> Transition:
     """PINNED by its reader becomes PINNED by the writer that lent its array, and may still have it."""
-    return (MEMORY, 0, {record + OWNER: words[record + LOAN], record + LOAN: 0}, None)
+    return (MEMORY, 0, {record + W.OWNER: words[record + W.LOAN], record + W.LOAN: 0}, None)
 
 
 # The spool as a whole
@@ -428,10 +384,10 @@ def pass_to_lender(words: Words, record: int) -> Transition:
 
 def set_shutdown(state: int) -> Transition:
     """The marker file and SHUTDOWN become `state`."""
-    return (FOLLOW, state, {SHUTDOWN: state}, None)
+    return (FOLLOW, state, {W.SHUTDOWN: state}, None)
 
 
 def drop_letter(words: Words, number: int) -> Transition:
     """A dead letter's file moves to free/, where it is no item and no pooled file, to be unlinked."""
-    stores = {FAILED_COUNT: max(0, words[FAILED_COUNT] - 1)}
+    stores = {W.FAILED_COUNT: max(0, words[W.FAILED_COUNT] - 1)}
     return (DONATE, number, stores, ("failed", item_name(number), "free", item_name(number)))

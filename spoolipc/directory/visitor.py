@@ -14,20 +14,12 @@ from typing import ParamSpec, Self, TypeVar
 from ..errors import LockTimeout, SpoolError
 from ..message import Limits
 from . import fs, liveness
+from . import table as W
 from .journal import Journal, happened, holder, journalled
 from .layout import open_directories, read_shutdown
 from .lock import TIMEOUT, IndexLock
 from .session import Session
-from .table import (
-    EDGE,
-    HEADER,
-    MARK,
-    RECORD,
-    SHUTDOWN,
-    SUBJECT,
-    IndexDamaged,
-    Words,
-)
+from .table import IndexDamaged, Words
 from .transitions import CLEAN, FOLLOW
 
 P = ParamSpec("P")
@@ -93,12 +85,12 @@ class Visitor:
         if self.journal is None:
             return None
         words = self.journal.words
-        end = min(max(words[EDGE], HEADER) + RECORD, len(words))
+        end = min(max(words[W.EDGE], W.HEADER) + W.RECORD, len(words))
         copy: Words = memoryview(bytearray(words[:end])).cast("Q")
-        kind = copy[MARK]
+        kind = copy[W.MARK]
         if kind == FOLLOW:
-            copy[SHUTDOWN] = read_shutdown(self.directories.root)
-        elif kind != CLEAN and happened(self.directories, kind, copy[SUBJECT], finish=False):
+            copy[W.SHUTDOWN] = read_shutdown(self.directories.root)
+        elif kind != CLEAN and happened(self.directories, kind, copy[W.SUBJECT], finish=False):
             for position, value in journalled(copy).items():
                 if position < end:
                     copy[position] = value
