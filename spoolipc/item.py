@@ -56,6 +56,14 @@ class Item:
         return (self._delivery.put_time or self._describe().put_time) / 1e9
 
     @property
+    def id(self) -> str:
+        """32 hexadecimal digits that no other item has, and that stay its own when it is moved to another spool.
+
+        Raises what `meta` raises.
+        """
+        return self._message.id if self._message is not None else self._describe().id
+
+    @property
     def array(self) -> Array:
         """The item's array, read-only: a view of the file's pages when it is over 16 KB.
 

@@ -18,6 +18,7 @@ from spoolipc import (
     ShutDown,
     SpoolReader,
     SpoolWriter,
+    failed_retry,
     failed_show,
 )  # fmt: skip
 
@@ -209,3 +210,20 @@ def test_crashed_reader_does_not_keep_the_others_waiting_for_the_end(pair: Pair,
         writer.shutdown()
         peer.kill()
         assert [(int(item.array[0]), item.attempt) for item in reader.items()] == [(5, 2)]
+
+
+def test_an_item_keeps_its_id_through_redelivery_and_retry(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put_many([np.zeros(3), np.zeros(3)])
+        first, second = reader.receive(), reader.receive()
+        first.array  # noqa: B018 - the id is told by the arrays' message as well
+        ids = [first.id, second.id]
+        assert len({*ids}) == 2
+        assert all(len(bytes.fromhex(said)) == 16 for said in ids)
+        first.nack()
+        with reader.receive() as again:
+            assert again.id == ids[0]
+        second.reject("to be retried")
+        failed_retry(spool)
+        with reader.receive() as retried:
+            assert (retried.id, retried.seq) == (ids[1], 3)
