@@ -46,14 +46,14 @@ def note_failure(directories: Directories, number: int, attempt: int, who: str, 
     Where it cannot be written, as on a full file system, the log has it: that must keep nobody from the items.
     """
     line = json.dumps({"attempt": attempt, "when": time.time(), "who": who, "why": why[:_LONGEST_REASON]})
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     try:
         fd = fs.open_own(directories.failed, history_name(number), flags, directories.file_mode)
         try:
-            before = (
-                b"\n" if fs.fstat(fd).st_size else b""
-            )  # a line cut off by a crash must not spoil this one
-            fs.write(fd, before + line.encode() + b"\n")
+            # A crash or a full disk may have ended the last line early: it must not spoil this one.
+            end = fs.fstat(fd).st_size
+            is_cut = end > 0 and fs.pread(fd, 1, end - 1) != b"\n"
+            fs.write(fd, (b"\n" if is_cut else b"") + line.encode() + b"\n")
         finally:
             fs.close(fd)
     except OSError as error:
