@@ -37,7 +37,7 @@ ifdef ARGS
 	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
 else
 	@$(BIN)/python -m pytest -m "not exhaustive" tests/system >$(VENV)/system.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest -m "not exhaustive" --ignore=tests/system; others=$$?; \
+	SPOOLIPC_VERIFY=1 $(BIN)/python -m pytest -m "not exhaustive" --ignore=tests/system; others=$$?; \
 	wait $$beside; system=$$?; cat $(VENV)/system.log; exit $$((others || system))
 endif
 
