@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import signal
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, ParamSpec
@@ -14,17 +12,19 @@ from typing import Final, ParamSpec
 import pytest
 
 from spoolipc import SpoolReader, SpoolWriter, gc, stat
+from support.faults import Event, Injector, forked, kill
 from support.peer import Peer
 
 P = ParamSpec("P")
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
 _STOP_IN_RENAME: Final = """
 import os, signal
-rename = os.rename
+from spoolipc.directory import fs
+rename = fs.rename
 def stopping(*names, **directories):
     os.kill(os.getpid(), signal.SIGSTOP)
     rename(*names, **directories)
-os.rename = stopping
+fs.rename = stopping
 """
 
 
@@ -81,33 +81,17 @@ def killed_at(place: int, work: Callable[P, object], after: bool, *args: P.args,
 
     after: once that is done, not instead of it.
     """
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            left = itertools.count(place - 1, -1)
+    left = itertools.count(place - 1, -1)
 
-            def deadly(real: Callable[..., None]) -> Callable[..., None]:
-                def called(*args: object, **kwargs: object) -> None:
-                    last = not next(left)
-                    if last and not after:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    real(*args, **kwargs)
-                    if last:
-                        os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(event: Event, _: object = None) -> None:
+        if event.name in ("unlink", "rename") and not next(left):
+            kill()
 
-                return called
-
-            os.unlink, os.rename = deadly(os.unlink), deadly(os.rename)
+    def do() -> None:
+        with Injector(after=deadly) if after else Injector(deadly):
             work(*args, **kwargs)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert ended in (0, -signal.SIGKILL), "the child failed, as printed above"
-    return ended != 0
+
+    return forked(do) != 0
 
 
 def stop_in_step(peer: Peer) -> None:
