@@ -33,6 +33,7 @@ from .table import (
     HOUSEKEPT,
     MARK,
     NEXT_DUE,
+    RECORD,
     SHUTDOWN,
     SUBJECT,
     WAITERS,
@@ -522,7 +523,7 @@ class Visitor:
         if self.journal is None:
             return None
         words = self.journal.words
-        end = min(max(words[EDGE], HEADER), len(words))
+        end = min(max(words[EDGE], HEADER) + RECORD, len(words))  # the transition may take one that never was used
         copy: Words = memoryview(bytearray(words[:end])).cast("Q")
         kind = copy[MARK]
         if kind == FOLLOW:
