@@ -12,8 +12,12 @@ import os
 from pathlib import Path
 
 import pytest
-from support.faults import at, fail, partly
-from support.scenarios import CORE, SCENARIOS, Run
+from support.account import check_spool
+from support.faults import Event, Injector, at, fail, partly
+from support.scenarios import CORE, SCENARIOS, Run, arrays, value_of
+
+import spoolipc
+from spoolipc import SpoolReader, SpoolWriter, StorageError
 
 ERRORS = {
     "open_at": "EIO ENOSPC EMFILE EACCES",
@@ -83,3 +87,25 @@ def test_a_failing_call_is_a_clear_error_or_no_matter(place: Path, name: str) ->
 def test_any_error_of_any_call_is_a_clear_error_or_no_matter(place: Path, name: str) -> None:
     known = {call: errors.split()[name in CORE :] for call, errors in ERRORS.items()}
     check(place / "spool", name, known)
+
+
+def test_a_file_that_can_never_be_removed_keeps_nobody_from_the_spool(place: Path) -> None:
+    path = place / "spool"
+
+    def refuse(event: Event) -> None:
+        if event.name == "unlink" and str(event.args[0]).endswith(".npy"):
+            fail(errno.EIO)(event)
+
+    with SpoolWriter(path) as writer:
+        reader = SpoolReader(path)
+        writer.put_many([arrays(value, "large") for value in (1, 2)])
+        shown = reader.get()
+        with Injector(refuse):
+            with pytest.raises(StorageError, match=str(path)):
+                reader.close()  # its file would lose its name
+            writer.put(arrays(3, "small"))
+            with SpoolReader(path) as other:
+                assert list(map(value_of, other.get_many(2))) == [2, 3]
+        assert value_of(shown) == 1
+    assert spoolipc.gc(path).orphaned_files == 1
+    check_spool(path)

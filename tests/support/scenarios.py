@@ -27,7 +27,7 @@ from spoolipc import BadItem, Empty, Item, ShutDown, SpoolError, SpoolReader, Sp
 from support.account import check_spool
 from support.damage import cut, item
 from support.faults import After, Hook, Injector, forked, kill
-from support.peek import poke
+from support.peek import peek_table, poke
 from support.waits import is_locked
 
 Scenario = Callable[["Stage"], Iterator[None]]
@@ -279,6 +279,7 @@ class Run:
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.error = path, ""
         self._interrupted, self._is_faulty = False, False
+        self._name = name
         self.log = Log()
         self.stage = Stage(path, self.log)
         self._steps = SCENARIOS[name](self.stage)
@@ -308,6 +309,15 @@ class Run:
         except SpoolError as error:
             self.error = str(error)
 
+    def _check_nothing_is_left(self) -> None:
+        """While the sessions live, nothing lies about that only their end would remove."""
+        assert self._interrupted or os.listdir(self.path / "tmp") == []
+        account = Account(self.log)
+        values = {seq: value for value, seq in account.seqs.items()}
+        for row in peek_table(self.path).of("in_flight"):
+            fates = account.fates[values.get(row.seq, row.seq)]
+            assert "waiting 0" not in fates, f"item {row.seq} is in flight at nobody who knows, {fates}"
+
     def __enter__(self) -> Self:
         return self
 
@@ -316,6 +326,8 @@ class Run:
             if error is None:
                 assert not (self.path / "items").exists() or not is_locked(self.path), "the lock was kept"
                 self.stage.go_on()
+                if self._is_faulty and self._name not in ALONE and (self.path / "index").exists():
+                    self._check_nothing_is_left()
                 self.stage.close()
                 gc.collect()  # a session interrupted as it was opened ends with its last reference
                 verify(self.path, self.log, ended=not self._interrupted, explained=not self._is_faulty)
