@@ -27,7 +27,7 @@ from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .pool import LARGE, find_pooled, has_room, places
 from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
-from .session import Session, operation
+from .session import Session, Side, operation
 from .staging import Staged, Staging
 from .table import Words, active, bucket
 
@@ -36,7 +36,7 @@ RETRY_AFTER: Final = 1.0
 """Seconds after which a write that the file system refused is tried again."""
 
 
-class DirectoryProducer:
+class DirectoryProducer(Side):
     """A writer's session in a spool directory. Keeps `spoolipc.engine.Producer`, `Lender`, `Preallocator` and
     `Watchable`.
 
@@ -63,20 +63,6 @@ class DirectoryProducer:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def path(self) -> str:
-        """The spool's directory, absolute."""
-        return self.session.path
-
-    @property
-    def maxsize(self) -> int:
-        """Most items waiting, 0 for no limit."""
-        return self.session.look()[W.MAXSIZE]
-
-    def qsize(self) -> int:
-        """How many items wait, delayed ones included."""
-        return self.session.qsize()
 
     def full(self) -> bool:
         """Whether a put would have to wait for the spool's own limits."""

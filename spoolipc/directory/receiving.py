@@ -23,7 +23,7 @@ from .journal import Journal
 from .pool import may_pool
 from .quarantine import forget_history
 from .recycling import SMALL, Pin, Recycler
-from .session import MEMBERS, Session, is_due
+from .session import MEMBERS, Session, Side, is_due
 from .table import Words, active
 from .transitions import consume
 
@@ -43,7 +43,7 @@ def _ended(words: Words, own: int) -> bool:
     )
 
 
-class Receiver:
+class Receiver(Side):
     """A reader's session in a spool directory, and the parts of its operations."""
 
     def __init__(self, path: str | os.PathLike[str], options: ConsumerOptions) -> None:
@@ -61,20 +61,6 @@ class Receiver:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def path(self) -> str:
-        """The spool's directory, absolute."""
-        return self.session.path
-
-    @property
-    def maxsize(self) -> int:
-        """Most items waiting, 0 for no limit."""
-        return self.session.look()[W.MAXSIZE]
-
-    def qsize(self) -> int:
-        """How many items wait, delayed ones included."""
-        return self.session.qsize()
 
     def _adopt(self, journal: Journal | None) -> None:
         """Another table, or none in a forked child: of our claims, those in flight in it outlive the one before."""

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
+from typing import Concatenate, Final, ParamSpec, TypeVar, cast
 
 from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
@@ -42,13 +42,7 @@ MEMBERS: Final = len(W.WAITERS)
 """How many to wake so that all are."""
 
 
-class HasSession(Protocol):
-    """One side of an engine."""
-
-    session: Session
-
-
-S = TypeVar("S", bound=HasSession)
+S = TypeVar("S", bound="Side")
 
 
 def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
@@ -459,3 +453,23 @@ def _forget_inherited() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_inherited)
+
+
+class Side:
+    """What the two sides of the engine have in common."""
+
+    session: Session
+
+    @property
+    def path(self) -> str:
+        """The spool's directory, absolute."""
+        return self.session.path
+
+    @property
+    def maxsize(self) -> int:
+        """Most items waiting, 0 for no limit."""
+        return self.session.look()[W.MAXSIZE]
+
+    def qsize(self) -> int:
+        """How many items wait, delayed ones included."""
+        return self.session.qsize()
