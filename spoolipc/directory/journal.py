@@ -249,9 +249,8 @@ def happened(directories: Directories, kind: int, subject: int, *, finish: bool)
     if kind == DONATE:
         return fs.exists(directories.free, name)
     if finish:
-        with contextlib.suppress(
-            OSError
-        ):  # one that cannot be removed must stop nobody: `gc` finds it in free/
+        # One that cannot be removed must stop nobody: `gc` finds it in free/.
+        with contextlib.suppress(OSError):
             fs.unlink_missing_ok(directories.free, name)
     return True
 
