@@ -243,9 +243,8 @@ class _Look:
         problem = wrong_file(status, self.directories.mode, f"{part}/{name}")
         if problem is None:
             return status
-        if (
-            problem.kind != "planted" or part != "failed" or item_number(name) is None
-        ):  # else set aside already
+        is_aside = problem.kind == "planted" and part == "failed" and item_number(name) is not None
+        if not is_aside:
             self._note(problem.kind, problem.where, problem.what)
         return status if problem.kind != "planted" else None
 

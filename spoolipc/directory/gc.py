@@ -218,10 +218,8 @@ class _Sweep:
         until = time.monotonic() + _STEP
         while abandoned and time.monotonic() < until:
             record, owner = abandoned[0]
-            if (
-                session.journal is not journal
-            ):  # built again meanwhile: what had crashed owns nothing any more
-                abandoned.clear()
+            if session.journal is not journal:
+                abandoned.clear()  # built again meanwhile: what had crashed owns nothing any more
                 break
             if journal.words[record + W.OWNER] == owner:
                 self._count(journal, record)

@@ -103,11 +103,13 @@ class _Crashed:
         self._known: dict[int, bool] = {session.token: False}
 
     def has(self, token: int) -> bool:
+        """Whether the session of `token` has."""
         if token not in self._known:
             self._known[token] = liveness.has_crashed(self._alive, token)
         return self._known[token]
 
     def found(self) -> list[int]:
+        """Those that were asked for and have."""
         return [token for token, crashed in self._known.items() if crashed]
 
 

@@ -38,6 +38,7 @@ class Problem:
 
 
 def wrong_at_top(root: int, mode: int) -> list[Problem]:
+    """What is wrong with a spool's directories, and with the files at its top. mode: the spool's."""
     found = wrong_directory(fs.fstat(root), mode, ".")
     for name in PARTS:
         try:
@@ -53,6 +54,7 @@ def wrong_at_top(root: int, mode: int) -> list[Problem]:
 
 
 def wrong_directory(status: os.stat_result, mode: int, where: str) -> list[Problem]:
+    """What is wrong with a directory by its status alone."""
     if not stat.S_ISDIR(status.st_mode):
         return [Problem("planted", where, "is not a directory of its own")]
     if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:

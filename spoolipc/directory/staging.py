@@ -74,6 +74,7 @@ class Staging:
         return rounded(need) if self.limits_bytes else max(PAGE, 2 * need)
 
     def space(self, words: Words) -> tuple[int, int]:
+        """What a full file system is like: another answer later is a reason to try again."""
         return words[DELIVERED_TOTAL], fs.statvfs(self.session.directories.root).f_bavail
 
     def stage(self, message: Message) -> Staged:
