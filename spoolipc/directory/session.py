@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple, cast
 
 from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
@@ -32,6 +32,7 @@ from .table import IndexDamaged, Token, Words
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 _NONE: Final = cast(Journal, None)
 """In the place of a session's journal where it has none: outside the steps that see to it."""
 CLOSED: Final = "this was closed; open a new one"
@@ -149,7 +150,7 @@ class Session:
 
     # The locked step
 
-    def step(self, work: Callable[P, tuple[T, int, int]], *args: P.args, **kwargs: P.kwargs) -> T:
+    def step(self, work: Callable[[*Ts], tuple[T, int, int]], *args: *Ts) -> T:
         """Do `work` under the lock, with an index that is whole; returns the first of what it returns.
 
         work: returns its result, and how many of those who wait for items and for space to wake. It is begun again
@@ -168,14 +169,14 @@ class Session:
                         lock.take()
                     journal = self.journal
                     if journal is _NONE:
-                        done = self._with_new_index(work, *args, **kwargs)
+                        done = self._with_new_index(work, *args)
                     else:
                         try:
                             journal.check(self.token)
-                            done = work(*args, **kwargs)
+                            done = work(*args)
                         except IndexDamaged as damage:
                             self._rebuild(str(damage))
-                            done = self._with_new_index(work, *args, **kwargs)
+                            done = self._with_new_index(work, *args)
                 finally:
                     try:
                         fs.unlock(lock.fd)
@@ -191,9 +192,7 @@ class Session:
                 self.wake(items, space)
         return result
 
-    def _with_new_index(
-        self, work: Callable[P, tuple[T, int, int]], *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[T, int, int]:
+    def _with_new_index(self, work: Callable[[*Ts], tuple[T, int, int]], *args: *Ts) -> tuple[T, int, int]:
         """Do the work with an index that was lost or damaged just now."""
         found = ""
         for _ in range(2):
@@ -201,7 +200,7 @@ class Session:
                 if self.journal is _NONE:
                     self._adopt(Journal(self.directories))
                 self.journal.check(self.token)
-                return work(*args, **kwargs)
+                return work(*args)
             except IndexDamaged as damage:
                 found = str(damage)
                 self._rebuild(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Self, TypeVar, TypeVarTuple
 
 from ..errors import LockTimeout, SpoolError
 from ..message import Limits
@@ -22,8 +22,8 @@ from .session import Session
 from .table import IndexDamaged, Words
 from .transitions import CLEAN, FOLLOW
 
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Visitor:
@@ -41,13 +41,13 @@ class Visitor:
         self._patience = patience
         self._lock = IndexLock(self.directories.items, lambda: "another process")
 
-    def step(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def step(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do `work`, which only looks, under the index lock. Raises LockTimeout, naming the holder."""
         with self._lock.mutex:
             try:
                 self._lock.take(self._patience)
                 self._refresh()
-                return work(*args, **kwargs)
+                return work(*args)
             finally:
                 self._lock.release()
 
