@@ -67,7 +67,7 @@ class DirectoryConsumer(Receiver):
         """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
         words = self.session.look()
         ahead = self.look_ahead(words, limit)
-        if not (ahead or sure or words[W.READY.head] or words[W.REDELIVERY.head] or words[W.SHUTDOWN]):
+        if not (ahead or sure or words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] or words[W.SHUTDOWN]):
             raise self.nothing(False)
         got, ended = self.session.step(self._take, limit, ahead)
         if not got:
@@ -103,7 +103,7 @@ class DirectoryConsumer(Receiver):
                 if pinned:
                     pin = Pin(journal.identity, record, seq)
                     if self.consume(record, single, pin):
-                        recycler.pins.add(pin, found.arrays)
+                        recycler.pins.add(pin, found[0])
                 else:
                     self.consume(record, single, None)
                 got.append(found)

@@ -23,13 +23,13 @@ _LOOKS_LARGE: Final = 64  # a look costs 0.3 us, the page faults of a large file
 
 def waiting(words: Words) -> int:
     """How many items wait, delayed ones included."""
-    return words[W.READY.length] + words[W.REDELIVERY.length] + words[W.DELAYED_COUNT]
+    return words[W.READY_LENGTH] + words[W.REDELIVERY_LENGTH] + words[W.DELAYED_COUNT]
 
 
 def has_room(words: Words, need: int) -> bool:
     """Whether the spool's own limits leave room for `need` bytes; without the lock, a hint."""
     maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]
-    if maxsize and words[W.READY.length] + words[W.REDELIVERY.length] + words[W.DELAYED_COUNT] >= maxsize:
+    if maxsize and words[W.READY_LENGTH] + words[W.REDELIVERY_LENGTH] + words[W.DELAYED_COUNT] >= maxsize:
         return False
     return not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes)
 
@@ -39,7 +39,7 @@ def places(words: Words, size: int) -> int:
     maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]
     left = _MANY
     if maxsize:
-        left = maxsize - words[W.READY.length] - words[W.REDELIVERY.length] - words[W.DELAYED_COUNT]
+        left = maxsize - words[W.READY_LENGTH] - words[W.REDELIVERY_LENGTH] - words[W.DELAYED_COUNT]
     return min(left, (max_bytes - words[W.ITEM_BYTES]) // size) if max_bytes else left
 
 

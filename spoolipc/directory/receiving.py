@@ -83,7 +83,7 @@ class Receiver(Side):
     def look_ahead(self, words: Words, limit: int) -> list[Opened]:
         """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
         found: list[Opened] = []
-        record = words[W.REDELIVERY.head] or words[W.READY.head]
+        record = words[W.REDELIVERY_HEAD] or words[W.READY_HEAD]
         top = min(words[W.CAPACITY], len(words)) - W.RECORD  # the file may have grown beyond what is mapped
         while W.HEADER <= record <= top:
             try:
@@ -145,7 +145,7 @@ class Receiver(Side):
         words = self.session.journal.words
         if words[W.SHUTDOWN] and done:
             return MEMBERS
-        return 1 if words[W.READY.head] or words[W.REDELIVERY.head] else 0
+        return 1 if words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] else 0
 
     def has_ended(self) -> bool:
         """Whether nothing can come any more: nothing waits, and no other reader may requeue anything. A step."""
@@ -203,7 +203,7 @@ class Receiver(Side):
         own, state = self._own, self.session.look()[W.SHUTDOWN]
 
         def look(words: Words) -> bool:
-            if words[W.REDELIVERY.head] or words[W.READY.head] or words[W.SHUTDOWN] != state:
+            if words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] or words[W.SHUTDOWN] != state:
                 return True
             return _ended(words, own)
 

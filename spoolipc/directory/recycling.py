@@ -16,7 +16,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final
 
 from ..errors import BadItem
 from . import fs, transitions
@@ -106,7 +107,8 @@ def _no_longer_alone() -> None:
 os.register_at_fork(before=_no_longer_alone)
 
 
-class Mapping(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Mapping:
     """One mapped file. identity: its inode and device, in the order of `os.stat_result`."""
 
     buffer: mmap.mmap
@@ -193,7 +195,8 @@ class Mappings:
                 self.forget(generation)
 
 
-class Reserved(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Reserved:
     """A consumed file that this writer may write. table: in which it is known."""
 
     table: object

@@ -40,7 +40,6 @@ Move: TypeAlias = tuple[str, str, str, str]
 without another part, an unlinking of what may be gone already."""
 Transition: TypeAlias = tuple[int, int, Stores, Move | None]
 """Kind, number of the file moved, stores, move. Plain, as a named tuple costs a call each on the path of every put."""
-_READY_HEAD, _READY_TAIL, _READY_LENGTH = W.READY
 
 
 # Lists
@@ -56,7 +55,7 @@ def _append(words: Words, stores: Stores, queue: Queue, record: int) -> None:
 
 def _pop(words: Words, stores: Stores, record: int) -> None:
     """Take a record off the queue that it heads."""
-    queue = W.REDELIVERY if words[W.REDELIVERY.head] == record else W.READY
+    queue = W.REDELIVERY if words[W.REDELIVERY_HEAD] == record else W.READY
     following = words[record + W.NEXT]
     stores[queue.head] = following
     if not following:
@@ -145,12 +144,12 @@ def put(words: Words, record: int, name: str, successor: int, link: int) -> Tran
     name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its
     stead, or zeros.
     """
-    seq, tail, size = words[W.NEXT_SEQ], words[_READY_TAIL], words[record + W.BYTES]
+    seq, tail, size = words[W.NEXT_SEQ], words[W.READY_TAIL], words[record + W.BYTES]
     following, previous = words[record + W.NEXT], words[record + W.PREV]
     stores = {
-        tail + W.NEXT if tail else _READY_HEAD: record,
-        _READY_TAIL: record,
-        _READY_LENGTH: words[_READY_LENGTH] + 1,
+        tail + W.NEXT if tail else W.READY_HEAD: record,
+        W.READY_TAIL: record,
+        W.READY_LENGTH: words[W.READY_LENGTH] + 1,
         W.NEXT_SEQ: seq + 1,
         W.NEXT_SEQ_CHECK: seq + 1 ^ W.ALL_BITS,
         W.ITEM_BYTES: words[W.ITEM_BYTES] + size,
@@ -196,10 +195,10 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
 
 def first(words: Words) -> int:
     """The next record to deliver, 0 when nothing waits. Raises IndexDamaged."""
-    record = words[W.REDELIVERY.head] or words[_READY_HEAD]
+    record = words[W.REDELIVERY_HEAD] or words[W.READY_HEAD]
     if record:
         return record_in(words, record, W.WAITING)
-    if words[W.REDELIVERY.length] or words[_READY_LENGTH]:
+    if words[W.REDELIVERY_LENGTH] or words[W.READY_LENGTH]:
         raise IndexDamaged("a queue of the index counts records it does not link")
     return 0
 

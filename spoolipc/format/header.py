@@ -10,8 +10,9 @@ import ast
 import io
 import re
 import struct
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.lib import format as npformat
@@ -34,7 +35,8 @@ _FIRST_USER_DTYPE = 256
 _SIMPLE_DESCR = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,10}|[mM]8(?:\[[0-9]{0,10}[A-Za-z]{1,2}\])?)", re.ASCII)
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Block:
     """Where one array lies in an item file: its data are the `nbytes` bytes from file offset `offset` on.
 
     fortran: whether they are in Fortran order, and not in C order as well.

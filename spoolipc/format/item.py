@@ -19,7 +19,8 @@ import mmap
 import operator
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npformat
@@ -53,7 +54,8 @@ _NOTHING = bytearray(ALIGN)
 _NO_PREFIX = b"", 0, 0, 0
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Layout:
     """Where an item's parts go.
 
     Header k goes at `blocks[k].offset - len(headers[k])`; the footer goes at `end`, in bytes.
@@ -361,7 +363,7 @@ def _block(buffer: Buffer, header: bytes, index: int, offset: int, limit: int) -
             if offset + block.nbytes <= limit:
                 view(buffer, block)  # or numpy says what else it minds
         elif block.offset != offset:
-            block = block._replace(offset=offset)
+            block = replace(block, offset=offset)
     except Exception as error:  # literals provoke RecursionError, MemoryError, SyntaxError and more
         raise BadItem(f"block {index}: bad header: {error or type(error).__name__}") from None
     if offset % ALIGN:
