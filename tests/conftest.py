@@ -39,6 +39,12 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 @pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that damages the table on purpose: it is not checked after every commit."""
+    monkeypatch.setattr("spoolipc.directory.journal.VERIFY", False)
+
+
+@pytest.fixture
 def spool(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """Where a test makes its spool; the spool is checked afterwards, unless the test is marked `damaged`."""
     from support.account import check_spool  # not for who borrows this file for its hooks

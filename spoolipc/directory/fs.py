@@ -30,7 +30,7 @@ from ..format.item import Layout, parts, savable
 from ..message import Array
 
 CALLS: Final = tuple(
-    "open_at close replace_descriptor stat_at fstat statvfs rename unlink mkdir fchmod read pread write pwrite truncate"
+    "open_at close stat_at fstat statvfs rename unlink mkdir fchmod read pread write pwrite truncate"
     " allocate sync list_names scan map_file mapped_size save lock unlock make_parents nearest read_text poll sleep"
     " yield_core watch_open watch_add".split()
 )
@@ -44,7 +44,6 @@ _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 # The calls. Bare names where nothing is to be added: a function around each would cost a tenth of a put.
 open_at = os.open
 close = os.close
-replace_descriptor = partial(os.dup2, inheritable=False)
 stat_at: Callable[..., os.stat_result] = partial(os.stat, follow_symlinks=False)
 fstat = os.fstat
 statvfs = os.fstatvfs

@@ -36,7 +36,7 @@ NEW: Final = "index.new"
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 FIRST_RECORDS: Final = 240
 _JOURNAL_AT: Final = W.SUBJECT * W.WORD  # then STORES, then the stores
-_VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
+VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
 """Check the whole table after every commit: for tests."""
 _MOST_VERIFIED: Final = 512  # records, so that a long backlog is not checked in quadratic time
 
@@ -175,7 +175,7 @@ class Journal:
         # A crash from here on leaves stores that recovery makes again.
         any(map(words.__setitem__, stores, stores.values()))  # a loop in C: each store is None
         words[W.MARK] = CLEAN
-        if _VERIFY:
+        if VERIFY:
             self._verify(transition)
 
     def _verify(self, transition: Transition) -> None:

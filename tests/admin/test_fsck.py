@@ -336,6 +336,7 @@ def test_a_table_that_contradicts_itself_is_built_again(path: Path, name: str) -
     assert rest(path) == ALL
 
 
+@pytest.mark.usefixtures("unverified")
 @pytest.mark.parametrize("name", STORES)
 def test_sessions_survive_a_table_that_contradicts_itself(path: Path, name: str) -> None:
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.account import names_in
 from support.damage import item_name, picture, refused
@@ -264,7 +264,8 @@ VALUES = (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.usefixtures("unverified")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=st.dictionaries(
         st.sampled_from(COUNTS) | st.sampled_from(POSITIONS), VALUES, min_size=1, max_size=6
