@@ -129,10 +129,12 @@ class Session:
             self.lock = IndexLock(self.directories.items, self._holder)
             self.journal = _NONE
             self.step(self._join, asked)
-        except SpoolError:
+        except BaseException as error:
+            if "let_go" in vars(self):
+                self.let_go()  # not only when this is collected
+            if isinstance(error, OSError) and not isinstance(error, SpoolError):
+                raise fs.storage_error(error, self.path) from error
             raise
-        except OSError as error:
-            raise fs.storage_error(error, self.path) from error
 
     def _join(self, asked: Limits) -> tuple[None, int, int]:
         set_limits(self.journal.words, agree(self.directories, asked))
