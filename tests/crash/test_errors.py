@@ -11,9 +11,12 @@ import gc
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support.faults import at, fail, partly
+from support.faults import Event, Injector, at, fail, partly
 from support.scenarios import CORE, SCENARIOS, Run
+
+from spoolipc import SpoolReader, SpoolWriter
 
 ERRORS = {
     "open_at": "EIO ENOSPC EMFILE EACCES",
@@ -83,3 +86,18 @@ def test_a_failing_call_is_a_clear_error_or_no_matter(place: Path, name: str) ->
 def test_any_error_of_any_call_is_a_clear_error_or_no_matter(place: Path, name: str) -> None:
     known = {call: errors.split()[name in CORE :] for call, errors in ERRORS.items()}
     check(place / "spool", name, known)
+
+
+def test_items_are_taken_though_the_file_system_has_no_block_for_a_name(place: Path) -> None:
+    with SpoolWriter(place / "spool") as writer, SpoolReader(place / "spool") as reader:
+        writer.put_many([np.full(5000, number) for number in range(2)])
+        received = reader.receive()
+
+        def full(event: Event) -> None:
+            if event.name == "rename":
+                fail(errno.ENOSPC)(event)
+
+        with Injector(full) as injector:
+            received.ack()
+            assert (reader.get() == 1).all()
+        assert injector.met.count("rename") == 2
