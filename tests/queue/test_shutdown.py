@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.calls import Call
 
-from spoolipc import Empty, Item, ShutDown, SpoolReader, SpoolWriter
+from spoolipc import Empty, Item, ShutDown, SpoolReader, SpoolWriter, stat
 
 LARGE = 40_000
 LOOK = 1.0
@@ -135,3 +135,9 @@ def test_shutdown_outlives_the_processes_and_reopen_ends_it(spool: Path) -> None
         assert [int(reader.get_nowait()[0]) for _ in range(2)] == [0, 1]
         with pytest.raises(Empty):
             reader.get_nowait()
+
+
+def test_immediate_shutdown_is_not_taken_back_by_another(writer: SpoolWriter, spool: Path) -> None:
+    writer.shutdown(immediate=True)
+    writer.shutdown()
+    assert stat(spool).state == "discarded"
