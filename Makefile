@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install format lint test faults soak demo bench docs clean all
+.PHONY: help install format lint test faults mutants soak demo bench docs clean all
 
 help:  ## say what the targets are
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -43,6 +43,9 @@ endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+
+mutants: $(STAMP)  ## break each promise on purpose and see a test fail, in minutes; ARGS="lease late" tries these only
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 soak: $(STAMP)  ## kill writers and readers at random for SPOOLIPC_SOAK seconds (300), and account for every item
 	PYTHONPATH=tests $(BIN)/python tests/system/soak.py $(ARGS)

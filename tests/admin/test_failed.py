@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.account import check_spool
 from support.damage import cut, item_name, killed_at, link_out, picture, pipe
+from support.faults import Injector
 
 from spoolipc import (
     Empty,
@@ -108,6 +109,12 @@ def test_all_are_retried_in_order_and_reach_a_reader_that_had_found_the_spool_em
         assert failed_retry(path).seqs == {1: 5, 2: 6, 3: 7}
         assert [int(reader.get(timeout=5)[0]) for _ in range(3)] == [1, 2, 3]
     assert failed_retry(path).seqs == {}
+
+
+def test_retried_ones_are_synced(path: Path) -> None:
+    with Injector() as injector:
+        failed_retry(path)
+    assert "sync" in injector.met[len(injector.met) - injector.met[::-1].index("rename") :]
 
 
 @pytest.mark.parametrize("damage", [cut, link_out, pipe, lambda place: place.write_bytes(b"")])

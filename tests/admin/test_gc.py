@@ -147,7 +147,7 @@ def test_a_damaged_index_is_built_again(path: Path, size: int | None) -> None:
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_transition_left_half_done_is_no_damage_and_is_finished_or_undone(
-    path: Path, after: bool, fresh: bool
+    path: Path, after: bool, fresh: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """fresh: it uses a record for the first time."""
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
@@ -168,6 +168,7 @@ def test_a_transition_left_half_done_is_no_damage_and_is_finished_or_undone(
     gc(path)
     check_spool(path)
     assert len(files(path, "items")) == after
+    assert "built it again" not in caplog.text
 
 
 def leave_everything(path: Path) -> None:

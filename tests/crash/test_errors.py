@@ -11,6 +11,7 @@ import gc
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.account import check_spool
 from support.faults import Event, Injector, at, fail, partly
@@ -21,7 +22,6 @@ from spoolipc import SpoolReader, SpoolWriter, StorageError
 
 ERRORS = {
     "open_at": "EIO ENOSPC EMFILE EACCES",
-    "replace_descriptor": "EMFILE",
     "stat_at": "EIO",
     "fstat": "EIO",
     "statvfs": "EIO",
@@ -109,3 +109,18 @@ def test_a_file_that_can_never_be_removed_keeps_nobody_from_the_spool(place: Pat
         assert value_of(shown) == 1
     assert spoolipc.gc(path).orphaned_files == 1
     check_spool(path)
+
+
+def test_items_are_taken_though_the_file_system_has_no_block_for_a_name(place: Path) -> None:
+    with SpoolWriter(place / "spool") as writer, SpoolReader(place / "spool") as reader:
+        writer.put_many([np.full(5000, number) for number in range(2)])
+        received = reader.receive()
+
+        def full(event: Event) -> None:
+            if event.name == "rename":
+                fail(errno.ENOSPC)(event)
+
+        with Injector(full) as injector:
+            received.ack()
+            assert (reader.get() == 1).all()
+        assert injector.met.count("rename") == 2

@@ -126,3 +126,28 @@ def test_another_session_acts_between_any_two_calls(
         if number > len(injector.met):
             break
     assert acted
+
+
+def test_peek_tells_of_no_other_item_though_the_file_is_written_again(place: Path) -> None:
+    path, number, told = place / "spool", 0, set()
+    while True:
+        number += 1
+        with SpoolWriter(path) as writer, SpoolReader(path) as reader, SpoolReader(path) as peeking:
+            seqs = [writer.put(arrays(0, "small"), meta=seq) for seq in (1, 2)]
+
+            def act(
+                event: Event, number: int = number, both: tuple[SpoolWriter, SpoolReader] = (writer, reader)
+            ) -> None:
+                if event.number == number and not is_locked(path):
+                    both[1].get_nowait()
+                    both[0].put(arrays(0, "small"), meta=3)
+
+            with Injector(act) as injector:
+                seen = peeking.peek(block=False)
+        assert seen.meta == seen.seq, f"at call {number}"
+        told.add(seen.seq)
+        shutil.rmtree(path)
+        if number > len(injector.met):
+            break
+    assert seqs == [1, 2]
+    assert told == {1, 2}

@@ -6,14 +6,18 @@ What was interrupted may have been done or not.
 
 from __future__ import annotations
 
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support.faults import at, interrupt, interrupted_at
+from support.faults import Injector, at, interrupt, interrupted_at
 from support.scenarios import Run, every_or_core
 
 import spoolipc
+from spoolipc import SpoolReader, SpoolWriter, stat
 
 PACKAGE = str(Path(spoolipc.__file__).parent)
 ANYWHERE = (
@@ -48,6 +52,27 @@ def test_interrupted_before_or_after_any_call(place: Path, name: str, after: boo
         except BaseException as failure:
             failure.add_note(f"{name}: call {number}, {call}")
             raise
+
+
+@pytest.mark.parametrize("verify", [False, True], ids=["receive", "get verified"])
+def test_interrupted_reader_leaves_nothing_in_flight(place: Path, verify: bool) -> None:
+    path, number = place / "spool", 0
+    while True:
+        number += 1
+        with SpoolWriter(path) as writer, SpoolReader(path, verify=verify) as reader:
+            writer.put(np.zeros(5000))
+            got, fault = None, at(number, interrupt)
+            with Injector(after=lambda event, _, fault=fault: fault(event)) as injector:  # type: ignore[misc]
+                with suppress(KeyboardInterrupt):
+                    got = reader.get() if verify else reader.receive()
+                calls = len(injector.met)
+            if got is None:
+                assert stat(path).in_flight == 0, f"interrupted after call {number}"
+            del got
+        shutil.rmtree(path)
+        if number > calls:
+            break
+    assert number > 3
 
 
 @pytest.mark.exhaustive

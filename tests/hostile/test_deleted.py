@@ -83,3 +83,13 @@ def test_another_spool_at_the_same_path_is_not_taken_for_the_old(spool: Path) ->
                 old.put(SMALL)
             assert np.array_equal(reader.get_nowait(), LARGE)
             assert reader.empty()
+
+
+def test_a_part_removed_is_told_to_who_waits_with_the_remedy(spool: Path) -> None:
+    """Who waits for the lock on a directory that was removed is alone with it."""
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        (spool / "items").rmdir()
+        for call in (lambda: reader.get(timeout=10), lambda: writer.put(np.zeros(3))):
+            with pytest.raises(SpoolGone, match=r"items/ was removed .*spoolipc fsck --repair"):
+                call()
+    assert fsck(spool, repair=True).clean

@@ -96,6 +96,11 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "without its magic": lambda path: poke(path, "magic", 0),
     "of another capacity": lambda path: poke(path, "capacity", 2**40),
     "with a torn journal": lambda path: (poke(path, "journal_length", 2**63), poke(path, "transition", 1)),
+    "with a journal that leads astray": lambda path: (
+        poke(path, "journal_length", 1),
+        poke(path, "journal", 2**40),
+        poke(path, "transition", 1),
+    ),
     "with an unknown transition": lambda path: poke(path, "transition", 2**63),
 }
 OUTSIDE = HARMS | {"of another boot": lambda path: poke(path, "boot", 1)}
@@ -186,6 +191,16 @@ def test_no_number_of_a_file_that_is_there_is_given_again(path: Path, how: str) 
         there = names_in(path, "failed")
         assert item_name(writer.put(array(0))) not in there
         assert len(failed_list(path)) == len(there) == stat(path).failed == len(WAITING) + 1
+
+
+def test_the_number_of_an_item_that_was_delivered_is_not_given_again_while_its_file_is_there(
+    path: Path,
+) -> None:
+    with SpoolReader(path) as reader:
+        assert drained(reader) == WAITING
+        (path / "index").unlink()
+        with SpoolWriter(path) as writer:
+            assert writer.put(array(0)) == LAST + 1
 
 
 def test_an_unknown_version_is_an_error_and_nothing_is_changed(path: Path) -> None:

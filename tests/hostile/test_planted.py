@@ -65,7 +65,7 @@ def victim(tmp_path: Path) -> Iterator[Path]:
 def elsewhere(tmp_path: Path) -> Iterator[Path]:
     """A directory outside that nothing enters."""
     place = tmp_path / "elsewhere"
-    place.mkdir()
+    place.mkdir(0o700)
     yield place
     assert os.listdir(place) == []
 

@@ -231,3 +231,12 @@ def test_redelivered_and_delayed_items_count(spool: Path, delay: float) -> None:
             writer.put_nowait(pages(2))
         reader.get()
         writer.put_nowait(pages(2))
+
+
+def test_room_that_another_took_meanwhile_is_full_and_nothing_is_left(spool: Path) -> None:
+    with SpoolWriter(spool, maxsize=2) as writer, SpoolWriter(spool) as other:
+        writer.put(pages(9))  # and knows that there is room for one more
+        other.put(pages(9))
+        with pytest.raises(Full):
+            writer.put_nowait(pages(9))
+        assert list((spool / "tmp").iterdir()) == []

@@ -147,3 +147,29 @@ def test_nothing_is_recycled_when_the_limit_is_zero(spool: Path) -> None:
         with pytest.raises(Empty):
             reader.get_nowait()
         assert list((spool / "free").iterdir()) == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["in the table", "after its loss"])
+def test_file_that_must_survive_power_loss_is_not_written_again(spool: Path, known: bool) -> None:
+    """Its old name may come back, with whatever bytes the file then has."""
+    with SpoolWriter(spool, durability="fsync") as writer, SpoolReader(spool) as reader:
+        writer.put(np.ones(SIZE))
+        if not known:
+            (spool / "index").unlink()
+        assert (reader.get() == 1).all()
+        assert list((spool / "free").iterdir()) == []
+
+
+@pytest.mark.parametrize("harm", [link, shorten])
+def test_small_file_not_mapped_yet_that_was_tampered_with_is_not_written(
+    spool: Path, writer: SpoolWriter, reader: SpoolReader, harm: Callable[[Path], None]
+) -> None:
+    writer.put(np.full(50, 7.0))
+    reader.get()
+    (file,) = (spool / "free").iterdir()
+    harm(file)
+    writer.put(np.ones(50))
+    assert (reader.get() == 1).all()
+    for linked in spool.glob("linked-*"):
+        assert (np.load(linked) == 7).all()
+        linked.unlink()

@@ -24,6 +24,7 @@ _HEADER: Final = {
     "capacity": W.CAPACITY,
     "transition": W.MARK,
     "journal_length": W.STORES,
+    "journal": W.JOURNAL,  # positions of stores, then their values
     "next_seq": W.NEXT_SEQ,
     "queue_head": W.READY.head,
     "queue_tail": W.READY.tail,

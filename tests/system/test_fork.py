@@ -17,9 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.faults import Event, Injector
 from support.waits import until, until_asleep
 
-from spoolipc import Empty, Full, Item, SpoolReader, SpoolWriter
+from spoolipc import Empty, Full, Item, SpoolReader, SpoolWriter, stat
+from spoolipc.directory import DirectoryEngine
+from spoolipc.engine import ConsumerOptions
+from spoolipc.message import Ack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of threads, from Python 3.12
 SIZE = 5000
@@ -238,6 +242,28 @@ def test_views_alive_at_the_fork_stay_in_the_child_when_the_parent_lets_go(
     assert child.ended() == 0
 
 
+def test_view_alive_at_the_fork_stays_in_the_child_when_the_parent_has_dropped_it_before_the_end(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, gate: int
+) -> None:
+    consumer = DirectoryEngine(spool).consumer(ConsumerOptions())
+    writer.put(full_of(1))
+    claims = consumer.claim(1, None, None)
+    views = list(consumer.load(claims[0]).arrays)
+
+    def work() -> None:
+        os.eventfd_read(gate)
+        assert (views[0] == 1).all()
+
+    child = Forked(work)
+    views.clear()
+    gc.collect()
+    consumer.settle(claims, Ack())
+    traffic(writer, reader)
+    os.eventfd_write(gate, 1)
+    assert child.ended() == 0
+    consumer.close()
+
+
 def test_views_alive_at_the_fork_stay_in_the_parent_whatever_the_child_does(
     writer: SpoolWriter, reader: SpoolReader
 ) -> None:
@@ -374,6 +400,29 @@ def test_fork_while_another_thread_opens_the_spool_leaves_no_session_locked(spoo
             one.result(20)
 
 
+def test_fork_waits_for_another_thread_that_announces_a_session(spool: Path) -> None:
+    """Else the child would have its locked file and not know, and hide its crash."""
+    SpoolReader(spool).close()
+    children: list[Forked] = []
+
+    def work() -> None:
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                assert not os.readlink(f"/proc/self/fd/{name}").startswith(f"{spool}/alive/")
+
+    with ThreadPoolExecutor(1) as aside:
+
+        def fork(event: Event) -> None:
+            if event.name == "write" and not children:  # who it is, in a file that is not locked yet
+                aside.submit(lambda: children.append(Forked(work)))
+                time.sleep(0.2)  # long enough for a fork that does not wait
+
+        with Injector(fork):
+            SpoolReader(spool).close()
+    (child,) = children
+    assert child.ended() == 0
+
+
 def test_child_that_waits_is_woken_and_so_is_its_parent(
     writer: SpoolWriter, reader: SpoolReader, gate: int
 ) -> None:
@@ -390,6 +439,7 @@ def test_child_that_waits_is_woken_and_so_is_its_parent(
 
     def work() -> None:
         assert woken() < LATEST
+        assert stat(reader.path).waiting_mode == "inotify"
         os.eventfd_read(gate)
 
     child = Forked(work)

@@ -17,7 +17,7 @@ import pytest
 from support.peer import Peer
 from support.waits import is_locked, naps, polls, start_waiting, until, until_asleep
 
-from spoolipc import Empty, SpoolReader, SpoolWriter
+from spoolipc import Empty, SpoolReader, SpoolWriter, failed_list, failed_retry, stat
 
 LOOK = 1.0
 """Seconds after which whoever sleeps looks by itself."""
@@ -154,6 +154,44 @@ def test_crashed_waiter_takes_no_wake_up_from_others(spool: Path, peers: Peers) 
         none_is_late(others, 10)
 
 
+@pytest.mark.parametrize("end", ["crashed", "stopped"])
+def test_another_is_woken_in_the_place_of_one_that_cannot_wake(spool: Path, peers: Peers, end: str) -> None:
+    """It has waited longer, so it is rung first."""
+    with SpoolWriter(spool) as writer:
+        first, sleeper = reading(peers, spool), reading(peers, spool)
+        if end == "crashed":
+            first.kill()
+        else:
+            first.stop()
+            slept = naps(sleeper.pid)
+            until(
+                lambda: naps(sleeper.pid) >= slept + 3
+            )  # it looks once a second, which the other does no more
+            until_asleep(sleeper.pid)
+        writer.put(stamp())
+        until(lambda: not writer.qsize())
+        writer.shutdown()
+        none_is_late(sleeper.answer(), 1)
+
+
+def test_waiter_that_is_interrupted_as_it_is_woken_wakes_another(spool: Path, peers: Peers) -> None:
+    with SpoolWriter(spool) as writer:
+        first = peers.enter_context(Peer(spool))
+        first.run(
+            "reader = SpoolReader(path)\ndef end():\n try: reader.get()\n except KeyboardInterrupt: pass"
+        )
+        start_waiting(first, "end()")
+        sleeper = reading(peers, spool)
+        first.stop()
+        os.kill(first.pid, signal.SIGINT)
+        writer.put(stamp())  # rings the first, which has waited longer
+        first.go()
+        first.answer()
+        until(lambda: not writer.qsize())
+        writer.shutdown()
+        none_is_late(sleeper.answer(), 1)
+
+
 def test_waiter_that_ran_out_of_time_takes_no_wake_up_from_others(spool: Path, peers: Peers) -> None:
     with SpoolWriter(spool) as writer, contextlib.ExitStack() as left:
         sleeper = reading(peers, spool)
@@ -199,6 +237,23 @@ def test_requeued_item_wakes_a_reader(spool: Path, peers: Peers) -> None:
             item.nack()
             until(lambda: not writer.qsize())
         none_is_late([came - each for came, each in zip(reader.answer(), began, strict=True)], 20)
+
+
+def test_dead_letter_that_is_retried_wakes_a_reader(spool: Path, peers: Peers) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as rejecting:
+        for _ in range(10):
+            writer.put(np.zeros(1))
+            rejecting.receive().reject("no")
+    reader = peers.enter_context(Peer(spool))
+    reader.run("reader = SpoolReader(path)")
+    start_waiting(reader, "[[reader.get(), time.monotonic()][1] for _ in range(10)]")
+    began = []
+    for letter in failed_list(spool):
+        until_asleep(reader.pid)
+        began.append(time.monotonic())
+        failed_retry(spool, [letter.seq])
+        until(lambda: not stat(spool).depth)
+    none_is_late([came - each for came, each in zip(reader.answer(), began, strict=True)], 10)
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["itself", "another"])

@@ -1,0 +1,67 @@
+"""What the order of system calls must be, where no state of a real file system shows it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.account import check_spool
+from support.faults import Event, Injector
+
+from spoolipc import Full, SpoolReader, SpoolWriter, StorageError
+from spoolipc.directory import fs
+
+
+def test_a_new_spool_is_one_only_when_its_directories_are_durable(tmp_path: Path) -> None:
+    met: list[str] = []
+
+    def note(event: Event) -> None:
+        is_directory = event.name == "sync" and stat.S_ISDIR(os.fstat(event.args[0]).st_mode)
+        met.append("sync directory" if is_directory else event.name)
+
+    with Injector(note):
+        SpoolWriter(tmp_path / "spool").close()
+    made = len(met) - met[::-1].index("mkdir")
+    assert met[made:].index("sync directory") < met[made:].index("rename")
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system of 256 KiB that says that it has room, as one with a quota does."""
+    if os.geteuid():
+        pytest.skip("only root can mount")
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=True)
+    roomy = os.statvfs_result((4096, 4096, 10**6, 10**6, 10**6, 9, 9, 9, 0, 255))
+    monkeypatch.setattr(fs, "statvfs", lambda _: roomy)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.fault
+def test_a_loan_has_all_its_blocks_before_anybody_writes_to_it(small: Path) -> None:
+    with SpoolWriter(small / "spool") as writer:
+        with pytest.raises(Full), writer.loan(100_000, "f8", block=False) as array:
+            array[:] = 1  # a store that finds no block ends the process
+        writer.put(np.zeros(5000))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("pages", range(1, 12, 2))
+def test_an_index_has_all_its_blocks_before_anybody_writes_to_it(small: Path, pages: int) -> None:
+    filler = small / "filler"
+    filler.write_bytes(bytes(256 * 1024 - pages * 4096))
+    try:
+        SpoolReader(small / "spool").close()
+    except StorageError:
+        filler.unlink()
+    SpoolReader(small / "spool").close()
+    check_spool(small / "spool")

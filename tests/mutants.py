@@ -1,0 +1,348 @@
+"""Break each promise of docs/reliability.md on purpose, and see a test fail: `make mutants`, ARGS="lease late" for 2.
+
+Below, under each row of the fault matrix, stand changes of one line: a name | a module | the tests that must fail, as
+modules and an expression for `-k` | old text, which is in the module once (¶ ends a line) ==> new text. Each is made in
+a copy of the tree, never in the tree itself. One that no test notices survives: a test is missing, or the guard is not
+needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).parents[1]
+COPIED: Final = ("spoolipc", "tests", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+PYTEST: Final = "-m pytest -x -q --tb=no --no-header -p no:cacheprovider --timeout=25 --basetemp=made".split()
+PATIENCE: Final = 150.0  # seconds for the tests of one mutation: one that makes them hang is caught as well
+MEMORY: Final = 3 << 29  # bytes for each of their processes
+MUTATIONS: Final = r"""
+# any process killed before or after any system call
+unmarked | journal | test_transitions | words[MARK] = kind ==> pass
+arrived | journal | test_kills system and put_small | return fs.exists(directories.items, name) ==> return True
+left | journal | test_transitions | not fs.exists(directories.items, name) ==> False
+donated | journal | test_kills system and preallocate | fs.exists(directories.free, name) ==> True
+unlinked | journal | test_transitions | fs.unlink_missing_ok(directories.free, name) ==> pass
+followed | journal | test_kills system and shutdown | words[SHUTDOWN] = read_shutdown(self._directories.root) ==> pass
+staged | housekeeping | test_kills system and put_large | token and crashed.has(token): ==> False:
+sessions | housekeeping | test_views ends_without | crashed.found(): ==> ():
+repair-cut | repair | test_kills system and repair | session.journal.words[CAPACITY] = ALL_BITS ==> pass
+left-new | fs | test_kills system and open_new | unlink_missing_ok(directory, name) ==> pass
+# killed between two stores to the table, holding the lock
+finished | journal | test_gc half_done | words[position] = value ==> pass
+journal-astray | journal | test_index_damage astray | position >= words[CAPACITY] for ==> False for
+stores | journal | test_transitions | any(map(words.__setitem__, ==> all(map(words.__setitem__,
+# another session acts between any two system calls
+put-lost | producer | test_interleavings put_large and lose | not recycler.is_ours(file): ==> False:
+ahead | consumer | test_interleavings get and get | ahead and ahead[-1][0] == seq: ==> ahead:
+peeked | consumer | test_interleavings peek_tells | if fs.exists(items, name) ==> if True
+unlocked | session | test_processes every_item and spawn | not fs.lock(lock.fd): ==> False:
+lost-file | producer | test_interleavings put_large and lose_the_index | self._staging.write_new(lost) ==> pass
+# Ctrl-C wherever a signal can come
+claimed | consumer | test_interrupts in_flight | self.session.step(self._requeue, taken) ==> pass
+verified | consumer | test_interrupts in_flight | self.session.step(self._requeue, claimed) ==> pass
+released | session | test_interrupts before and put_small | lock.release()  # an interrupt ==> pass  # an interrupt
+unstaged | producer | test_limits another_took | self._staging.unstage(left) ==> pass
+# writers and readers killed at random for a long time
+soak | housekeeping | test_soak one | owner and crashed.has(owner): ==> False:
+# `gc` killed; several at once; during traffic
+live-staged | gc | test_gc live_sessions | owner in crashed: ==> owner:
+live-pinned | gc | test_gc orphans | != NOTHING ==> > 5
+live-history | gc | test_gc orphans | if not fs.exists(directories.items, item) and ==> if
+gc-twice | gc | test_gc several | return  # another gc was first ==> raise
+gc-planted | gc | test_gc dry_run | not stat.S_ISREG(status.st_mode): ==> False:
+alive | liveness | test_gc live_sessions | not fs.lock(fd): ==> False:
+# reader crashes with items in flight
+crashed | housekeeping | test_leases sleeping_reader | owner and crashed.has(owner): ==> False:
+crash-order | housekeeping | test_leases who_opens | reversed(active(words)): ==> active(words):
+gc-order | gc | test_gc redelivered_in_order | reversed(active(words))] ==> active(words)]
+leave-order | receiving | test_order ends and leaves | reversed(active(session ==> (active(session
+first | transitions | test_order before_all | words[REDELIVERY.head] or words[_READY_HEAD] ==> words[_READY_HEAD]
+# reader hangs
+lease | housekeeping | test_leases goes_to_another | 0 < ends <= now: ==> False:
+late | consumer | test_leases late_settling | 0 < words[record + DUE] <= time.monotonic_ns(): ==> False:
+attempt-asked | consumer | test_leases own_item | and words[record + ATTEMPT] == delivery.attempt ==>
+sooner | transitions | test_leases shorter_delay | not words[NEXT_DUE] or due < ==> not
+extended | transitions | test_leases extend_counts | DUE: due} ==> DUE: words[record + DUE]}
+hung-view | receiving | test_views outlive | and attempt == before ==>
+# poison item: its reader crashes every time
+poison | housekeeping | test_dead_letters poison_item | most and attempt >= most: ==> False:
+attempts | transitions | test_dead_letters every_way | = words[record + ATTEMPT] + 1 ==> = 1
+attempts-lost | rebuild | test_leases remembered | tries.get(number, 0) ==> 0
+history | receiving | test_receive history | forget_history(self.session.directories, words[record + SEQ]) ==> pass
+retried-asleep | dead_letters | test_wakeups retried | seq, 1, ==> seq, 0,
+no-letter | dead_letters | test_failed no_dead_letter | missing := sorted(set(wanted) - set(there)): ==> False:
+# lock holder stopped (SIGSTOP)
+holder | journal | test_stopped_holder told_who | self.words[HOLDER] = token ==> pass
+# index deleted, truncated, zeros, random, of another boot, of another spool
+deleted | journal | test_index_damage mapped_by_several | status[3] != 1 or status[6] < self.size: ==> False:
+boot | journal | test_index_damage another_boot | raise IndexDamaged("the index is of ==> ("the index is of
+other-spool | journal | test_index_damage another_spools | raise IndexDamaged("the next item ==> ("the next item
+next-seq | transitions | test_fsck survive and begin | raise IndexDamaged("the next sequence ==> ("the next sequence
+whole | journal | test_waiting_through_damage | fs.mapped_size(self.map) >= self.size and ==>
+endless | table | test_fsck survive and without and end | len(found) >= limit: ==> False:
+number-failed | rebuild | test_dead_letters outlive | *waiting[-1:], *failed, ==> *waiting[-1:],
+number-freed | rebuild | test_index_damage was_delivered | *failed, *freed, ==> *failed,
+number-donated | rebuild | test_preallocate loss_of | number < FIRST_DONATED: ==> True:
+kept | rebuild | test_fsck live_session | row[OWNER] in alive and row[SEQ] in once} ==> False}
+kept-claims | receiving | test_fsck live_session | self.kept[seq] = kept.get(seq, before) ==> pass
+kept-letters | rebuild | test_index_damage stops_no_tool | words[FAILED_COUNT] = len(failed) ==> pass
+kept-limits | rebuild | test_fsck contradicts_the | set_limits(words, agree(directories, Limits())) ==> pass
+kept-shutdown | rebuild | test_fsck contradicts_the | words[SHUTDOWN] = read_shutdown(directories.root) ==> pass
+only-index | housekeeping | test_index_damage only_the | read_shutdown(session.directories.root) != DISCARDED ==> False
+# index or `spool.json` of an unknown version
+index-version | journal | test_index_damage unknown_version | if words[VERSION] != VERSION_VALUE: ==> if False:
+json-version | layout | test_index_damage spool_json | version != FORMAT: ==> False:
+# item file truncated, empty, random, hostile, or with one bit flipped
+footer-crc | format/footer | test_format_footer one_changed | crc != actual: ==> False:
+footer-place | format/footer | test_format_footer forged | data_end != offset: ==> False:
+footer-json | format/footer | test_format_footer forged | length > MAX_JSON: ==> False:
+footer-later | format/footer | test_format_footer later | record[:8] == MAGIC and version > VERSION: ==> False:
+header-size | format/item | test_format_header hostile | length > MAX_HEADER: ==> False:
+header-text | format/header | test_format_header hostile | len(text) > MAX_HEADER_TEXT: ==> False:
+shape | format/header | test_format_header hostile | not all(0 <= n <= _MAX_SIZE for n in shape): ==> False:
+nested | format/header | test_format_header hostile | depth >= _MAX_NESTING: ==> False:
+unaligned | format/item | test_format_header hostile | offset % ALIGN: ==> False:
+beyond | format/item | test_format_item damaged | if offset + block.nbytes > limit: ==> if False:
+pickle-read | format/header | test_format_header hostile | descr.lstrip("<>|=").startswith("O"): ==> False:
+pickle-put | format/header | test_format_header restore | dtype.hasobject and dtype.num < ==> False and dtype.num <
+plain-npy | format/header | test_format_item several | " " * spare ==> " " * 0
+checksum | format/item | test_verify one_flipped | actual != footer.checksum: ==> False:
+verify | receiving | test_verify a_received | verify(buffer, tail) ==> pass
+vanished | receiving | test_hostile_items vanished | raise BadItem("its file is missing") from None ==> raise
+# file system full: tmpfs and ext4 filled for real
+shortage | staging | test_full_disk writers_on and tmpfs | fs.is_shortage(error): ==> False:
+hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(fd,
+hole-index | journal | test_order_of_calls index | fs.allocate(fd, 0, ==> fs.truncate(fd,
+hole-grown | journal | test_full_disk grow | fs.allocate(self._fd, 0, ==> fs.truncate(self._fd,
+full-take | receiving | test_errors no_block | not keep or not fs.is_shortage(error): ==> True:
+gives-way | staging | test_limits give_way | self.recycler.fits(size) and ==> self.recycler.fits(size) or
+half-saved | fs | test_full_disk writers_on and tmpfs | written < end: ==> False:
+full-history | quarantine | test_dead_letters cannot_be_written | except OSError ==> except TimeoutError
+# an item larger than the file system or `max_bytes`
+larger-limit | producer | test_limits than_the_limit | (limit and need > limit) or ==>
+larger-disk | producer | test_limits than_the_file_system | or need > total ==>
+max-bytes | pool | test_limits metadata_counts | not (max_bytes and words[ITEM_BYTES] + need > max_bytes) ==> True
+delayed-room | pool | test_limits redelivered_and | + words[DELAYED_COUNT] >= maxsize ==> >= maxsize
+mismatch | layout | test_limits first_who | value is not None and there is not None and there != value: ==> False:
+# EIO, ENOSPC, EDQUOT, EMFILE
+named | session | test_errors failing and put_small | raise explained from error ==> raise
+failed-staged | staging | test_full_disk writers_on and tmpfs | fs.unlink_missing_ok(directories.tmp, name) ==> pass
+leaked | itemfile | test_errors failing and get_large | None:¶        fs.close(self.fd) ==> None:¶        pass
+# power lost at any moment
+sync-file | staging | test_power_loss zeros | fs.sync(fd) ==> pass
+sync-name | producer | test_power_loss least | fs.sync(self.session.directories.items) ==> pass
+sync-loan | producer | test_power_loss zeros | fs.sync(file.fd) ==> pass
+sync-spool | producer | test_power_loss least | self.session.directories.sync() ==> pass
+sync-made | layout | test_order_of_calls durable | fs.sync(root)  # no ==> pass  # no
+sync-retried | dead_letters | test_failed synced | fs.sync(session.directories.items) if done else None ==> None
+never-again | producer | test_recycling power | staged.flags | (NEVER_AGAIN if self._durable else 0) ==> staged.flags
+never-rebuilt | rebuild | test_recycling power | = NEVER_AGAIN ==> = 0
+# inotify's limits used up
+said-once | hearing | test_inotify_limits says_so | _warned = True ==> _warned = False
+unheard | hearing | test_inotify_limits reported | time.monotonic() > until: ==> False:
+polled | doorbell | test_wakeups polling | ears is None or not armed: ==> False:
+# a waiting session crashes, or its time is up, as it is woken
+ring-crashed | liveness | test_wakeups in_the_place | if fs.lock(fd): ==> if False:
+ring-stale | doorbell | test_wakeups in_the_place | and since > fresh: ==> :
+ring-next | doorbell | test_wakeups is_interrupted | self.ring(self.kind, 1) ==> pass
+ring | session | test_wakeups idle_reader | self.doorbell.ring("items", items) ==> pass
+ring-delay | session | test_wakeups reader_sleeps | or 0 < words[NEXT_DUE] < until_ns ==>
+ring-end | producer | test_processes shutdown_wakes | self.session.doorbell.ring_all() ==> pass
+# wall clock jumps a day either way
+clock | consumer | test_clock leases | return time.monotonic_ns() ==> return time.time_ns()
+clock-age | stat | test_clock age | max(0.0, ==> max(-1e9,
+# fork amid traffic, from a thread
+fork-loan | recycling | test_loans fork_during | shared=not pin.alone ==> shared=False
+fork-abandon | session | test_fork its_end or end_of | os.getpid() != pid: ==> False:
+fork-pins | recycling | test_fork stay_in_the_child | watched.pin.alone = False ==> pass
+fork-pooled | receiving | test_fork stay_in_the_child | recycler.releasable() ==> recycler.pins.pending[0].record
+fork-reclaim | recycling | test_fork stay_in_the_child | = not pin.alone or ==> =
+fork-ack | consumer | test_fork dropped_it | (pin.left > 0 or not pin.alone) ==> pin.left > 0
+fork-crash | housekeeping | test_fork views_got | transitions.drop(journal.words ==> transitions.release(journal.words
+fork-lock | session | test_fork crash_of | in held: ==> in ():
+fork-session | session | test_fork of_its_own | self.is_forked = True ==> pass
+fork-opening | session | test_fork announces | no_fork: ==> contextlib.nullcontext():
+fork-ears | hearing | test_fork that_waits | _ears, _ears_lock, _deaf = None, threading.Lock(), False ==> pass
+# many threads share a writer or reader
+mutex | session | test_threads | with lock.mutex: ==> with contextlib.nullcontext():
+maxsize | producer | test_limits another_took | not has_room(words, size): ==> False:
+# views outlive `ack`, `close`, later puts, the spool
+unpinned | receiving | test_views any_view | words[record + LOAN] if pin is None else self.session.token ==> 0
+closed-view | receiving | test_views outlive | transitions.drop(words ==> transitions.release(words
+lender | recycling | test_loans keeps_its_file | words[record + LOAN]: ==> False:
+loan-left | staging | test_loans after_an_exception | staged.file is not None and staged.loan: ==> False:
+loan-closed | producer | test_loans read_only | self.array.flags.writeable = False ==> pass
+never-recycled | pool | test_recycling zero | return limit > 0 and ==> return
+trimmed | pool | test_recycling backlog | pooled > words[RECYCLE_BYTES] ==> False
+# symlink, FIFO, device, directory or hard link planted anywhere
+follow | fs | test_planted own and index-symlink | = os.O_NOFOLLOW | ==> =
+follow-part | fs | test_planted own and items-symlink | os.O_DIRECTORY | os.O_NOFOLLOW ==> os.O_DIRECTORY
+fifo | fs | test_planted own and json-fifo | os.O_NOFOLLOW | os.O_NONBLOCK ==> os.O_NOFOLLOW
+own-linked | fs | test_planted own and hard | (status.st_nlink > 1 and not linked): ==> False:
+own-regular | fs | test_planted own and index | if not stat.S_ISREG(status.st_mode) or ==> if
+item-regular | itemfile | test_planted items_name | not stat.S_ISREG(status.st_mode): ==> False:
+linked-large | staging | test_recycling tampered | status[3] != 1 or status[6] != file.size: ==> False:
+linked-small | staging | test_recycling not_mapped | opened.status.st_nlink != 1 or opened.size != file.size ==> False
+# spool of another user, or open to all
+open-to-all | layout | test_planted open_to_others | stat.S_IMODE(status.st_mode) & 0o777 & ~mode: ==> False:
+owner | layout | test_planted TestOtherUsers | status.st_uid not in (os.geteuid(), 0) and not mode & 0o070: ==> False:
+owner-empty | layout | test_planted TestOtherUsers | status.st_uid != os.geteuid(): ==> False:
+umask | fs | test_planted everything_made | stat.S_IMODE(status.st_mode) != mode: ==> False:
+# network file system
+network | layout | test_planted network | kind in NETWORK: ==> False:
+# spool deleted while in use
+gone | fs | test_deleted | not exists(root, "spool.json"): ==> False:
+gone-part | session | test_deleted a_part | not fs.fstat(fd).st_nlink: ==> False:
+gone-asleep | housekeeping | test_deleted a_part | session.check_present() ==> pass
+# a million leftovers
+batches | fs | test_gc thousand | islice(entries, size)] ==> entries]
+progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass
+# not in the matrix: shutdown
+end-others | receiving | test_shutdown end_waits | words[IN_FLIGHT_COUNT] <= own and ==>
+end-wakes | receiving | test_shutdown at_once_when | return MEMBERS ==> return 0
+discarded | producer | test_shutdown taken_back | (now == DISCARDED and state == DRAINING) ==> False
+# not in the matrix: fsck
+fsck-size | repair | test_fsck longer | "missing", "size") ==> "missing")
+fsck-in-flight | repair | test_fsck becomes_a | and not _is_in_flight(session, number): ==> :
+fsck-torn | repair | test_fsck without_a_reason | forget_history(directories, number) ==> pass
+fsck-planted | repair | test_fsck made_anew | problem.kind in ("planted", "link") and name in _REPLACEABLE: ==> False:
+fsck-orphans | repair | test_fsck knows and orphan | any(problem.kind == "orphan" for problem in found): ==> False:
+fsck-checksum | check | test_verify one_flipped | file.parse(whole=True) ==> file.parse()
+fsck-lists | table | test_fsck contradicts and lost | 0, self.seen.count(0) ==> 0, 0
+fsck-sums | table | test_fsck contradicts and flight | int((states == IN_FLIGHT).sum()) ==> words[IN_FLIGHT_COUNT]
+# not in the matrix: how it is built
+calls | receiving | test_call_budget | is_due(words[HOUSEKEPT], words[NEXT_DUE]): ==> True:
+one-door | quarantine | test_one_door | fs.write(fd, ==> os.write(fd,
+floors | dead_letters | test_floors | import fs, ==> import fs, producer,
+# not in the matrix: the engine in memory
+memory-poison | memory | test_memory_engine | item.attempt >= self.most_attempts: ==> False:
+memory-order | memory | test_memory_engine | self.redelivered or self.waiting ==> self.waiting or self.redelivered
+memory-lease | memory | test_memory_engine | item.due <= now]: ==> False]:
+memory-late | memory | test_memory_engine | item.owner is not self or item.attempt != delivery.attempt: ==> False:
+memory-bytes | memory | test_memory_engine | or self.bytes + size > self.most_bytes: ==> :
+"""
+
+
+class Mutation(NamedTuple):
+    """One change. row: of the fault matrix, or what else it breaks."""
+
+    row: str
+    id: str
+    module: str
+    tests: str
+    old: str
+    new: str
+
+
+def listed() -> Iterator[Mutation]:
+    """The mutations above."""
+    row = ""
+    for line in MUTATIONS.strip().splitlines():
+        if line.startswith("# "):
+            row = line[2:]
+            continue
+        id, module, tests, change = line.split(" | ", 3)
+        old, _, new = change.replace("¶", "\n").partition(" ==>")
+        yield Mutation(row, id, module, tests, old, new.strip())
+
+
+def uncovered(mutations: list[Mutation]) -> list[str]:
+    """Rows of the fault matrix that no mutation breaks."""
+    matrix = (ROOT / "docs" / "reliability.md").read_text().split("| fault |")[1].split("\n\n")[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in matrix.splitlines()[2:]]
+    return [row for row in rows if not any(row.startswith(mutation.row) for mutation in mutations)]
+
+
+def tried(mutation: Mutation) -> tuple[str, str, float]:
+    """Make a mutation in a copy of the tree, and run its tests there: what came of it, why, and after what time."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as place:
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, Path(place, name))
+        package = Path(place, "spoolipc")
+        module = package / "directory" / f"{mutation.module}.py"
+        if not module.exists():
+            module = package / f"{mutation.module}.py"
+        text = module.read_text()
+        if text.count(mutation.old) != 1:
+            return "ERROR", f"not applicable, {text.count(mutation.old)} times there: {mutation.old}", 0.0
+        module.write_text(text.replace(mutation.old, mutation.new))
+        said, why = judged(*run(place, mutation.tests))
+    return said, why, time.monotonic() - began
+
+
+def run(place: str, tests: str) -> tuple[int | None, str]:
+    """Run tests in a tree: the exit code, None where they do not end; and what was printed."""
+    names = re.match(r"((?:test_\w+ ?)+)(.*)", tests)
+    assert names is not None, tests
+    files = [str(path) for name in names[1].split() for path in Path(place, "tests").glob(f"*/{name}.py")]
+    without = {name: value for name, value in os.environ.items() if name not in ("SPOOLIPC_VERIFY", "CI")}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, *PYTEST, *files, "-k", names[2]],
+            cwd=place,
+            env=without | {"PYTHONPATH": place, "TMPDIR": place},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (MEMORY, MEMORY))
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what the tests left running
+        process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+def judged(code: int | None, output: str) -> tuple[str, str]:
+    """What the end of a run says of its mutation, and by what."""
+    *_, last = output.strip().splitlines() or [""]
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.*)", output, re.MULTILINE)
+    if code is None or code < 0:
+        return "caught", f"no end within {PATIENCE:g} s" if code is None else signal.Signals(-code).name
+    if code == 1 and failed:
+        return "caught", failed[0]
+    if code == 0 and " passed" in last:
+        return "SURVIVED", last
+    return "ERROR", f"pytest ended with {code}: {last}"
+
+
+def main(asked: list[str]) -> int:
+    """Try all mutations, or those asked for by name; 0 when each was caught."""
+    mutations = list(listed())
+    missing = uncovered(mutations) + sorted(set(asked) - {mutation.id for mutation in mutations})
+    mutations = [mutation for mutation in mutations if not asked or mutation.id in asked]
+    began, row, bad = time.monotonic(), "", len(missing)
+    with ThreadPoolExecutor(2) as two:
+        for mutation, (said, why, seconds) in zip(mutations, two.map(tried, mutations), strict=True):
+            if mutation.row != row:
+                row = mutation.row
+                print(f"\n{row}")
+            bad += said != "caught"
+            print(f"  {said:8} {mutation.id:14} {seconds:5.1f} s  {why}", flush=True)
+    for name in missing:
+        print(f"ERROR: there is no mutation for {name}")
+    print(f"\n{len(mutations)} mutations, {bad} not caught, in {time.monotonic() - began:.0f} s")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
