@@ -30,19 +30,19 @@ PATIENCE: Final = 150.0  # seconds for the tests of one mutation: one that makes
 MEMORY: Final = 3 << 29  # bytes for each of their processes
 MUTATIONS: Final = r"""
 # any process killed before or after any system call
-unmarked | journal | test_transitions | words[MARK] = kind ==> pass
+unmarked | journal | test_transitions | words[W.MARK] = kind ==> pass
 arrived | journal | test_kills system and put_small | return fs.exists(directories.items, name) ==> return True
 left | journal | test_transitions | not fs.exists(directories.items, name) ==> False
 donated | journal | test_kills system and preallocate | fs.exists(directories.free, name) ==> True
 unlinked | journal | test_transitions | fs.unlink_missing_ok(directories.free, name) ==> pass
-followed | journal | test_kills system and shutdown | words[SHUTDOWN] = read_shutdown(self._directories.root) ==> pass
+followed | journal | test_kills system and shutdown | words[W.SHUTDOWN] = read_shutdown(self._directories.root) ==> pass
 staged | housekeeping | test_kills system and put_large | token and crashed.has(token): ==> False:
 sessions | housekeeping | test_views ends_without | crashed.found(): ==> ():
-repair-cut | repair | test_kills system and repair | session.journal.words[CAPACITY] = ALL_BITS ==> pass
+repair-cut | repair | test_kills system and repair | session.journal.words[W.CAPACITY] = W.ALL_BITS ==> pass
 left-new | fs | test_kills system and open_new | unlink_missing_ok(directory, name) ==> pass
 # killed between two stores to the table, holding the lock
 finished | journal | test_gc half_done | words[position] = value ==> pass
-journal-astray | journal | test_index_damage astray | position >= words[CAPACITY] for ==> False for
+journal-astray | journal | test_index_damage astray | position >= words[W.CAPACITY] for ==> False for
 stores | journal | test_transitions | any(map(words.__setitem__, ==> all(map(words.__setitem__,
 # another session acts between any two system calls
 put-lost | producer | test_interleavings put_large and lose | not recycler.is_ours(file): ==> False:
@@ -59,7 +59,7 @@ unstaged | producer | test_limits another_took | self._staging.unstage(left) ==>
 soak | housekeeping | test_soak one | owner and crashed.has(owner): ==> False:
 # `gc` killed; several at once; during traffic
 live-staged | gc | test_gc live_sessions | owner in crashed: ==> owner:
-live-pinned | gc | test_gc orphans | != NOTHING ==> > 5
+live-pinned | gc | test_gc orphans | != W.NOTHING ==> > 5
 live-history | gc | test_gc orphans | if not fs.exists(directories.items, item) and ==> if
 gc-twice | gc | test_gc several | return  # another gc was first ==> raise
 gc-planted | gc | test_gc dry_run | not stat.S_ISREG(status.st_mode): ==> False:
@@ -69,23 +69,23 @@ crashed | housekeeping | test_leases sleeping_reader | owner and crashed.has(own
 crash-order | housekeeping | test_leases who_opens | reversed(active(words)): ==> active(words):
 gc-order | gc | test_gc redelivered_in_order | reversed(active(words))] ==> active(words)]
 leave-order | receiving | test_order ends and leaves | reversed(active(session ==> (active(session
-first | transitions | test_order before_all | words[REDELIVERY.head] or words[_READY_HEAD] ==> words[_READY_HEAD]
+first | transitions | test_order before_all | words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] ==> words[W.READY_HEAD]
 # reader hangs
 lease | housekeeping | test_leases goes_to_another | 0 < ends <= now: ==> False:
-late | consumer | test_leases late_settling | 0 < words[record + DUE] <= time.monotonic_ns(): ==> False:
-attempt-asked | consumer | test_leases own_item | and words[record + ATTEMPT] == delivery.attempt ==>
-sooner | transitions | test_leases shorter_delay | not words[NEXT_DUE] or due < ==> not
+late | consumer | test_leases late_settling | 0 < words[record + W.DUE] <= time.monotonic_ns(): ==> False:
+attempt-asked | consumer | test_leases own_item | and words[record + W.ATTEMPT] == delivery.attempt ==>
+sooner | transitions | test_leases shorter_delay | not words[W.NEXT_DUE] or due < ==> not
 extended | transitions | test_leases extend_counts | DUE: due} ==> DUE: words[record + DUE]}
 hung-view | receiving | test_views outlive | and attempt == before ==>
 # poison item: its reader crashes every time
 poison | housekeeping | test_dead_letters poison_item | most and attempt >= most: ==> False:
-attempts | transitions | test_dead_letters every_way | = words[record + ATTEMPT] + 1 ==> = 1
+attempts | transitions | test_dead_letters every_way | = words[record + W.ATTEMPT] + 1 ==> = 1
 attempts-lost | rebuild | test_leases remembered | tries.get(number, 0) ==> 0
-history | receiving | test_receive history | forget_history(self.session.directories, words[record + SEQ]) ==> pass
+history | receiving | test_receive history | forget_history(self.session.directories, words[record + W.SEQ]) ==> pass
 retried-asleep | dead_letters | test_wakeups retried | seq, 1, ==> seq, 0,
 no-letter | dead_letters | test_failed no_dead_letter | missing := sorted(set(wanted) - set(there)): ==> False:
 # lock holder stopped (SIGSTOP)
-holder | journal | test_stopped_holder told_who | self.words[HOLDER] = token ==> pass
+holder | journal | test_stopped_holder told_who | self.words[W.HOLDER] = token ==> pass
 # index deleted, truncated, zeros, random, of another boot, of another spool
 deleted | journal | test_index_damage mapped_by_several | status[3] != 1 or status[6] < self.size: ==> False:
 boot | journal | test_index_damage another_boot | raise IndexDamaged("the index is of ==> ("the index is of
@@ -95,15 +95,15 @@ whole | journal | test_waiting_through_damage | fs.mapped_size(self.map) >= self
 endless | table | test_fsck survive and without and end | len(found) >= limit: ==> False:
 number-failed | rebuild | test_dead_letters outlive | *waiting[-1:], *failed, ==> *waiting[-1:],
 number-freed | rebuild | test_index_damage was_delivered | *failed, *freed, ==> *failed,
-number-donated | rebuild | test_preallocate loss_of | number < FIRST_DONATED: ==> True:
-kept | rebuild | test_fsck live_session | row[OWNER] in alive and row[SEQ] in once} ==> False}
+number-donated | rebuild | test_preallocate loss_of | number < W.FIRST_DONATED: ==> True:
+kept | rebuild | test_fsck live_session | row[W.OWNER] in alive and row[W.SEQ] in once} ==> False}
 kept-claims | receiving | test_fsck live_session | self.kept[seq] = kept.get(seq, before) ==> pass
-kept-letters | rebuild | test_index_damage stops_no_tool | words[FAILED_COUNT] = len(failed) ==> pass
+kept-letters | rebuild | test_index_damage stops_no_tool | words[W.FAILED_COUNT] = len(failed) ==> pass
 kept-limits | rebuild | test_fsck contradicts_the | set_limits(words, agree(directories, Limits())) ==> pass
-kept-shutdown | rebuild | test_fsck contradicts_the | words[SHUTDOWN] = read_shutdown(directories.root) ==> pass
-only-index | housekeeping | test_index_damage only_the | read_shutdown(session.directories.root) != DISCARDED ==> False
+kept-shutdown | rebuild | test_fsck contradicts_the | words[W.SHUTDOWN] = read_shutdown(directories.root) ==> pass
+only-index | housekeeping | test_index_damage only_the | read_shutdown(session.directories.root) != W.DISCARDED ==> False
 # index or `spool.json` of an unknown version
-index-version | journal | test_index_damage unknown_version | if words[VERSION] != VERSION_VALUE: ==> if False:
+index-version | journal | test_index_damage unknown_version | if words[W.VERSION] != W.VERSION_VALUE: ==> if False:
 json-version | layout | test_index_damage spool_json | version != FORMAT: ==> False:
 # item file truncated, empty, random, hostile, or with one bit flipped
 footer-crc | format/footer | test_format_footer one_changed | crc != actual: ==> False:
@@ -118,7 +118,7 @@ unaligned | format/item | test_format_header hostile | offset % ALIGN: ==> False
 beyond | format/item | test_format_item damaged | if offset + block.nbytes > limit: ==> if False:
 pickle-read | format/header | test_format_header hostile | descr.lstrip("<>|=").startswith("O"): ==> False:
 pickle-put | format/header | test_format_header restore | dtype.hasobject and dtype.num < ==> False and dtype.num <
-plain-npy | format/header | test_format_item several | " " * spare ==> " " * 0
+plain-npy | format/header | test_format_item several | " " * padding ==> " " * 0
 checksum | format/item | test_verify one_flipped | actual != footer.checksum: ==> False:
 verify | receiving | test_verify a_received | verify(buffer, tail) ==> pass
 vanished | receiving | test_hostile_items vanished | raise BadItem("its file is missing") from None ==> raise
@@ -134,8 +134,8 @@ full-history | quarantine | test_dead_letters cannot_be_written | except OSError
 # an item larger than the file system or `max_bytes`
 larger-limit | producer | test_limits than_the_limit | (limit and need > limit) or ==>
 larger-disk | producer | test_limits than_the_file_system | or need > total ==>
-max-bytes | pool | test_limits metadata_counts | not (max_bytes and words[ITEM_BYTES] + need > max_bytes) ==> True
-delayed-room | pool | test_limits redelivered_and | + words[DELAYED_COUNT] >= maxsize ==> >= maxsize
+max-bytes | pool | test_limits metadata_counts | not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes) ==> True
+delayed-room | pool | test_limits redelivered_and | + words[W.DELAYED_COUNT] >= maxsize ==> >= maxsize
 mismatch | layout | test_limits first_who | value is not None and there is not None and there != value: ==> False:
 # EIO, ENOSPC, EDQUOT, EMFILE
 named | session | test_errors failing and put_small | raise explained from error ==> raise
@@ -148,8 +148,8 @@ sync-loan | producer | test_power_loss zeros | fs.sync(file.fd) ==> pass
 sync-spool | producer | test_power_loss least | self.session.directories.sync() ==> pass
 sync-made | layout | test_order_of_calls durable | fs.sync(root)  # no ==> pass  # no
 sync-retried | dead_letters | test_failed synced | fs.sync(session.directories.items) if done else None ==> None
-never-again | producer | test_recycling power | staged.flags | (NEVER_AGAIN if self._durable else 0) ==> staged.flags
-never-rebuilt | rebuild | test_recycling power | = NEVER_AGAIN ==> = 0
+never-again | producer | test_recycling power | staged.flags | (W.NEVER_AGAIN if self._durable else 0) ==> staged.flags
+never-rebuilt | rebuild | test_recycling power | = W.NEVER_AGAIN ==> = 0
 # inotify's limits used up
 said-once | hearing | test_inotify_limits says_so | _warned = True ==> _warned = False
 unheard | hearing | test_inotify_limits reported | time.monotonic() > until: ==> False:
@@ -159,7 +159,7 @@ ring-crashed | liveness | test_wakeups in_the_place | if fs.lock(fd): ==> if Fal
 ring-stale | doorbell | test_wakeups in_the_place | and since > fresh: ==> :
 ring-next | doorbell | test_wakeups is_interrupted | self.ring(self.kind, 1) ==> pass
 ring | session | test_wakeups idle_reader | self.doorbell.ring("items", items) ==> pass
-ring-delay | session | test_wakeups reader_sleeps | or 0 < words[NEXT_DUE] < until_ns ==>
+ring-delay | session | test_wakeups reader_sleeps | or 0 < words[W.NEXT_DUE] < until_ns ==>
 ring-end | producer | test_processes shutdown_wakes | self.session.doorbell.ring_all() ==> pass
 # wall clock jumps a day either way
 clock | consumer | test_clock leases | return time.monotonic_ns() ==> return time.time_ns()
@@ -180,13 +180,13 @@ fork-ears | hearing | test_fork that_waits | _ears, _ears_lock, _deaf = None, th
 mutex | session | test_threads | with lock.mutex: ==> with contextlib.nullcontext():
 maxsize | producer | test_limits another_took | not has_room(words, size): ==> False:
 # views outlive `ack`, `close`, later puts, the spool
-unpinned | receiving | test_views any_view | words[record + LOAN] if pin is None else self.session.token ==> 0
+unpinned | receiving | test_views any_view | words[record + W.LOAN] if pin is None else self.session.token ==> 0
 closed-view | receiving | test_views outlive | transitions.drop(words ==> transitions.release(words
-lender | recycling | test_loans keeps_its_file | words[record + LOAN]: ==> False:
+lender | recycling | test_loans keeps_its_file | words[record + W.LOAN]: ==> False:
 loan-left | staging | test_loans after_an_exception | staged.file is not None and staged.loan: ==> False:
 loan-closed | producer | test_loans read_only | self.array.flags.writeable = False ==> pass
 never-recycled | pool | test_recycling zero | return limit > 0 and ==> return
-trimmed | pool | test_recycling backlog | pooled > words[RECYCLE_BYTES] ==> False
+trimmed | pool | test_recycling backlog | pooled > words[W.RECYCLE_BYTES] ==> False
 # symlink, FIFO, device, directory or hard link planted anywhere
 follow | fs | test_planted own and index-symlink | = os.O_NOFOLLOW | ==> =
 follow-part | fs | test_planted own and items-symlink | os.O_DIRECTORY | os.O_NOFOLLOW ==> os.O_DIRECTORY
@@ -211,9 +211,9 @@ gone-asleep | housekeeping | test_deleted a_part | session.check_present() ==> p
 batches | fs | test_gc thousand | islice(entries, size)] ==> entries]
 progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass
 # not in the matrix: shutdown
-end-others | receiving | test_shutdown end_waits | words[IN_FLIGHT_COUNT] <= own and ==>
+end-others | receiving | test_shutdown end_waits | words[W.IN_FLIGHT_COUNT] <= own and ==>
 end-wakes | receiving | test_shutdown at_once_when | return MEMBERS ==> return 0
-discarded | producer | test_shutdown taken_back | (now == DISCARDED and state == DRAINING) ==> False
+discarded | producer | test_shutdown taken_back | (now == W.DISCARDED and state == W.DRAINING) ==> False
 # not in the matrix: fsck
 fsck-size | repair | test_fsck longer | "missing", "size") ==> "missing")
 fsck-in-flight | repair | test_fsck becomes_a | and not _is_in_flight(session, number): ==> :
@@ -224,15 +224,15 @@ fsck-checksum | check | test_verify one_flipped | file.parse(whole=True) ==> fil
 fsck-lists | table | test_fsck contradicts and lost | 0, self.seen.count(0) ==> 0, 0
 fsck-sums | table | test_fsck contradicts and flight | int((states == IN_FLIGHT).sum()) ==> words[IN_FLIGHT_COUNT]
 # not in the matrix: how it is built
-calls | receiving | test_call_budget | is_due(words[HOUSEKEPT], words[NEXT_DUE]): ==> True:
+calls | receiving | test_call_budget | is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]): ==> True:
 one-door | quarantine | test_one_door | fs.write(fd, ==> os.write(fd,
 floors | dead_letters | test_floors | import fs, ==> import fs, producer,
 # not in the matrix: the engine in memory
-memory-poison | memory | test_memory_engine | item.attempt >= self.most_attempts: ==> False:
-memory-order | memory | test_memory_engine | self.redelivered or self.waiting ==> self.waiting or self.redelivered
-memory-lease | memory | test_memory_engine | item.due <= now]: ==> False]:
-memory-late | memory | test_memory_engine | item.owner is not self or item.attempt != delivery.attempt: ==> False:
-memory-bytes | memory | test_memory_engine | or self.bytes + size > self.most_bytes: ==> :
+memory-poison | memory | test_memory_engine | most and item.attempt >= most and not last: ==> False:
+memory-order | memory | test_memory_engine | chain(self.requeued, self.fresh) if ==> chain(self.fresh, self.requeued) if
+memory-lease | memory | test_memory_engine | if item.due <= self.now]: ==> if False]:
+memory-late | memory | test_memory_engine | (item.owner, item.attempt) != (self, delivery.attempt): ==> False:
+memory-bytes | memory | test_memory_engine | or self.bytes + size > most: ==> :
 """
 
 
