@@ -6,7 +6,7 @@ Plain values without behaviour; every engine makes and takes them.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -38,7 +38,8 @@ class Limits:
     maxsize: items waiting, 0 for no limit. max_bytes: bytes of items waiting or in flight, 0 for no limit.
     recycle_bytes: bytes of consumed files kept to be written again, 0 to keep none; more are kept for some
     seconds where more were waiting. max_attempts: deliveries before an item is a dead letter, 0 for no limit.
-    mode: permission bits of the directories; files have the same without execution.
+    mode: permission bits of the directories; files have the same without execution. Raises ValueError for one that is
+    not a whole number from 0 to 2**63 - 1.
     """
 
     maxsize: int | None = None
@@ -46,6 +47,15 @@ class Limits:
     recycle_bytes: int | None = None
     max_attempts: int | None = None
     mode: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number of zero or more, not {value!r}")
+            if value >= 2**63:
+                raise ValueError(f"{name} must be below 2**63, not {value!r}")
 
 
 DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_attempts=5, mode=0o700)

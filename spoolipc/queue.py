@@ -368,9 +368,6 @@ def _joined(limits: Limits | None, beside: Limits) -> Limits:
         if asked[name] not in (None, value):
             raise ValueError(f"{name} is given twice: {asked[name]!r} in limits and {value!r} beside it")
         asked[name] = value
-    for name, value in asked.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"{name} must be a whole number of zero or more, not {value!r}")
     return Limits(**asked)
 
 

@@ -25,7 +25,7 @@ import re
 import stat
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..errors import (
     LimitMismatch,
@@ -195,9 +195,6 @@ def _merged(first: Limits, second: Limits) -> Limits:
 
 
 def _check_asked(asked: Limits) -> None:
-    for name, value in asdict(asked).items():
-        if value is not None:
-            _whole(name, value)
     if asked.mode is not None and (asked.mode & 0o700 != 0o700 or asked.mode & ~0o770):
         raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {asked.mode:#o}")
 
@@ -248,15 +245,9 @@ def read_limits(place: Path, root: int) -> Limits | None:
         what = f"the spool has format {version}, this release knows format {FORMAT}"
         raise UnknownVersion(errno.EINVAL, what, str(place))
     try:
-        return Limits(**{n: None if said[n] is None else _whole(n, said[n]) for n in asdict(DEFAULTS)})
+        return Limits(**{name: said[name] for name in asdict(DEFAULTS)})
     except (KeyError, TypeError, ValueError):
         raise NotASpool(errno.EINVAL, "spool.json lacks a limit or has a bad one", str(place)) from None
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be a whole number of zero or more, not {value!r}")
-    return value
 
 
 def _make_spool(place: Path, root: int, asked: Limits) -> Limits:

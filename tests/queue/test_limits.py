@@ -63,9 +63,9 @@ class TestAgreement:
         with SpoolWriter(spool, maxsize=0), pytest.raises(LimitMismatch):
             SpoolReader(spool, maxsize=5)
 
-    @pytest.mark.parametrize("value", [-1, 1.5, True, "3"], ids=repr)
+    @pytest.mark.parametrize("value", [-1, 1.5, True, "3", 2**63, 2**64], ids=repr)
     @pytest.mark.parametrize("name", NAMES)
-    def test_limit_that_is_no_whole_number_is_refused_and_makes_nothing(
+    def test_limit_that_is_no_possible_number_is_refused_and_makes_nothing(
         self, spool: Path, name: str, value: Any
     ) -> None:
         with pytest.raises(ValueError, match=name):

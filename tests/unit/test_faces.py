@@ -73,9 +73,9 @@ class TestLimits:
 
     @pytest.mark.parametrize("value", [-1, 1.5, True, "3"], ids=repr)
     def test_what_is_no_whole_number_is_refused(self, value: Any) -> None:
-        for given in ({"max_bytes": value}, {"limits": Limits(max_bytes=value)}):
+        for given in (lambda: {"max_bytes": value}, lambda: {"limits": Limits(max_bytes=value)}):
             with pytest.raises(ValueError, match="max_bytes must be a whole number"):
-                SpoolWriter(URL, **given)
+                SpoolWriter(URL, **given())
         with pytest.raises(SpoolError):
             connect(URL).admin()  # none was made
 
