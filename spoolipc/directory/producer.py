@@ -413,7 +413,8 @@ class DirectoryProducer(Side):
         self._recycler.release_all()
         for record in active(journal.words):
             words = journal.words
-            if words[record + W.OWNER] == token and words[record + W.STATE] == W.PINNED:
+            # What is still reserved is being written, or is left of a put that was interrupted.
+            if words[record + W.OWNER] == token and words[record + W.STATE] in (W.PINNED, W.RESERVED):
                 journal.commit(transitions.drop(words, record))
         return None, 0, 0
 

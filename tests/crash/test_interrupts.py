@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.faults import Injector, at, interrupt, interrupted_at
+from support.peek import peek_table
 from support.scenarios import Run, every_or_core
 
 import spoolipc
 from spoolipc import SpoolReader, SpoolWriter, stat
+from spoolipc.directory.recycling import Recycler, Reserved
 
 PACKAGE = str(Path(spoolipc.__file__).parent)
 ANYWHERE = (
@@ -73,6 +75,25 @@ def test_interrupted_reader_leaves_nothing_in_flight(place: Path, verify: bool) 
         if number > calls:
             break
     assert number > 3
+
+
+def test_file_that_an_interrupted_put_reserved_goes_when_its_session_does(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, array = place / "spool", np.zeros(50_000)
+
+    def interrupted(recycler: Recycler, record: int) -> Reserved:
+        raise KeyboardInterrupt
+
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        for _ in range(9):
+            writer.put(array)
+            reader.get()
+        monkeypatch.setattr(Recycler, "reserved_at", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.put_many([array] * 9)
+        assert peek_table(path).of("reserved")
+    assert not peek_table(path).of("reserved")
 
 
 @pytest.mark.exhaustive
