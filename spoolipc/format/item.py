@@ -19,7 +19,7 @@ import mmap
 import operator
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -363,7 +363,7 @@ def _block(buffer: Buffer, header: bytes, index: int, offset: int, limit: int) -
             if offset + block.nbytes <= limit:
                 view(buffer, block)  # or numpy says what else it minds
         elif block.offset != offset:
-            block = replace(block, offset=offset)
+            block = Block(block.dtype, block.shape, block.fortran, offset, block.nbytes)
     except Exception as error:  # literals provoke RecursionError, MemoryError, SyntaxError and more
         raise BadItem(f"block {index}: bad header: {error or type(error).__name__}") from None
     if offset % ALIGN:
