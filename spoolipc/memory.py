@@ -9,7 +9,7 @@ directory; nothing can damage one, so checksums are not stored. The limits hold,
 
 Every operation is one step under the spool's one condition, and whoever waits, waits on it. No clock runs aside: leases
 and delays that ended are seen by the next step, and by those who wait. A forked child has a copy of every spool, which
-nobody else sees; fork while no other thread uses one.
+nobody else would see, so there every operation is refused.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class _Spool:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.process = os.getpid()
         self.changed = threading.Condition()
         self.asked: dict[str, int] = {}
         self.limits = values.DEFAULTS
@@ -87,7 +88,12 @@ class _Spool:
 
     @contextmanager
     def step(self, session: _Session | None = None) -> Iterator[_Spool]:
-        """The spool, for a step that nobody sees half done. Raises SpoolClosed."""
+        """The spool, for a step that nobody sees half done. Raises SpoolClosed, UnsupportedOperation after a fork."""
+        if os.getpid() != self.process:  # the lock may have been forked while it was held
+            raise errors.UnsupportedOperation(
+                f"{self.path} is in the memory of process {self.process}, not of this one;"
+                " between processes use a spool in a directory"
+            )
         with self.changed:
             self.look(session)
             yield self

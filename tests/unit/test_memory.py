@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from spoolipc import memory
 from spoolipc.engine import ConsumerOptions, ProducerOptions
-from spoolipc.errors import AlreadySettled, Empty, NotASpool
+from spoolipc.errors import AlreadySettled, Empty, NotASpool, UnsupportedOperation
 from spoolipc.memory import MemoryEngine
 from spoolipc.message import NOW, Ack, ArraySpec, Message
 
@@ -66,16 +67,24 @@ def test_stat_tells_the_age_of_the_next_item_and_no_files(engine: MemoryEngine) 
     assert (found.file_system, found.in_memory, found.waiting_mode) == ("memory", True, "condition")
 
 
-def test_forked_child_has_a_spool_of_its_own(engine: MemoryEngine) -> None:
+def test_forked_child_is_refused_what_nobody_else_would_see(engine: MemoryEngine) -> None:
     producer, consumer = engine.producer(ProducerOptions()), engine.consumer(ConsumerOptions())
     producer.put([Message((np.zeros(1),))], NOW)
     child = os.fork()
     if not child:
-        code = 1
+        refused = 0
         try:
-            producer.put([Message((np.ones(1),))], NOW)
-            code = 0 if len(consumer.take(9, NOW)) == 2 else 2
+            for use in (
+                lambda: producer.put([Message((np.ones(1),))], NOW),
+                lambda: consumer.take(9, NOW),
+                engine.admin().stat,
+                lambda: engine.consumer(ConsumerOptions()),
+            ):
+                with suppress(UnsupportedOperation):
+                    use()
+                    break
+                refused += 1
         finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
     assert len(consumer.take(9, NOW)) == 1
