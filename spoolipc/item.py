@@ -112,11 +112,11 @@ class Item:
         """
         if not delay >= 0:
             raise ValueError(f"delay must be a non-negative number of seconds, not {delay!r}")
-        self._settle(Nack(delay, reason), "requeued")
+        self._settle(Nack(delay, _checked(reason)), "requeued")
 
     def reject(self, reason: str) -> None:
         """Make the item a dead letter with this reason. Raises LeaseExpired, AlreadySettled."""
-        self._settle(Reject(reason), "rejected")
+        self._settle(Reject(_checked(reason)), "rejected")
 
     def extend(self, seconds: float) -> None:
         """Let the lease end so many seconds from now. Raises LeaseExpired, AlreadySettled."""
@@ -152,6 +152,12 @@ class Item:
 
     def __repr__(self) -> str:
         return f"Item(seq={self.seq}, attempt={self.attempt}, {self._settled or 'in flight'})"
+
+
+def _checked(reason: str) -> str:
+    if not isinstance(reason, str):
+        raise TypeError(f"reason must be a string, not {reason!r}")
+    return reason
 
 
 def _reason(error: BaseException) -> str:

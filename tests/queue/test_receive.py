@@ -121,7 +121,9 @@ def test_settling_twice_is_a_clear_error(pair: Pair, first: str) -> None:
             again()
 
 
-def test_numbers_that_mean_nothing_are_refused_and_the_item_stays_in_flight(pair: Pair, spool: Path) -> None:
+def test_arguments_that_mean_nothing_are_refused_and_the_item_stays_in_flight(
+    pair: Pair, spool: Path
+) -> None:
     writer, reader = pair
     writer.put(np.zeros(3))
     item = reader.receive()
@@ -133,6 +135,11 @@ def test_numbers_that_mean_nothing_are_refused_and_the_item_stays_in_flight(pair
             item.extend(bad)
         with pytest.raises(ValueError, match="lease"):
             SpoolReader(spool, lease=bad)
+    for wrong in (None, 5, b"text"):
+        with pytest.raises(TypeError, match="reason"):
+            item.reject(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="reason"):
+            item.nack(reason=wrong)  # type: ignore[arg-type]
     item.extend(float("inf"))
     item.ack()
 
