@@ -152,7 +152,7 @@ never-again | producer | test_recycling power | staged.flags | (NEVER_AGAIN if s
 never-rebuilt | rebuild | test_recycling power | = NEVER_AGAIN ==> = 0
 # inotify's limits used up
 said-once | hearing | test_inotify_limits says_so | _warned = True ==> _warned = False
-unheard | hearing | test_inotify_limits reported | time.monotonic() > until: ==> False:
+unheard | hearing | test_inotify_limits reported | while not fs.poll(ears.fd, 0) and ==> while False and
 polled | doorbell | test_wakeups polling | ears is None or not armed: ==> False:
 # a waiting session crashes, or its time is up, as it is woken
 ring-crashed | liveness | test_wakeups in_the_place | if fs.lock(fd): ==> if False:
@@ -166,7 +166,6 @@ clock | consumer | test_clock leases | return time.monotonic_ns() ==> return tim
 clock-age | stat | test_clock age | max(0.0, ==> max(-1e9,
 # fork amid traffic, from a thread
 fork-loan | recycling | test_loans fork_during | shared=not pin.alone ==> shared=False
-fork-abandon | session | test_fork its_end or end_of | os.getpid() != pid: ==> False:
 fork-pins | recycling | test_fork stay_in_the_child | watched.pin.alone = False ==> pass
 fork-pooled | receiving | test_fork stay_in_the_child | recycler.releasable() ==> recycler.pins.pending[0].record
 fork-reclaim | recycling | test_fork stay_in_the_child | = not pin.alone or ==> =
@@ -204,7 +203,6 @@ umask | fs | test_planted everything_made | stat.S_IMODE(status.st_mode) != mode
 # network file system
 network | layout | test_planted network | kind in NETWORK: ==> False:
 # spool deleted while in use
-gone | fs | test_deleted | not exists(root, "spool.json"): ==> False:
 gone-part | session | test_deleted a_part | not fs.fstat(fd).st_nlink: ==> False:
 gone-asleep | housekeeping | test_deleted a_part | session.check_present() ==> pass
 # a million leftovers
@@ -290,6 +288,8 @@ def run(place: str, tests: str) -> tuple[int | None, str]:
     names = re.match(r"((?:test_\w+ ?)+)(.*)", tests)
     assert names is not None, tests
     files = [str(path) for name in names[1].split() for path in Path(place, "tests").glob(f"*/{name}.py")]
+    if not files:
+        return 4, f"there is no {names[1]}"
     without = {name: value for name, value in os.environ.items() if name not in ("SPOOLIPC_VERIFY", "CI")}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
