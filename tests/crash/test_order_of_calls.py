@@ -7,6 +7,7 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,7 @@ def test_a_loan_has_all_its_blocks_before_anybody_writes_to_it(small: Path) -> N
     with SpoolWriter(small / "spool") as writer:
         with pytest.raises(Full), writer.loan(100_000, "f8", block=False) as array:
             array[:] = 1  # a store that finds no block ends the process
+        assert list((small / "spool" / "tmp").iterdir()) == []
         writer.put(np.zeros(5000))
 
 
@@ -65,3 +67,25 @@ def test_an_index_has_all_its_blocks_before_anybody_writes_to_it(small: Path, pa
         filler.unlink()
     SpoolReader(small / "spool").close()
     check_spool(small / "spool")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("missing", range(1, 6))
+def test_space_that_comes_back_amid_a_write_leaves_no_hole_in_the_item(
+    small: Path, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`np.save` does not tell of the last bytes that it could not write, and the footer comes after them."""
+    array, filler, save = np.arange(1, 5001), small / "filler", np.save
+
+    def save_and_free(*args: Any, **options: Any) -> None:
+        try:
+            save(*args, **options)
+        finally:
+            filler.unlink(missing_ok=True)
+
+    with SpoolWriter(small / "spool") as writer, SpoolReader(small / "spool") as reader:
+        filler.write_bytes(bytes((os.statvfs(small).f_bavail - 10 + missing) * 4096))
+        monkeypatch.setattr(np, "save", save_and_free)
+        writer.put(array, timeout=20)
+        assert (reader.get() == array).all()
+        assert list((small / "spool" / "tmp").iterdir()) == []
