@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from support.account import check_spool
 from support.faults import Event, Injector
+from support.mounts import tmpfs
 
 from spoolipc import Full, SpoolReader, SpoolWriter, StorageError
 from spoolipc.directory import fs
@@ -34,17 +34,10 @@ def test_a_new_spool_is_one_only_when_its_directories_are_durable(tmp_path: Path
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file system of 256 KiB that says that it has room, as one with a quota does."""
-    if os.geteuid():
-        pytest.skip("only root can mount")
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=True)
     roomy = os.statvfs_result((4096, 4096, 10**6, 10**6, 10**6, 9, 9, 9, 0, 255))
     monkeypatch.setattr(fs, "statvfs", lambda _: roomy)
-    try:
+    with tmpfs(tmp_path / "small", "256k") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.mark.fault

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.mounts import tmpfs
 from support.peer import Peer
 
 from spoolipc import (
@@ -167,12 +167,7 @@ def test_history_that_cannot_be_written_keeps_nobody_from_the_items(pair: Pair, 
 
 @pytest.mark.fault
 def test_reader_that_crashes_on_a_full_file_system_blocks_nobody(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=True)
-    try:
+    with tmpfs(tmp_path / "small", "4m") as place:
         path = place / "spool"
         with SpoolWriter(path) as writer:
             for number in range(2):
@@ -191,5 +186,3 @@ def test_reader_that_crashes_on_a_full_file_system_blocks_nobody(tmp_path: Path)
                 item.nack()
                 with reader.receive(block=False) as item:
                     assert (item.array == 0).all()
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.account import check_spool
+from support.mounts import tmpfs
 from support.peer import Peer
 
 from spoolipc import Full, SpoolReader, SpoolWriter
@@ -88,12 +87,7 @@ def test_loss_of_the_table_forgets_them_and_gives_no_number_away(spool: Path) ->
 
 @pytest.mark.fault
 def test_full_file_system_is_a_clear_error_and_leaves_nothing_half_made(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
-    try:
+    with tmpfs(tmp_path / "small", "2m") as place:
         spool = place / "spool"
         with pytest.raises(Full):
             SpoolWriter(spool, preallocate=(100, NBYTES))
@@ -102,5 +96,3 @@ def test_full_file_system_is_a_clear_error_and_leaves_nothing_half_made(tmp_path
             writer.put(np.full(SIZE, 1.0))
             assert (reader.get() == 1).all()
         check_spool(spool)
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
