@@ -93,7 +93,8 @@ class SpoolWriter(_Face):
     preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of
     `nbytes` bytes, so that the first puts are as fast as the later ones.
 
-    Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork.
+    Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork,
+    unless its spool is in memory.
     Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
     NetworkFileSystem, UnknownVersion.
     """
@@ -242,7 +243,8 @@ class SpoolReader(_Face):
     this reader ends. `get` needs none.
     verify: compare every item that was put with a checksum with it; one that differs is a dead letter.
 
-    Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork.
+    Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork,
+    unless its spool is in memory.
     Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
     NetworkFileSystem, UnknownVersion.
     """
