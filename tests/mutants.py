@@ -55,6 +55,7 @@ lost-file | producer | test_interleavings put_large and lose_the_index | self._s
 claimed | consumer | test_interrupts in_flight | self.session.step(self._requeue, taken) ==> pass
 verified | consumer | test_interrupts in_flight | self.session.step(self._requeue, claimed) ==> pass
 released | session | test_interrupts before and put_small | lock.release()  # an interrupt ==> pass  # an interrupt
+left-reserved | producer | test_interrupts reserved_goes | in (W.PINNED, W.RESERVED): ==> == W.PINNED:
 unstaged | producer | test_limits another_took | self._staging.unstage(left) ==> pass
 # writers and readers killed at random for a long time
 soak | housekeeping | test_soak one | owner and crashed.has(owner): ==> False:
