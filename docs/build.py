@@ -36,7 +36,7 @@ bytes. How the parts are meant to be used is in the [tutorial](tutorial.md) and 
 
 def reference() -> str:
     """The text of the reference: every public name, each in its section."""
-    names = {name: getattr(spoolipc, name) for name in spoolipc.__all__}
+    names = {name: getattr(spoolipc, name) for name in dir(spoolipc) if not name.startswith("_")}
     parts = [INTRODUCTION]
     for title, chosen in SECTIONS.items():
         parts.append(f"## {title}\n")

@@ -4,9 +4,10 @@ import logging
 
 from .directory.check import FsckReport, fsck
 from .directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
-from .directory.gc import GcReport, gc
+from .directory.gc import GcReport
+from .directory.gc import gc as gc
 from .directory.problems import Problem
-from .directory.stat import stat
+from .directory.stat import stat as stat
 from .errors import (
     AlreadySettled,
     BadItem,
@@ -32,8 +33,6 @@ from .errors import (
 from .item import Item
 from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
 from .queue import SpoolReader, SpoolWriter
-
-__version__ = "0.1.0"
 
 __version__ = "0.1.0"
 
@@ -78,10 +77,9 @@ __all__ = [
     "failed_retry",
     "failed_show",
     "fsck",
-    "gc",
-    "stat",
 ]
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    # `gc` and `stat` are public too, and left out of `import *`, where they would shadow modules of these names.
+    return [*__all__, "__version__", "gc", "stat"]

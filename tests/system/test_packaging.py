@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.metadata
 import os
 import re
@@ -141,4 +142,9 @@ def test_it_runs_where_it_was_never_installed(tmp_path: Path) -> None:
 
 
 def test_the_package_shows_its_public_names_and_no_other() -> None:
-    assert dir(spoolipc) == sorted([*spoolipc.__all__, "__version__"])
+    assert dir(spoolipc) == sorted([*spoolipc.__all__, "__version__", "gc", "stat"])
+
+
+def test_import_of_all_names_shadows_no_module_and_no_builtin() -> None:
+    taken = sys.stdlib_module_names | set(dir(builtins))
+    assert taken.intersection(spoolipc.__all__) == set()
