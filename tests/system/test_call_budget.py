@@ -15,6 +15,7 @@ from support.arrays import Array
 from spoolipc import SpoolReader, SpoolWriter
 
 WARM, ROUNDS = 40, 20
+pytestmark = pytest.mark.usefixtures("unverified")
 
 
 def put(writer: SpoolWriter, array: Array) -> None:
