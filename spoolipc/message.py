@@ -38,8 +38,9 @@ class Limits:
     maxsize: items waiting, 0 for no limit. max_bytes: bytes of items waiting or in flight, 0 for no limit.
     recycle_bytes: bytes of consumed files kept to be written again, 0 to keep none; more are kept for some
     seconds where more were waiting. max_attempts: deliveries before an item is a dead letter, 0 for no limit.
-    mode: permission bits of the directories; files have the same without execution. Raises ValueError for one that is
-    not a whole number from 0 to 2**63 - 1.
+    mode: 0o700, or 0o770 to share the spool with the group of its directory; other users of it must ask for 0o770 as
+    well. Files have the same without execution. Raises ValueError for one that is not a whole number from 0 to
+    2**63 - 1.
     """
 
     maxsize: int | None = None

@@ -26,6 +26,7 @@ from . import table as W
 from .gc import Progress, foreign_at_top
 from .itemfile import ItemFile
 from .layout import (
+    PRIVATE,
     agree,
     item_name,
     item_number,
@@ -126,7 +127,7 @@ def _check_directories(place: Path, repair: bool) -> list[Problem]:
     try:
         root = fs.open_directory(place)
     except OSError:
-        open_directories(place, Limits(), create=False).close()  # it says best what is wrong
+        open_directories(place, Limits(), create=False, as_found=True).close()  # it says best what is wrong
         raise
     try:
         if not fs.exists(root, "spool.json"):
@@ -153,9 +154,8 @@ def _mode(place: Path, root: int) -> int:
     except UnknownVersion:
         raise
     except SpoolError:
-        return 0o700
-    mode = (limits.mode if limits is not None else None) or 0o700
-    return mode if mode & 0o700 == 0o700 and not mode & ~0o770 else 0o700
+        return PRIVATE
+    return (limits.mode if limits is not None else None) or PRIVATE
 
 
 # All files, and the table

@@ -30,7 +30,7 @@ from ..format.item import Layout, parts, savable
 from ..message import Array
 
 CALLS: Final = tuple(
-    "open_at close stat_at fstat statvfs rename unlink mkdir fchmod read pread write pwrite truncate"
+    "open_at close stat_at fstat statvfs rename unlink mkdir fchmod fchown read pread write pwrite truncate"
     " allocate sync list_names scan map_file mapped_size save lock unlock make_parents nearest read_text poll sleep"
     " yield_core watch_open watch_add".split()
 )
@@ -51,6 +51,7 @@ rename = os.rename
 unlink = os.unlink
 mkdir = os.mkdir
 fchmod = os.fchmod
+fchown = os.fchown
 read = os.read
 pread = os.pread
 write = os.write

@@ -50,6 +50,8 @@ NUMBERS: Final = 2**64
 _ITEM: Final = re.compile(r"(\d{20})\.npy")
 _TEMPORARY: Final = re.compile(r"([0-9a-f]{16})-\d+\.npy")
 _LONGEST_JSON: Final = 65536
+PRIVATE: Final = 0o700
+SHARED: Final = 0o770
 _MARKS: Final = {DRAINING: b"draining", DISCARDED: b"discarded"}
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
 NETWORK: Final = frozenset(
@@ -80,7 +82,7 @@ def temporary_owner(name: str) -> int:
 class Directories:
     """Open descriptors of one spool's directories, `root` among them; close() lets them go."""
 
-    def __init__(self, path: Path, root: int, mode: int) -> None:
+    def __init__(self, path: Path, root: int, mode: int, shared: bool) -> None:
         self.path = path
         self.mode = mode
         self.root = root
@@ -88,7 +90,7 @@ class Directories:
         self.parts: dict[str, int] = {}
         try:
             for name in PARTS:
-                self.parts[name] = _open_part(path, root, name, mode)
+                self.parts[name] = _open_part(path, root, name, mode, shared)
         except BaseException:
             for fd in self.parts.values():
                 fs.close(fd)
@@ -135,25 +137,28 @@ class Directories:
             raise fs.storage_error(error, str(place)) from error
 
 
-def open_directories(path: str | os.PathLike[str], asked: Limits, *, create: bool = True) -> Directories:
+def open_directories(
+    path: str | os.PathLike[str], asked: Limits, *, create: bool = True, as_found: bool = False
+) -> Directories:
     """Open the spool at `path`, making it first where it does not exist and `create` is true.
 
+    as_found: for who looks after it: one that is shared with a group is opened whether that was asked for or not.
     Raises LimitMismatch, NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion, StorageError.
     """
     place = Path(os.path.abspath(os.fspath(path)))
     _check_asked(asked)
     _refuse_network(place)
     try:
-        return _opened(place, asked, create)
+        return _opened(place, asked, create, as_found)
     except SpoolError:
         raise
     except OSError as error:
         raise fs.storage_error(error, str(place)) from error
 
 
-def _opened(place: Path, asked: Limits, create: bool) -> Directories:
+def _opened(place: Path, asked: Limits, create: bool, as_found: bool) -> Directories:
     if create:
-        _make_root(place, asked.mode or 0o700)
+        _make_root(place)
     root = open_root(place)
     try:
         found = read_limits(place, root)
@@ -162,9 +167,10 @@ def _opened(place: Path, asked: Limits, create: bool) -> Directories:
                 raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
             found = _make_spool(place, root, asked)
         _compare(place, found, asked)
-        mode = found.mode or 0o700
-        _check_private(place, fs.fstat(root), mode)
-        return Directories(place, root, mode)
+        mode = found.mode or PRIVATE
+        shared = mode == SHARED and (as_found or asked.mode == SHARED)
+        _check_private(place, place, fs.fstat(root), mode, shared)
+        return Directories(place, root, mode, shared)
     except BaseException:
         fs.close(root)
         raise
@@ -195,24 +201,18 @@ def _merged(first: Limits, second: Limits) -> Limits:
 
 
 def _check_asked(asked: Limits) -> None:
-    if asked.mode is not None and (asked.mode & 0o700 != 0o700 or asked.mode & ~0o770):
+    if asked.mode not in (None, PRIVATE, SHARED):
         raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {asked.mode:#o}")
 
 
-def _make_root(place: Path, mode: int) -> None:
+def _make_root(place: Path) -> None:
     try:
         fs.make_parents(place)
-        fs.mkdir(place, 0o700)
+        fs.mkdir(place, PRIVATE)
     except FileExistsError:
         return
     except NotADirectoryError as error:
         raise NotASpool(errno.ENOTDIR, "a part of the path is not a directory", str(place)) from error
-    if mode != 0o700:
-        root = fs.open_directory(place)
-        try:
-            fs.fchmod(root, mode)
-        finally:
-            fs.close(root)
 
 
 def open_root(place: Path) -> int:
@@ -245,39 +245,53 @@ def read_limits(place: Path, root: int) -> Limits | None:
         what = f"the spool has format {version}, this release knows format {FORMAT}"
         raise UnknownVersion(errno.EINVAL, what, str(place))
     try:
-        return Limits(**{name: said[name] for name in asdict(DEFAULTS)})
+        limits = Limits(**{name: said[name] for name in asdict(DEFAULTS)})
+        _check_asked(limits)
+        return limits
     except (KeyError, TypeError, ValueError):
         raise NotASpool(errno.EINVAL, "spool.json lacks a limit or has a bad one", str(place)) from None
 
 
 def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
     """Fill an empty directory. spool.json comes last and by rename: a crash before it leaves a directory holding none
-    but our own names, which the next caller fills again."""
+    but our own names, which the next caller fills again. Whoever makes spool.json decides the mode of all."""
     foreign = sorted(set(fs.list_names(root)) - set(PARTS) - set(FILES))
     if foreign:
-        what = f"is not empty (it holds {foreign[0]!r}) and not a spool; give a new path"
+        what = f"is not empty (it holds {foreign[0]!r}) and not a spool; give a new path, such as {place / 'spool'}"
         raise NotASpool(errno.ENOTEMPTY, what, str(place))
-    limits = replace(asked, mode=asked.mode or 0o700)
-    mode = limits.mode or 0o700
     status = fs.fstat(root)
     if status.st_uid != os.geteuid():
-        raise UnsafeSpool(errno.EPERM, "belongs to another user", str(place))
-    if stat.S_IMODE(status.st_mode) & 0o777 != mode:
-        fs.fchmod(root, mode)
+        what = f"belongs to another user; give a path of your own, such as {place / 'spool'}"
+        raise UnsafeSpool(errno.EPERM, what, str(place))
+    limits = replace(asked, mode=asked.mode or PRIVATE)
     for name in PARTS:
-        make_part(root, name, mode)
+        make_part(root, name, PRIVATE)
     with exclusively(root):
         found = read_limits(place, root)
         if found is not None:
             return found
+        for name in (".", *PARTS):
+            _permit(root, name, limits.mode or PRIVATE, status.st_gid)
         fs.sync(root)  # no spool.json without its directories, whatever a loss of power leaves
         _write_limits(root, limits)
     return limits
 
 
+def _permit(root: int, name: str, mode: int, group: int) -> None:
+    """Give a directory its mode; of a shared spool also the group of the spool, which all made in it is to have."""
+    fd = fs.open_directory(name, root)
+    try:
+        if mode == SHARED:
+            fs.fchown(fd, -1, group)
+            mode |= stat.S_ISGID
+        fs.fchmod(fd, mode)
+    finally:
+        fs.close(fd)
+
+
 def _write_limits(root: int, limits: Limits) -> None:
     """Put a new spool.json in place, whole and synced; the caller holds the index lock."""
-    fd = fs.make_own(root, "spool.json.new", (limits.mode or 0o700) & 0o666)
+    fd = fs.make_own(root, "spool.json.new", (limits.mode or PRIVATE) & 0o666)
     try:
         fs.write_whole(fd, json.dumps({"format": FORMAT, **asdict(limits)}).encode("ascii"))
         fs.sync(fd)
@@ -288,41 +302,34 @@ def _write_limits(root: int, limits: Limits) -> None:
 
 
 def make_part(root: int, name: str, mode: int) -> None:
-    """Make a directory of the spool. One that is there, left by a crash perhaps of somebody who wanted another mode,
-    gets this mode; what is no directory is refused when the spool is opened."""
+    """Make a directory of the spool, where there is none."""
     with contextlib.suppress(FileExistsError):
-        fs.mkdir(name, 0o700, dir_fd=root)
-    try:
-        fd = fs.open_directory(name, root)
-    except NotADirectoryError:
-        return
-    try:
-        status = fs.fstat(fd)
-        if stat.S_IMODE(status.st_mode) & 0o777 != mode and status.st_uid == os.geteuid():
-            fs.fchmod(fd, mode)
-    finally:
-        fs.close(fd)
+        fs.mkdir(name, PRIVATE, dir_fd=root)
+        if mode != PRIVATE:
+            _permit(root, name, mode, fs.fstat(root).st_gid)
 
 
-def _open_part(place: Path, root: int, name: str, mode: int) -> int:
+def _open_part(place: Path, root: int, name: str, mode: int, shared: bool) -> int:
     try:
         fd = fs.open_directory(name, root)
     except (NotADirectoryError, FileNotFoundError):
         what = f"{name}/ is missing or not a directory of its own; run: spoolipc fsck --repair {place}"
         raise UnsafeSpool(errno.EPERM, what, str(place)) from None
     try:
-        _check_private(place / name, fs.fstat(fd), mode)
+        _check_private(place, place / name, fs.fstat(fd), mode, shared)
     except BaseException:
         fs.close(fd)
         raise
     return fd
 
 
-def _check_private(place: Path, status: os.stat_result, mode: int) -> None:
-    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
-        raise UnsafeSpool(errno.EPERM, "belongs to another user; use a path of your own", str(place))
+def _check_private(spool: Path, place: Path, status: os.stat_result, mode: int, shared: bool) -> None:
+    if status.st_uid not in (os.geteuid(), 0) and not shared:
+        remedy = "if you share it, ask for mode=0o770" if mode == SHARED else "use a path of your own"
+        raise UnsafeSpool(errno.EPERM, f"belongs to another user; {remedy}", str(place))
     if stat.S_IMODE(status.st_mode) & 0o777 & ~mode:
-        what = f"is open to others (mode {stat.S_IMODE(status.st_mode):o}); run: chmod {mode:o} {place}"
+        whom = "o" if mode == SHARED else "go"
+        what = f"is open to others (mode {stat.S_IMODE(status.st_mode):o}); run: chmod -R {whom}= {spool}"
         raise UnsafeSpool(errno.EPERM, what, str(place))
 
 

@@ -108,6 +108,7 @@ class Session:
         self.users: list[None] = []
         self.on_adopt: Callable[[Journal | None], None] = lambda _: None
         self._role: liveness.Role = role
+        self._mode = asked.mode
         self._is_opening = False
         self._in_child = threading.RLock()
         self._held: list[int] = []
@@ -120,7 +121,8 @@ class Session:
 
     def _open(self, asked: Limits, create: bool) -> None:
         try:
-            self.directories = open_directories(self.path, asked, create=create)
+            is_admin = self._role == "admin"
+            self.directories = open_directories(self.path, asked, create=create, as_found=is_admin)
             self.token = liveness.new_token()
             self._held = self.directories.descriptors()
             self.let_go = weakref.finalize(
@@ -367,7 +369,7 @@ class Session:
                 if self.is_forked and not self._is_opening:
                     self._is_opening = True
                     try:
-                        self._open(Limits(), create=False)
+                        self._open(Limits(mode=self._mode), create=False)
                         self.is_forked = False
                     finally:
                         self._is_opening = False

@@ -29,6 +29,7 @@ ERRORS = {
     "unlink": "EIO EACCES",
     "mkdir": "EACCES EDQUOT",
     "fchmod": "EACCES",
+    "fchown": "EPERM",
     "read": "EIO EINTR",
     "pread": "EIO EINTR",
     "write": "EIO ENOSPC EDQUOT EINTR",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat as status
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from support.damage import PARTS, item, picture, refused
 from support.peer import Peer
+from support.users import needs_root
 
 from spoolipc import (
     Empty,
@@ -34,11 +33,6 @@ from spoolipc import (
 
 LARGE = 100_000
 SECRET = b"what nobody may write to or hand out" * 3000
-OTHER_USER = 12345
-needs_root = [
-    pytest.mark.fault,
-    pytest.mark.skipif(os.geteuid() != 0, reason="giving files away and making devices needs root"),
-]
 
 
 @pytest.fixture
@@ -272,8 +266,8 @@ def test_a_file_linked_from_outside_is_never_written_again(
 def test_a_spool_open_to_others_is_refused_with_the_remedy(path: Path, name: str, mode: int) -> None:
     place = path / name
     place.chmod(mode)
-    refused(path, UnsafeSpool, f"run: chmod 700 {place}")
-    place.chmod(0o700)
+    refused(path, UnsafeSpool, f"{mode:o}.*; run: chmod -R go= {path}: '{place}'")
+    subprocess.run(["chmod", "-R", "go=", path], check=True)
     with SpoolReader(path) as reader:
         assert numbers(reader, 3) == [1, 2, 3]
 
@@ -360,117 +354,3 @@ def test_a_network_file_system_is_refused_and_the_remedy_named(path: Path, tmp_p
         kind,
     ]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
-
-
-def as_user(uid: int, gid: int, work: Callable[[], None]) -> None:
-    """Do `work` in a forked child that is another user."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            os.setgroups([])
-            os.setgid(gid)
-            os.setuid(uid)
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def reachable(place: Path) -> None:
-    """Let other users reach a spool below pytest's own directories."""
-    for folder in place.parents:
-        if folder.stat().st_mode & 0o001 == 0:
-            folder.chmod(folder.stat().st_mode | 0o011)
-
-
-def give_away(place: Path) -> None:
-    for folder, folders, files in os.walk(place):
-        for name in (*folders, *files):
-            os.chown(Path(folder, name), OTHER_USER, OTHER_USER, follow_symlinks=False)
-    os.chown(place, OTHER_USER, OTHER_USER)
-
-
-@pytest.mark.damaged
-class TestOtherUsers:
-    pytestmark = needs_root
-
-    def test_a_spool_of_another_user_is_refused(self, path: Path) -> None:
-        give_away(path)
-        refused(path, UnsafeSpool, "belongs to another user; use a path of your own")
-
-    @pytest.mark.parametrize("part", PARTS)
-    def test_a_part_that_belongs_to_another_user_is_refused(self, path: Path, part: str) -> None:
-        os.chown(path / part, OTHER_USER, OTHER_USER)
-        refused(path, UnsafeSpool, "belongs to another user")
-
-    def test_a_spool_of_another_user_is_closed_to_us(self, path: Path) -> None:
-        reachable(path)
-        give_away(path)
-        before = picture(path)
-
-        def work() -> None:
-            for call in (SpoolReader, SpoolWriter):
-                with pytest.raises(SpoolError, match=f"Errno {errno.EACCES}"):
-                    call(path)
-
-        as_user(OTHER_USER + 1, OTHER_USER + 1, work)
-        assert picture(path) == before
-
-    def test_an_empty_directory_of_another_user_is_not_made_a_spool(self, tmp_path: Path) -> None:
-        place = tmp_path / "spool"
-        place.mkdir()
-        reachable(place)
-        os.chown(place, OTHER_USER, OTHER_USER)
-        place.chmod(0o777)
-
-        def work() -> None:
-            with pytest.raises(UnsafeSpool, match="another user"):
-                SpoolWriter(place)
-
-        as_user(OTHER_USER + 1, OTHER_USER + 1, work)
-        assert os.listdir(place) == []
-
-    def test_a_group_shares_a_spool_made_for_it_and_nobody_else_does(self, tmp_path: Path) -> None:
-        place = tmp_path / "shared" / "spool"
-        place.parent.mkdir()
-        reachable(place)
-        os.chown(place.parent, OTHER_USER, OTHER_USER)
-        place.parent.chmod(0o2771)  # what is made below belongs to the group
-
-        def first() -> None:
-            os.umask(0o077)
-            with SpoolWriter(place, mode=0o770) as writer, SpoolReader(place) as reader:
-                for number in range(3):
-                    writer.put(np.full(LARGE, number))
-                    writer.put(np.full(10, number))
-                assert numbers(reader, 2) == [0, 0]
-
-        def member() -> None:
-            os.umask(0o077)
-            with SpoolWriter(place) as writer, SpoolReader(place) as reader:
-                assert numbers(reader, 2) == [1, 1]
-                writer.put(np.full(LARGE, 7))
-                reader.receive(timeout=5).nack()
-                reader.receive(timeout=5).reject("no")
-                writer.put(np.full(10, 8))
-
-        def owner() -> None:
-            with SpoolReader(place) as reader, SpoolWriter(place) as writer:
-                assert numbers(reader, 3) == [2, 7, 8]
-                writer.put(np.full(LARGE, 9))
-                assert numbers(reader, 1) == [9]
-            assert stat(place).failed == 1
-
-        def outsider() -> None:
-            with pytest.raises(SpoolError):
-                SpoolReader(place)
-
-        as_user(OTHER_USER, OTHER_USER, first)
-        as_user(OTHER_USER + 1, OTHER_USER, member)
-        as_user(OTHER_USER, OTHER_USER, owner)
-        as_user(OTHER_USER + 2, OTHER_USER + 2, outsider)

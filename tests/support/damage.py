@@ -120,11 +120,19 @@ def stop_in_step(peer: Peer) -> None:
     assert os.WIFSTOPPED(status)
 
 
-def refused(path: Path, error: type[Exception], said: str, *more: Callable[[Path], object]) -> None:
-    """See everybody who opens the spool, and `more`, told so, and nothing in it changed."""
+USERS: Final[tuple[Callable[[Path], object], ...]] = (SpoolReader, SpoolWriter)
+
+
+def refused(
+    path: Path,
+    error: type[Exception],
+    said: str,
+    *more: Callable[[Path], object],
+    only: tuple[Callable[[Path], object], ...] = (*USERS, stat, gc),
+) -> None:
+    """See everybody who opens the spool, or only these, and `more`, told so, and nothing in it changed."""
     before = picture(path)
-    calls: list[Callable[[Path], object]] = [SpoolReader, SpoolWriter, stat, gc, *more]
-    for call in calls:
+    for call in (*only, *more):
         with pytest.raises(error, match=said):
             call(path)
     assert picture(path) == before
