@@ -30,6 +30,7 @@ class Item:
         self._contents: Contents | None = None
         self._message: Message | None = None
         self._settled = ""
+        self._turn = [None]  # who takes it settles the item
         self.seq = delivery.seq
         self.attempt = delivery.attempt
         self.nbytes = delivery.size
@@ -127,12 +128,20 @@ class Item:
     def _settle(self, verdict: Verdict, settled: str) -> None:
         if self._settled:
             raise AlreadySettled(f"item {self.seq} was {self._settled} before")
+        turn = self._turn if settled else [None]  # a lease is extended beside
+        try:
+            turn.pop()
+        except IndexError:
+            raise AlreadySettled(f"item {self.seq} is being settled by another thread") from None
         try:
             self._consumer.settle((self._delivery,), verdict)
+            self._settled = settled
         except LeaseExpired:
             self._settled = "taken away when its lease ended"
             raise
-        self._settled = settled
+        except BaseException:
+            turn.append(None)
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.faults import Event, Injector
 from support.peer import Peer
+from support.waits import until, until_asleep
 
 from spoolipc import (
     AlreadySettled,
@@ -50,6 +54,32 @@ def test_array_is_read_only_and_the_same_object_each_time(pair: Pair, size: int)
         assert list(item.arrays) == [""]
         assert item.arrays[""] is array
     assert item.array is array
+
+
+@pytest.mark.parametrize("second", SETTLED)
+def test_of_two_threads_that_settle_an_item_the_later_is_told_that_it_is_settled(
+    pair: Pair, second: str
+) -> None:
+    writer, reader = pair
+    writer.put(np.zeros(LARGE))
+    item = reader.receive()
+    begun: list[int] = []
+    with ThreadPoolExecutor(1) as aside:
+
+        def settle() -> None:
+            begun.append(threading.get_native_id())
+            settlings(item)[second]()
+
+        def meanwhile(event: Event) -> None:
+            if event.name == "rename":
+                later.append(aside.submit(settle))
+                until(lambda: begun)
+                until_asleep(os.getpid(), begun[0])
+
+        later: list[Future[None]] = []
+        with Injector(meanwhile):
+            item.ack()
+        assert isinstance(later[0].exception(), AlreadySettled)
 
 
 @pytest.mark.parametrize("look", ["array", "arrays", "meta"])
