@@ -30,7 +30,6 @@ LONG_PREFIX = struct.Struct("<6sBBI")
 """Magic, major and minor version, bytes that follow; the long one is of versions 2 and 3."""
 _MAX_SIZE = 2**63 - 1
 _MAX_DIMENSIONS = 64
-_MAX_NESTING = 32
 _FIRST_USER_DTYPE = 256
 _SIMPLE_DESCR = re.compile(r"[<>|](?:[biufcSUV][0-9]{1,10}|[mM]8(?:\[[0-9]{0,10}[A-Za-z]{1,2}\])?)", re.ASCII)
 
@@ -51,22 +50,30 @@ class Block:
 
 def make_header(
     dtype: DType, shape: tuple[int, ...], fortran: bool, at: int, align: int
-) -> tuple[bytes, DType]:
+) -> tuple[bytes, Block]:
     """The header that `np.save` writes, with spaces so that from file offset `at` it ends at a multiple of `align`.
 
-    Returns it and the dtype that a reader makes of it: equal to the one given, but without metadata, and an object
-    of its own. Raises UnsupportedArray for a dtype that `np.save` cannot save and `np.load` restore without pickle.
+    Returns it and the block that `read_header` makes of it: its dtype is equal to the one given, but without metadata,
+    and an object of its own. Raises UnsupportedArray for a dtype that `np.save` cannot save and `np.load` restore
+    without pickle, and what `size_of` raises.
     """
-    descr, own = _canonical(dtype)
-    header = _written({"descr": descr, "fortran_order": fortran, "shape": shape})
-    padding = -(at + len(header)) % align
-    if padding:
-        start = _text_at(header)
-        length = (len(header) - start + padding).to_bytes(start - 8, "little")
-        header = header[:8] + length + header[start:-1] + b" " * padding + b"\n"
-    if len(header) > MAX_HEADER or len(_text_of(header)) > MAX_HEADER_TEXT:
-        raise UnsupportedArray(_TOO_LONG)
-    return header, own
+    dtype = npformat.drop_metadata(dtype)
+    if dtype.hasobject or dtype.num >= _FIRST_USER_DTYPE:
+        raise UnsupportedArray(_of_pickle(dtype))
+    nbytes = size_of(shape, dtype)
+    reason: object = "np.load would not restore it as it is"
+    try:
+        descr: Any = dtype.str if dtype.names is None else dtype.descr
+        own = _dtype_of(descr if dtype.names is None else _literal(repr(descr)))
+        header = _written({"descr": descr, "fortran_order": fortran, "shape": shape}, at, align)
+        if own == dtype and _text_of(header):
+            return header, Block(own, shape, fortran, at + len(header), nbytes)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = error
+    raise UnsupportedArray(
+        f"dtype {dtype} cannot be stored without pickle ({reason}); put each of its fields as an array of its own,"
+        " {name: x[name] for name in x.dtype.names}, or numpy.lib.recfunctions.repack_fields(x) where they overlap"
+    )
 
 
 def read_header(header: bytes, offset: int) -> Block:
@@ -75,13 +82,7 @@ def read_header(header: bytes, offset: int) -> Block:
     Raises ValueError or whatever a hostile literal provokes (RecursionError, MemoryError, SyntaxError ...): catch
     Exception. Whether numpy can show such an array remains to be tried.
     """
-    text = _text_of(header)
-    if len(text) > MAX_HEADER_TEXT:
-        raise ValueError(f"{len(text)} characters; np.load takes at most {MAX_HEADER_TEXT}")
-    try:
-        fields = ast.literal_eval(text)
-    except Exception as error:
-        raise ValueError(f"not a Python literal ({type(error).__name__})") from None
+    fields = _literal(_text_of(header))
     if type(fields) is not dict:
         raise ValueError(f"a {type(fields).__name__}, not a dict")
     if fields.keys() != npformat.EXPECTED_KEYS:
@@ -91,9 +92,7 @@ def read_header(header: bytes, offset: int) -> Block:
         raise ValueError("fortran_order is neither True nor False")
     if type(shape) is not tuple or not all(type(n) is int for n in shape):
         raise ValueError("shape is not a tuple of integers")
-    dtype = _dtype_from(fields["descr"])
-    if dtype.hasobject:
-        raise ValueError("object dtype, which needs pickle")
+    dtype = _dtype_of(fields["descr"])
     return Block(dtype, shape, fortran, offset, size_of(shape, dtype))
 
 
@@ -114,67 +113,52 @@ def fresh(dtype: DType) -> DType:
     return npformat.descr_to_dtype(cast(Any, dtype.descr))
 
 
-_TOO_LONG = (
-    f"the dtype takes more than {MAX_HEADER_TEXT} characters to describe, which np.load refuses to read; "
-    "put its fields as several arrays"
-)
-
-
-def _canonical(dtype: DType) -> tuple[Any, DType]:
-    """What a header says of a dtype, and the dtype a reader makes of that; refused if the two differ."""
-    dtype = npformat.drop_metadata(dtype)
-    if dtype.hasobject and dtype.num < _FIRST_USER_DTYPE:
-        raise UnsupportedArray(
+def _of_pickle(dtype: DType) -> str:
+    """Why a dtype needs pickle, and what does not."""
+    if dtype.num < _FIRST_USER_DTYPE:
+        return (
             f"dtype {dtype} holds Python objects, which only pickle could store; give the array a dtype of "
             "numbers, strings or fields, as with x.astype(float) or x.astype('U')"
         )
-    if dtype.num >= _FIRST_USER_DTYPE:
-        bits = f"x.view(np.uint{8 * dtype.itemsize}), or x.astype(np.float32)"
-        remedy = "x.astype('U')" if dtype.hasobject else bits
-        raise UnsupportedArray(
-            f"dtype {dtype} is one that an .npy file cannot describe without pickle; put {remedy}"
-        )
-    reason: object = "np.load would not restore it as it is"
-    try:
-        descr: Any = dtype.str if dtype.names is None else dtype.descr
-        result = _dtype_from(descr)
-        if result == dtype:
-            return descr, result
-    except (ValueError, TypeError) as error:
-        reason = error
-    raise UnsupportedArray(
-        f"dtype {dtype} cannot be stored without pickle ({reason}); "
-        "put numpy.lib.recfunctions.repack_fields(x), or each field as an array of its own"
-    )
+    bits = f"x.view(np.uint{8 * dtype.itemsize}), or x.astype(np.float32)"
+    remedy = "x.astype('U')" if dtype.hasobject else bits
+    return f"dtype {dtype} is one that an .npy file cannot describe without pickle; put {remedy}"
 
 
-def _dtype_from(descr: Any) -> DType:
+def _dtype_of(descr: Any) -> DType:
     """The dtype of a descr in the forms that `np.save` writes; ValueError or TypeError for any other."""
-    _check(descr, 0)
-    return npformat.descr_to_dtype(descr)
+    _check(descr)
+    dtype = npformat.descr_to_dtype(descr)
+    hash(dtype)  # a title may be a list, and then nobody could put such an array
+    return dtype
 
 
-def _check(descr: Any, depth: int) -> None:
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except Exception as error:
+        raise ValueError(f"not a Python literal ({type(error).__name__})") from None
+
+
+def _check(descr: Any) -> None:
+    """Raise ValueError for what no header says of a dtype but numpy would make something of. The rest is checked by
+    numpy: names, titles, sizes."""
     if type(descr) is str:
         if descr.lstrip("<>|=").startswith("O"):
             raise ValueError("object dtype, which needs pickle")
         if not _SIMPLE_DESCR.fullmatch(descr):
             raise ValueError(f"unknown dtype {descr[:40]!r}")
-        return
-    if type(descr) is not list:
+    elif type(descr) is list:
+        for field in descr:
+            if type(field) is not tuple or len(field) not in (2, 3):
+                raise ValueError("a field is not a tuple of name, dtype and perhaps shape")
+            _check(field[1:] if len(field) == 3 else field[1])
+    elif type(descr) is tuple and len(descr) == 2:
+        if type(descr[1]) is not tuple:
+            raise ValueError("a subarray's shape is not a tuple")
+        _check(descr[0])
+    else:
         raise ValueError(f"a dtype is a {type(descr).__name__}, not a string or a list of fields")
-    if depth >= _MAX_NESTING:
-        raise ValueError("fields are nested too deep")
-    for field in descr:
-        if type(field) is not tuple or len(field) not in (2, 3):
-            raise ValueError("a field is not a tuple of name, dtype and perhaps shape")
-        name, shape = field[0], field[2] if len(field) == 3 else ()
-        titled = type(name) is tuple and len(name) == 2 and type(name[0]) is str and type(name[1]) is str
-        if type(name) is not str and not titled:
-            raise ValueError("a field's name is not a string")
-        if type(shape) is not tuple or not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in shape):
-            raise ValueError("a field's shape is not a tuple of sizes")
-        _check(field[1], depth + 1)
 
 
 class _Utf8:
@@ -187,18 +171,23 @@ class _Utf8:
         return repr(self.descr).encode().decode("latin-1")
 
 
-def _written(fields: dict[str, Any]) -> bytes:
+def _written(fields: dict[str, Any], at: int, align: int) -> bytes:
+    """The header of `np.save`, made longer so that from `at` it ends at a multiple of `align`."""
     out = io.BytesIO()
     try:
         npformat.write_array_header_1_0(out, fields)
-        return out.getvalue()
+        header = out.getvalue()
     except UnicodeEncodeError:
         # Field names beyond Latin-1 make it version 3.0: 2.0 in UTF-8. numpy has no public writer of that.
         npformat.write_array_header_2_0(out, fields | {"descr": _Utf8(fields["descr"])})
         header = out.getvalue()
-        return header[:6] + b"\x03" + header[7:]
-    except ValueError:
-        raise UnsupportedArray(_TOO_LONG) from None
+        header = header[:6] + b"\x03" + header[7:]
+    padding = -(at + len(header)) % align
+    if padding:
+        start = _text_at(header)
+        length = (len(header) - start + padding).to_bytes(start - 8, "little")
+        header = header[:8] + length + header[start:-1] + b" " * padding + b"\n"
+    return header
 
 
 def _text_at(header: bytes) -> int:
@@ -206,5 +195,8 @@ def _text_at(header: bytes) -> int:
 
 
 def _text_of(header: bytes) -> str:
-    """The literal in a header."""
-    return header[_text_at(header) :].decode("utf-8" if header[6] == 3 else "latin-1")
+    """The literal in a header. Raises ValueError where `np.load` refuses to read it."""
+    text = header[_text_at(header) :].decode("utf-8" if header[6] == 3 else "latin-1")
+    if len(text) > MAX_HEADER_TEXT:
+        raise ValueError(f"{len(text)} characters; np.load takes at most {MAX_HEADER_TEXT}")
+    return text

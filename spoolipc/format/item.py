@@ -38,7 +38,6 @@ from spoolipc.format.header import (
     fresh,
     make_header,
     read_header,
-    size_of,
 )
 from spoolipc.message import Array, ArraySpec, Message
 
@@ -339,12 +338,11 @@ def _lay_out(key: tuple[_Kind, ...]) -> Layout:
     own: list[_Kind] = []
     end = 0
     for dtype, number, shape, fortran in key:
-        header, dtype = make_header(dtype, shape, fortran, end, ALIGN)
-        block = Block(dtype, shape, fortran, end + len(header), size_of(shape, dtype))
+        header, block = make_header(dtype, shape, fortran, end, ALIGN)
         blocks.append(block)
         headers.append(header)
         # Keyed by our own dtypes: the callers' can be renamed in place, and so would the key.
-        own.append((dtype, number, shape, fortran))
+        own.append((block.dtype, number, shape, fortran))
         end = block.offset + block.nbytes
     layout = Layout(tuple(blocks), tuple(headers), end)
     if sum(map(len, headers)) <= _MAX_LAYOUT_BYTES:

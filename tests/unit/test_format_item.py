@@ -23,11 +23,19 @@ from spoolipc.message import Array, ArraySpec
 ID = bytes(range(16))
 ALIGNED = np.dtype([("a", "i1"), ("b", "f8"), ("c", "i2")], align=True)
 NESTED = np.dtype([("x", ALIGNED), ("y", [("p", ">i4", (2, 3)), ("q", "S3")], (2,)), ("z", "M8[us]")])
-TITLED = np.dtype([(("a title", "a"), "<i4"), ("b", "V3")])
+TITLED = np.dtype([(("a title", "a"), "<i4"), ("b", "V3"), ((2.5, "c"), "u1"), (((1, b"x"), "d"), "u1")])
+DEEP: Any = np.dtype("f8")
+for _ in range(60):
+    DEEP = np.dtype([("a", DEEP), ("b", "u1")])
 DTYPES: list[Any] = [
     *"?bBhHiIlLqQefdgFDG",
     *("S5", "U3", "V7", "U0", "S0", "V0", "<c16", ">c8", ">i2", ">f8", ">U2", ">M8[s]"),
     *("M8[ns]", "M8[D]", "M8[25s]", "M8", "m8[ms]", "m8"),
+    *(
+        DEEP,
+        np.dtype([("a", np.dtype(("<f4", (2,))), (3,)), ("b", [("c", "i1", (0, 2))])]),
+        np.dtype([("a", "S0")]),
+    ),
     *(ALIGNED, NESTED, TITLED, np.dtype([]), np.dtype({"names": [], "formats": [], "itemsize": 8})),
     np.dtype([("a", "<i4"), ("b", "<f8")]).newbyteorder(),
     np.dtype((np.record, [("r", "u1"), ("g", "u1")])),
