@@ -25,7 +25,7 @@ from .engine import (
     Session,
 )
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
-from .format.item import plain
+from .format.item import copied, plain
 from .item import Item
 from .message import Array, Arrays, ArraySpec, Json, Limits, Message, Peeked, deadline_of
 
@@ -393,5 +393,5 @@ def _message(array: Array | Mapping[str, Array], meta: Json) -> Message:
 
 def _arrays(message: Message, copy: bool) -> Arrays:
     """What `get` returns of a message."""
-    arrays = tuple(array.copy(order="K") for array in message.arrays) if copy else message.arrays
+    arrays = tuple(map(copied, message.arrays)) if copy else message.arrays
     return arrays[0] if message.names is None else dict(zip(message.names, arrays, strict=True))

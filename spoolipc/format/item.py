@@ -159,6 +159,8 @@ def store(buffer: WritableBuffer, layout: Layout, arrays: Sequence[Array]) -> No
         if block.nbytes <= _SMALL and array.flags.c_contiguous:  # where numpy costs more than the copy
             buffer[start : start + block.nbytes] = array.tobytes()
             continue
+        if not block.nbytes:  # of which numpy would copy each, and there may be any number
+            continue
         if dtype.names is not None:
             array = _opaque(array)
             dtype = array.dtype
@@ -189,7 +191,7 @@ def parts(
         if skip_first and index == 0:
             continue
         yield header
-        if array.flags.c_contiguous or block.fortran:
+        if array.flags.c_contiguous or block.fortran or not block.nbytes:
             yield _raw(array)
         else:
             yield from map(_raw, _chunks(_opaque(array)))
@@ -307,6 +309,15 @@ def message(buffer: Buffer, blocks: Sequence[Block], footer: Footer, *, copy: bo
     return tuple.__new__(Message, (arrays, names, meta, put_time, id))
 
 
+def copied(array: Array) -> Array:
+    """A copy of an array, writable, in the same order of memory and with the same padding."""
+    if not array.nbytes:
+        return np.ndarray(array.shape, array.dtype, bytearray(1), order="F" if array.flags.fnc else "C")
+    copy = np.empty_like(array)
+    _opaque(copy)[...] = _opaque(array)
+    return copy
+
+
 def checksum_of(buffer: Buffer, end: int) -> int:
     """The checksum of an item: CRC-32 of the first `end` bytes, that is all before the footer, padding included.
 
@@ -386,7 +397,7 @@ def _missing(count: int, at: int, limit: int) -> str:
 
 def _opaque(array: Array) -> Array:
     """The same elements without their fields: a copy takes padding along and is a plain move of bytes."""
-    if array.dtype.names is None or not array.dtype.itemsize:
+    if array.dtype.names is None:
         return array
     return array.view(f"V{array.dtype.itemsize}")
 

@@ -13,7 +13,16 @@ from spoolipc import SpoolReader, SpoolWriter, UnsupportedArray
 
 ROUNDS = 12
 """Enough for files to be written again, and for whatever is remembered of the last put to be used."""
-UNSIZED: list[Any] = ["U0", "S0", "V0", np.dtype([])]
+UNSIZED: list[Any] = [
+    "U0",
+    "S0",
+    "V0",
+    [],
+    [("a", "S0")],
+    [("a", "f8", (0,))],
+    [("a", "V0"), ("b", [], (3,))],
+]
+STRIDED = np.zeros(2, [("a", "S0"), ("b", "f8")])["a"]
 NAMED: dict[str, Array] = {
     "image": np.arange(50_000, dtype="f4").reshape(250, 200),
     "mask": np.asfortranarray(np.arange(50_000).reshape(250, 200) % 3 == 0),
@@ -76,11 +85,41 @@ def test_every_dtype_comes_back_time_after_time(
         same(reader.get_nowait(), array)
 
 
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4), (10**13,), (10**6, 10**7)], ids=str)
 @pytest.mark.parametrize("dtype", UNSIZED, ids=str)
-def test_dtypes_of_no_size_come_back(writer: SpoolWriter, reader: SpoolReader, dtype: Any) -> None:
-    array = np.zeros((3, 4), dtype)
-    writer.put(array)
-    same(reader.get_nowait(), array)
+def test_elements_of_no_bytes_come_back_at_once_however_many(
+    writer: SpoolWriter, reader: SpoolReader, dtype: Any, shape: tuple[int, ...], copy: bool
+) -> None:
+    array: Array = np.ndarray(shape, dtype, bytearray(1))
+    for put in (array, array.T, np.broadcast_to(STRIDED, (*shape, 2))):
+        writer.put(put)
+        found = reader.get_nowait(copy=copy)
+        assert (found.dtype, found.shape, found.flags.writeable) == (put.dtype, put.shape, copy)
+        writer.put({"a": put, "b": np.arange(5000)})
+        named = reader.get_nowait(copy=copy)
+        assert (named["a"].dtype, named["a"].shape, named["b"][-1]) == (put.dtype, put.shape, 4999)
+    if array.dtype.kind not in "SU":  # of which np.empty makes elements of one character
+        with writer.loan(shape, dtype) as lent:
+            assert (lent.dtype, lent.shape) == (array.dtype, shape)
+        assert reader.get(copy=copy).shape == shape
+
+
+@pytest.mark.parametrize("least", [0, LARGE])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [ALIGNED, NESTED], ids=str)
+def test_padding_comes_as_it_was_put_and_holds_no_other_memory(
+    writer: SpoolWriter, reader: SpoolReader, dtype: Any, order: Any, least: int
+) -> None:
+    array = filled(dtype, least)
+    array = array[: len(array) // 2 * 2].reshape((2, -1), order=order)
+    for copy in (False, True):
+        for put in (array, array[:, ::-1]):
+            writer.put(put)
+            found = reader.get_nowait(copy=copy)
+            whole = put.view(f"V{dtype.itemsize}")
+            assert found.view(whole.dtype).tobytes() == whole.tobytes()
+            assert found.flags.owndata is copy
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
