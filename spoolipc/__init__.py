@@ -6,7 +6,7 @@ from .directory.check import FsckReport, fsck
 from .directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
 from .directory.gc import GcReport
 from .directory.gc import gc as gc
-from .directory.problems import Problem
+from .directory.repair import Problem
 from .directory.stat import stat as stat
 from .errors import (
     AlreadySettled,

@@ -35,13 +35,8 @@ from .layout import (
     read_shutdown,
     temporary_owner,
 )
-from .problems import Kind, Problem, wrong_at_top, wrong_file
-from .quarantine import (
-    failed_numbers,
-    history_number,
-    read_history,
-)
-from .repair import put_right, repair_all
+from .quarantine import failed_numbers, history_number, read_history
+from .repair import Kind, Problem, put_right, repair_all, wrong_at_top, wrong_status
 from .table import Rows, Words, files_in, rows, violations
 from .visitor import Visitor
 
@@ -240,7 +235,7 @@ class _Look:
             status = fs.stat_at(name, dir_fd=self.directories.parts[part])
         except FileNotFoundError:
             return None
-        problem = wrong_file(status, self.directories.mode, f"{part}/{name}")
+        problem = wrong_status(status, self.directories.mode, f"{part}/{name}")
         if problem is None:
             return status
         is_aside = problem.kind == "planted" and part == "failed" and item_number(name) is not None
@@ -348,6 +343,3 @@ def _wrong_sizes(records: Rows, numbers: Rows, sizes: Rows) -> list[tuple[int, i
         (int(record[W.FILE]), int(record[W.BYTES]), int(size))
         for record, size in zip(records[wrong], sizes[found][wrong], strict=True)
     ]
-
-
-# The three verbs

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 
-from ..errors import BadItem, NoSuchItem, ShutDown, SpoolError, StorageError
+from ..errors import BadItem, NoSuchItem, ShutDown, StorageError
 from ..format.footer import Footer
 from ..message import DeadLetter, Limits, Retried, StoredArray
 from . import fs, transitions
@@ -102,17 +102,14 @@ def _each(
     """Do `work` for each of `seqs` that are all there, or for every dead letter, and then `last`."""
     session = Session(path, Limits(), "admin", create=False)
     try:
-        there = failed_numbers(session.directories)
-        wanted = there if seqs is None else sorted(set(seqs))
-        if missing := sorted(set(wanted) - set(there)):
-            raise _no_such_item(session.directories, missing[0])
-        for number in wanted:
-            work(session, number)
-        last(session)
-    except OSError as error:
-        if isinstance(error, SpoolError):
-            raise
-        raise session.explained(error) from error
+        with session.explaining():
+            there = failed_numbers(session.directories)
+            wanted = there if seqs is None else sorted(set(seqs))
+            if missing := sorted(set(wanted) - set(there)):
+                raise _no_such_item(session.directories, missing[0])
+            for number in wanted:
+                work(session, number)
+            last(session)
     finally:
         session.close(owns_nothing)
 

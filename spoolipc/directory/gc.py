@@ -13,11 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar, TypeVarTuple
 
 import numpy as np
 
-from ..errors import StorageError
 from ..message import Limits
 from . import fs, liveness, pool
 from . import table as W
@@ -29,13 +28,11 @@ from .session import Session, owns_nothing
 from .table import Rows, active, rows
 from .visitor import AnySpool, Visitor
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 Progress: TypeAlias = Callable[[int, int | None], None]
 """Told how many names were looked at, and of how many (None: nobody knows)."""
-
-
 _STEP: Final = 0.002  # seconds after which a locked step of gc ends
-
-
 _FREE_BATCH: Final = 16384
 
 
@@ -82,18 +79,14 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progres
         visitor.look()
         damaged = visitor.damage != ""
         if dry_run:
-            sweep = _Sweep(visitor, None, progress)
+            sweep = _Sweep(visitor, progress)
             sweep.run()
             return GcReport(visitor.path, True, index_rebuilt=damaged, **sweep.counts)
     session = Session(path, Limits(), "admin", create=False)
     try:
-        sweep = _Sweep(session, session, progress)
-        try:
+        sweep = _Sweep(session, progress)
+        with session.explaining():
             sweep.run()
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise session.explained(error) from error
     finally:
         session.close(owns_nothing)
     return GcReport(session.path, False, index_rebuilt=damaged, **sweep.counts)
@@ -106,11 +99,11 @@ def foreign_at_top(directories: Directories) -> list[str]:
 
 
 class _Sweep:
-    """One pass over a spool. session: None for a dry run, which only looks."""
+    """One pass over a spool: a session, or for a dry run a visitor, which only looks."""
 
-    def __init__(self, spool: AnySpool, session: Session | None, progress: Progress | None) -> None:
+    def __init__(self, spool: AnySpool, progress: Progress | None) -> None:
         self.spool = spool
-        self.session = session
+        self.session = spool if isinstance(spool, Session) else None
         self.progress = progress
         self.counts: Counter[str] = Counter()
         self._seen = 0
@@ -130,14 +123,11 @@ class _Sweep:
         for names in fs.batches(self.spool.directories.items):
             self._looked_at(names, sum(item_number(name) is None for name in names))
 
-    def _step(self, work: Callable[..., object], *args: object) -> None:
-        """Do `work`, whose result does not matter, under the lock."""
-
-        def step() -> tuple[None, int, int]:
-            work(*args)
-            return None, 0, 0
-
-        self.spool.step(step)
+    def _step(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Do `work`, which wakes nobody, under the lock."""
+        if isinstance(self.spool, Visitor):
+            return self.spool.step(work, *args)
+        return self.spool.step(lambda: (work(*args), 0, 0))
 
     def _looked_at(self, names: list[str], foreign: int) -> None:
         self.counts["foreign_files"] += foreign
@@ -167,26 +157,10 @@ class _Sweep:
 
     def _crashed(self, tokens: set[int]) -> set[int]:
         """Which of `tokens` are of sessions that have crashed."""
-        alive, found = self.spool.directories.alive, set[int]()
-        self._step(lambda: found.update(liveness.crashed_among(alive, tokens)))
-        return found
+        return self._step(liveness.crashed_among, self.spool.directories.alive, tokens)
 
     def _claims(self) -> None:
-        journal, abandoned = None, list[tuple[int, int]]()
-
-        def look() -> None:
-            nonlocal journal
-            journal = self._journal()
-            if journal is None:
-                return
-            words = journal.words
-            owned = [(record, words[record + W.OWNER]) for record in reversed(active(words))]
-            crashed = liveness.crashed_among(
-                self.spool.directories.alive, {owner for _, owner in owned if owner}
-            )
-            abandoned.extend((record, owner) for record, owner in owned if owner in crashed)
-
-        self._step(look)
+        journal, abandoned = self._step(self._abandoned)
         while abandoned and journal is not None:
             if self.session is not None:
                 self.session.step(self._settle, self.session, journal, abandoned)
@@ -196,9 +170,15 @@ class _Sweep:
                 return
             self._looked_at([], 0)
 
-    def _journal(self) -> Journal | None:
-        spool = self.spool
-        return spool.journal
+    def _abandoned(self) -> tuple[Journal | None, list[tuple[int, int]]]:
+        """In which table, and where in it, is what crashed sessions had; and whose it was. A step."""
+        journal: Journal | None = self.spool.journal
+        if journal is None:
+            return None, []
+        words = journal.words
+        owned = [(record, words[record + W.OWNER]) for record in reversed(active(words))]
+        crashed = liveness.crashed_among(self.spool.directories.alive, {owner for _, owner in owned if owner})
+        return journal, [(record, owner) for record, owner in owned if owner in crashed]
 
     def _count(self, journal: Journal, record: int) -> None:
         words = journal.words
@@ -233,7 +213,7 @@ class _Sweep:
             while self.session.step(self._discard, self.session):
                 pass
             return
-        journal = self._journal()
+        journal: Journal | None = self.spool.journal
         if journal is not None and journal.words[W.SHUTDOWN] == W.DISCARDED:
             words = journal.words
             waiting = pool.waiting(words)
@@ -276,7 +256,7 @@ class _Sweep:
         """
         while True:
             self._step(lambda: None)
-            journal = self._journal()
+            journal: Journal | None = self.spool.journal
             if journal is None:
                 return listed  # a rebuild removes every file of free/
             records = rows(journal.words)
@@ -284,7 +264,7 @@ class _Sweep:
             if self.session is None or not orphans.size:
                 return orphans
             self._step(lambda: None)
-            if self._journal() is journal:
+            if self.spool.journal is journal:
                 return orphans
 
     def _histories(self) -> None:

@@ -1,4 +1,4 @@
-"""The three verbs of `fsck --repair`. Nothing operates on the table itself.
+"""What can be wrong with a spool, and the three verbs of `fsck --repair`. Nothing operates on the table itself.
 
 The directories are put right: modes closed, missing parts made, what stands in the place of a file that can be made
 again removed. Bad files are set aside: a damaged item moves to `failed/` with its reason. Every other disagreement is
@@ -9,39 +9,80 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from ..message import Limits
 from . import fs, liveness
 from . import table as W
 from .gc import gc
-from .layout import (
-    PARTS,
-    item_name,
-    item_number,
-    make_part,
-)
-from .problems import Problem
-from .quarantine import (
-    forget_history,
-    note_failure,
-    read_history,
-    set_file_aside,
-)
+from .layout import FILES, PARTS, item_name, item_number, make_part
+from .quarantine import forget_history, note_failure, read_history, set_file_aside
 from .session import Session, owns_nothing
 from .table import IndexDamaged, rows
 
 _log = logging.getLogger("spoolipc")
 _WHO: Final = "spoolipc fsck"
-
-
 _REPLACEABLE: Final = ("index", "index.new", "spool.json.new", "shutdown")
-
-
 _REBUILT: Final = ("index", "limits", "unknown", "missing", "size")
 """Kinds that building the table again puts right."""
+
+
+Kind: TypeAlias = Literal[
+    "directory", "index", "limits", "item", "unknown", "missing", "size", "orphan",
+    "mode", "owner", "link", "planted", "foreign", "failed",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong in a spool. where: a path below it. what: in words. repaired: it is not there any more.
+
+    kind: "directory", a part that is missing; "index", an invariant of the table that does not hold, and "limits",
+    where it contradicts spool.json or the shutdown marker; "item", a damaged one; "unknown" to the table; "missing"
+    though the table has it; "size", another than the table has; "orphan", of no item; "mode", open to others, and
+    "owner", somebody else; "link", has another name too; "planted", not a regular file; "foreign", none of the
+    spool's names; "failed", a dead letter without a reason.
+    """
+
+    kind: Kind
+    where: str
+    what: str
+    repaired: bool = False
+
+
+def wrong_at_top(root: int, mode: int) -> list[Problem]:
+    """What is wrong with a spool's directories, and with the files at its top. mode: the spool's."""
+    found = [wrong_status(fs.fstat(root), mode, ".", is_directory=True)]
+    for name in (*PARTS, *FILES):
+        is_part = name in PARTS
+        try:
+            found.append(wrong_status(fs.stat_at(name, dir_fd=root), mode, name, is_directory=is_part))
+        except FileNotFoundError:
+            if is_part:
+                found.append(Problem("directory", name, "is missing"))
+    return [problem for problem in found if problem is not None]
+
+
+def wrong_status(
+    status: os.stat_result, mode: int, where: str, *, is_directory: bool = False
+) -> Problem | None:
+    """What is wrong with a file, or a directory, by its status alone. mode: the spool's, which files have without
+    execution."""
+    if is_directory and not stat.S_ISDIR(status.st_mode):
+        return Problem("planted", where, "is not a directory of its own")
+    if not is_directory and not stat.S_ISREG(status.st_mode):
+        return Problem("planted", where, f"is not a regular file ({stat.filemode(status.st_mode)})")
+    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
+        return Problem("owner", where, f"belongs to user {status.st_uid}")
+    if status.st_mode & 0o777 & ~mode:
+        return Problem("mode", where, f"is open to others (mode {stat.S_IMODE(status.st_mode):o})")
+    if not is_directory and status.st_nlink > 1:
+        return Problem("link", where, f"is linked from {status.st_nlink - 1} more places")
+    return None
 
 
 def put_right(root: int, problem: Problem, mode: int) -> None:
@@ -73,14 +114,8 @@ def repair_all(place: Path, found: list[Problem]) -> None:
         for problem in named:
             if problem.kind == "mode":
                 part, _, name = problem.where.partition("/")
-                _tried(
-                    session,
-                    problem,
-                    _permit,
-                    session.directories.parts[part],
-                    name,
-                    session.directories.file_mode,
-                )
+                directory, mode = session.directories.parts[part], session.directories.file_mode
+                _tried(session, problem, _permit, directory, name, mode)
             elif problem.kind == "failed":
                 _tried(session, problem, session.step, _explain, session, problem)
         if aside or any(problem.kind in _REBUILT for problem in found):
