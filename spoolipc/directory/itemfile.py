@@ -30,6 +30,15 @@ def check_regular(status: os.stat_result) -> None:
         raise BadItem(f"not a regular file ({stat.filemode(status.st_mode)})")
 
 
+def check_readable(status: os.stat_result) -> None:
+    """Raise BadItem for a file that is closed to this user by its owner or mode."""
+    if status.st_uid != os.geteuid() or not status.st_mode & stat.S_IRUSR:
+        mode = stat.S_IMODE(status.st_mode)
+        raise BadItem(
+            f"closed to user {os.geteuid()}: it belongs to user {status.st_uid} and has mode {mode:o}"
+        )
+
+
 class ItemFile:
     """One open item file; a context manager. status: as it was when opened.
 
@@ -43,6 +52,8 @@ class ItemFile:
         except OSError as error:
             if error.errno in _NO_FILE:
                 raise BadItem("not a regular file") from None
+            if error.errno == errno.EACCES:
+                check_readable(fs.stat_at(name, dir_fd=directory))
             raise
         try:
             self.status = fs.fstat(self.fd)

@@ -60,11 +60,16 @@ def announce(alive: int, token: Token, role: Role, mode: int) -> int:
 
 
 def has_crashed(alive: int, token: int) -> bool:
-    """Whether the session of `token` has ended without leaving; the caller holds the index lock."""
+    """Whether the session of `token` has ended without leaving; the caller holds the index lock.
+
+    False where its file is closed to this user: others can tell.
+    """
     try:
-        fd = fs.open_at(token_name(token), os.O_RDWR | fs.CAREFUL, dir_fd=alive)
+        fd = fs.open_at(token_name(token), os.O_RDONLY | fs.CAREFUL, dir_fd=alive)
     except FileNotFoundError:
         return True
+    except PermissionError:
+        return False
     except OSError as error:
         if error.errno in _PLANTED:
             return True  # no session has such a file

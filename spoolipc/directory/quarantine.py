@@ -61,10 +61,10 @@ def note_failure(directories: Directories, number: int, attempt: int, who: str, 
 
 
 def read_history(directories: Directories, number: int) -> tuple[Failure, ...]:
-    """The failures of an item, oldest first; a torn last line is left out."""
+    """The failures of an item, oldest first; a torn last line is left out, and a file that nobody lets us read."""
     try:
         text = fs.read_own(directories.failed, history_name(number), _LONGEST)
-    except (FileNotFoundError, UnsafeSpool):
+    except (FileNotFoundError, PermissionError, UnsafeSpool):
         return ()
     return tuple(failure for line in text.splitlines() if (failure := _parse(line)) is not None)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import itertools
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from support.damage import PARTS, USERS, picture, refused
-from support.users import OTHER_USER, as_user, forked, give_away, needs_root, reachable
+from support.faults import Event, Injector, at, forked
+from support.users import OTHER_USER, as_user, give_away, needs_root, peer_as
 
 from spoolipc import (
+    LimitMismatch,
     Limits,
     NotASpool,
     SpoolError,
@@ -26,6 +33,14 @@ from spoolipc import (
 )
 
 LARGE = 100_000
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory that other users can reach: pytest's own are closed to them."""
+    with TemporaryDirectory() as place:
+        os.chmod(place, 0o711)
+        yield Path(place)
 
 
 @pytest.fixture
@@ -44,7 +59,6 @@ def shared(tmp_path: Path) -> Path:
     place.mkdir()
     os.chown(place, OTHER_USER, OTHER_USER)
     place.chmod(0o2771)
-    reachable(place / "spool")
     return place / "spool"
 
 
@@ -93,7 +107,6 @@ class TestOtherUsers:
         refused(path, UnsafeSpool, "belongs to another user")
 
     def test_a_spool_of_another_user_is_closed_to_us(self, path: Path) -> None:
-        reachable(path)
         give_away(path)
         before = picture(path)
 
@@ -108,7 +121,6 @@ class TestOtherUsers:
     def test_an_empty_directory_of_another_user_is_not_made_a_spool(self, tmp_path: Path) -> None:
         place = tmp_path / "spool"
         place.mkdir()
-        reachable(place)
         os.chown(place, OTHER_USER, OTHER_USER)
         place.chmod(0o777)
 
@@ -183,3 +195,142 @@ class TestOtherUsers:
         as_user(OTHER_USER + 1, OTHER_USER, member)
         as_user(OTHER_USER, OTHER_USER, owner)
         as_user(OTHER_USER + 2, OTHER_USER + 2, outsider)
+
+
+GROUP, FIRST, SECOND, THIRD = 20000, 20001, 20002, 20003
+"""A group that is nobody's primary one, and three users in it."""
+
+
+def as_member(work: Callable[[], object], user: int) -> None:
+    as_user(user, user, work, [GROUP])
+
+
+class TestGroups:
+    pytestmark = needs_root
+
+    @pytest.fixture
+    def shared(self, shared: Path) -> Path:
+        os.chown(shared.parent, 0, GROUP)
+        shared.parent.chmod(0o2775)
+        return shared
+
+    @pytest.mark.parametrize("made", ["below a directory of the group", "by hand"])
+    def test_a_spool_is_shared_with_a_group_that_is_nobodys_primary_one(
+        self, shared: Path, made: str
+    ) -> None:
+        if made == "by hand":
+            shared.parent.chmod(0o755)
+            shared.mkdir()
+            os.chown(shared, FIRST, GROUP)
+            shared.chmod(0o755)
+
+        def first() -> None:
+            with SpoolWriter(shared, mode=0o770) as writer, SpoolReader(shared, mode=0o770) as reader:
+                for number in range(4):
+                    writer.put(np.full(LARGE, number))
+                writer.put(np.full(10, 4))
+                assert numbers(reader, 1) == [0]
+                reader.receive().nack(reason="for a history")
+
+        def second() -> None:
+            with SpoolReader(shared, mode=0o770) as reader, SpoolWriter(shared, mode=0o770) as writer:
+                assert numbers(reader, 4) == [1, 2, 3, 4]
+                with writer.loan(LARGE) as lent:
+                    lent[...] = 5
+                writer.put(np.full(LARGE, 6))
+                reader.receive().reject("no")
+                writer.shutdown()
+
+        def third() -> None:
+            with SpoolReader(shared, mode=0o770) as reader:
+                assert numbers(reader, 1) == [6]
+
+        as_member(first, FIRST)
+        as_member(second, SECOND)
+        as_member(third, THIRD)
+        assert fsck(shared).problems == ()
+        for folder, folders, files in os.walk(shared):
+            for place in (Path(folder), *(Path(folder, name) for name in (*folders, *files))):
+                assert place.stat().st_gid == GROUP, place
+
+    def test_what_a_member_has_in_flight_stays_his_until_he_crashes(self, shared: Path) -> None:
+        with peer_as(shared, FIRST, [GROUP]) as owner, peer_as(shared, SECOND, [GROUP]) as member:
+            owner.run("SpoolWriter(path, mode=0o770).put_many([np.full(9, n) for n in (1, 2)])")
+            member.run("reader = SpoolReader(path, mode=0o770); item = reader.receive()")
+            owner.run("reader = SpoolReader(path, mode=0o770)")
+            assert owner.ask("int(reader.get_nowait()[0])") == 2
+            assert owner.ask("spoolipc.gc(path).requeued_items") == 0
+            member.kill()
+            assert owner.ask("int(reader.get(timeout=5)[0])") == 1
+
+    @pytest.mark.damaged
+    @pytest.mark.parametrize("part", PARTS)
+    def test_what_a_member_closes_to_the_others_stops_none_of_them(self, shared: Path, part: str) -> None:
+        large = f"np.full({LARGE}, n)"
+        with peer_as(shared, FIRST, [GROUP]) as owner, peer_as(shared, SECOND, [GROUP]) as member:
+            owner.run("writer = SpoolWriter(path, mode=0o770)")
+            member.run("reader = SpoolReader(path, mode=0o770); writer = SpoolWriter(path, mode=0o770)")
+            member.run(f"writer.put_many([{large} for n in range(5)])")
+            member.run("kept, item = reader.get(), reader.receive(); reader.receive().reject('no')")
+            member.run("reader.receive().nack(reason='for a history')")
+            member.run("open(path + '/tmp/00000000000000ff-1.npy', 'x').close()")
+            owner.run(f"writer.put_many([{large} for n in (7, 8)])")
+            own = f"os.scandir(path + '/{part}') if file.stat().st_uid == {SECOND}"
+            assert member.ask(f"len([os.chmod(file, 0o600) for file in {own}])") > 0
+            member.run("del kept; reader.qsize()")
+            owner.run("reader = SpoolReader(path, mode=0o770)")
+            got = owner.ask("[int(each[0]) for each in reader.get_many(9, timeout=5)]")
+            assert got == ([7, 8] if part == "items" else [3, 4, 7, 8])
+            owner.run(f"writer.put_many([{large} for n in (9, 10)])")
+            owner.run(
+                "spoolipc.gc(path), spoolipc.stat(path), spoolipc.fsck(path), os.unlink(path + '/index')"
+            )
+            letters = dict(owner.ask("[(each.seq, each.reason) for each in spoolipc.failed_list(path)]"))
+            closed = f"damaged: closed to user {FIRST}: it belongs to user {SECOND} and has mode 600"
+            assert letters == {
+                3: "no" if part != "failed" else "unknown: its history is lost",
+                **({4: closed, 5: closed} if part == "items" else {}),
+            }
+            got = owner.ask("[int(each[0]) for each in reader.get_many(9, timeout=5)]")
+            assert got == ([9, 10] if part == "items" else [1, 9, 10])  # one was in flight, by the old index
+
+    @pytest.mark.parametrize(("mode", "other"), [(0o770, None), (None, 0o770), (0o770, 0o770)])
+    def test_started_together_they_leave_a_spool_that_can_be_opened_whatever_mode_each_wants(
+        self, tmp_path: Path, mode: int | None, other: int | None
+    ) -> None:
+        for number in itertools.count(1):
+            path = tmp_path / str(number)
+
+            def meanwhile(_: Event, path: Path = path) -> None:
+                if not is_locked(path):
+                    open_it(path, other)
+
+            with Injector(at(number, meanwhile)) as injector:
+                open_it(path, mode)
+            kept = json.loads((path / "spool.json").read_text())["mode"]
+            with SpoolWriter(path, mode=kept) as writer:
+                writer.put(np.zeros(3))
+            assert fsck(path).problems == ()
+            for place in (path, *(path / part for part in PARTS)):
+                assert place.stat().st_mode & 0o777 == kept
+            if number > len(injector.met):
+                return
+
+
+def open_it(path: Path, mode: int | None) -> None:
+    with contextlib.suppress(LimitMismatch):  # where the other was first, and wanted another
+        SpoolReader(path, mode=mode).close()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody is in a locked step."""
+    if not (path / "items").exists():
+        return False
+    fd = os.open(path / "items", os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from support.faults import forked
+from support.peer import Peer
 
 OTHER_USER: Final = 12345
 needs_root = [
@@ -30,27 +32,13 @@ def as_user(uid: int, gid: int, work: Callable[[], object], groups: Iterable[int
     forked(become)
 
 
-def forked(work: Callable[[], object]) -> None:
-    """Do `work` in a forked child."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child failed, as printed above"
-
-
-def reachable(place: Path) -> None:
-    """Let other users reach a spool below pytest's own directories."""
-    for folder in place.parents:
-        if folder.stat().st_mode & 0o001 == 0:
-            folder.chmod(folder.stat().st_mode | 0o011)
+@contextmanager
+def peer_as(path: Path, user: int, groups: Iterable[int] = ()) -> Iterator[Peer]:
+    """Another process, of another user."""
+    with Peer(path) as peer:
+        peer.run("import os, spoolipc.directory")  # what lies where that user cannot read
+        peer.run(f"os.setgroups({list(groups)}); os.setgid({user}); os.setuid({user})")
+        yield peer
 
 
 def give_away(place: Path, user: int = OTHER_USER, group: int = OTHER_USER) -> None:
