@@ -73,7 +73,9 @@ class Journal:
             self._fd = fs.open_own(directories.root, name, os.O_RDWR)
         except FileNotFoundError:
             raise IndexDamaged("the index is missing") from None
-        self.close: Callable[[], object] = weakref.finalize(self, fs.close, self._fd)
+        end = weakref.finalize(self, fs.close, self._fd)
+        end.atexit = False  # threads may be within a step
+        self.close: Callable[[], object] = end
         try:
             self._map(name)
         except BaseException:

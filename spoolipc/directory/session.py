@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from sys import is_finalizing
 from typing import Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple, cast
 
 from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
@@ -55,12 +56,12 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
     @functools.wraps(method)
     def run(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
         session = self.session
-        if session.closed or session.is_forked:
+        if not session.is_open or session.is_forked or is_finalizing():
             session.ready()
         users = session.users
         users.append(None)
         try:
-            if session.closed:
+            if not session.is_open:
                 raise SpoolClosed(CLOSED)
             return method(self, *args, **kwargs)
         except SpoolError:
@@ -71,7 +72,7 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
             raise explained from error
         finally:
             users.pop()
-            if session.closed and not users:
+            if not session.is_open and not users:
                 session.let_go()
 
     return cast(Callable[Concatenate[S, P], T], run)
@@ -90,7 +91,8 @@ class Session:
     """An open spool. Threads may share one.
 
     path: the spool's directory. asked: limits, None for what is there. create: make the spool where there is none.
-    users: one entry for each operation under way. journal: the index, inside a step.
+    is_open: one entry until it is closed, or collected without that. users: one entry for each operation under way.
+    journal: the index, inside a step.
     """
 
     directories: Directories
@@ -103,7 +105,7 @@ class Session:
         self, path: str | os.PathLike[str], asked: Limits, role: liveness.Role, *, create: bool = True
     ) -> None:
         self.path = os.path.abspath(os.fspath(path))
-        self.closed = False
+        self.is_open = [None]
         self.is_forked = False
         self.users: list[None] = []
         self.on_adopt: Callable[[Journal | None], None] = lambda _: None
@@ -125,15 +127,16 @@ class Session:
             self.directories = open_directories(self.path, asked, create=create, as_found=is_admin)
             self.token = liveness.new_token()
             self._held = self.directories.descriptors()
-            self.let_go = weakref.finalize(
-                self, _abandon, os.getpid(), self.directories.alive, self.token, self._held
-            )
+            ends = (os.getpid(), self.directories.alive, self.token, self._held, self.is_open)
+            self.let_go = weakref.finalize(self, _abandon, *ends)
+            self.let_go.atexit = False
             self.lock = IndexLock(self.directories.items, self._holder)
             self.journal = _NONE
             self.step(self._join, asked)
         except BaseException as error:
             if "let_go" in vars(self):
                 self.let_go()  # not only when this is collected
+                self.is_open[:] = [None]  # a forked child may try again
             if isinstance(error, OSError) and not isinstance(error, SpoolError):
                 raise fs.storage_error(error, self.path) from error
             raise
@@ -161,11 +164,11 @@ class Session:
         when it finds the index damaged, so it must not do one thing twice.
         Raises LockTimeout, SpoolGone, SpoolClosed, StorageError, OSError, and what `work` raises.
         """
-        if self.closed or self.is_forked:
+        if not self.is_open or self.is_forked:
             self.ready()
         lock = self.lock
         with lock.mutex:
-            if self.closed:
+            if not self.is_open:
                 raise SpoolClosed(CLOSED)
             try:
                 try:
@@ -271,7 +274,7 @@ class Session:
 
     def look(self) -> Words:
         """The table's words, to be looked at without the lock: what they say is a hint."""
-        if self.closed or self.is_forked:
+        if not self.is_open or self.is_forked:
             self.ready()
         journal = self.journal
         if journal is _NONE or not journal.is_whole():
@@ -282,7 +285,7 @@ class Session:
     def peek_words(self) -> Words | None:
         """As `look`, but None where there is nothing whole to look at."""
         journal = self.journal
-        if self.closed or journal is _NONE or not journal.is_whole():
+        if not self.is_open or journal is _NONE or not journal.is_whole():
             return None
         return journal.words
 
@@ -346,7 +349,7 @@ class Session:
         """A look that also ends the wait for what the step that follows must see: damage, or an earlier lease."""
 
         def glance() -> bool:
-            if self.closed:
+            if not self.is_open:
                 raise SpoolClosed("this was closed while it waited")
             words = self.peek_words()
             return words is None or look(words) or 0 < words[W.NEXT_DUE] < until_ns
@@ -361,8 +364,9 @@ class Session:
     # Leaving, and forks
 
     def ready(self) -> None:
-        """Make this usable in a forked child. Raises SpoolClosed."""
-        if self.closed:
+        """Make this usable in a forked child. Raises SpoolClosed, also when the interpreter ends: a thread that has
+        stopped for good may be within a step."""
+        if not self.is_open or is_finalizing():
             raise SpoolClosed(CLOSED)
         if self.is_forked:
             with self._in_child:
@@ -377,12 +381,12 @@ class Session:
     def close(self, last: Callable[[], tuple[None, int, int]]) -> None:
         """Do the `last` step and leave; harmless when repeated.
 
-        A spool that was deleted meanwhile is simply left.
+        A spool that was deleted meanwhile is simply left. When the interpreter ends, the session does as by a crash.
         """
-        if self.closed:
+        if not self.is_open:
             return
-        if self.is_forked:
-            self.closed = True
+        if self.is_forked or is_finalizing():
+            self.is_open.clear()
             return
         try:
             with contextlib.suppress(SpoolGone, SpoolClosed):
@@ -392,7 +396,7 @@ class Session:
                     raise self.explained(error) from error
         finally:
             with self.lock.mutex:
-                self.closed = True
+                self.is_open.clear()
             self.doorbell.close()
             if self.journal is not _NONE:
                 self.journal.close()
@@ -434,9 +438,14 @@ def _nothing() -> tuple[None, int, int]:
 owns_nothing = _nothing
 
 
-def _abandon(pid: int, alive: int, token: Token, held: list[int]) -> None:
-    """End a session by its descriptors alone; what it still owned is requeued or removed by whoever finds it gone."""
-    if os.getpid() != pid:
+def _abandon(pid: int, alive: int, token: Token, held: list[int], is_open: list[None]) -> None:
+    """End a session by its descriptors alone; what it still owned is requeued or removed by whoever finds it gone.
+
+    Runs before anything of the garbage that a session is found in, such as a generator that would close it. When the
+    interpreter ends it is left to the kernel, which lets go of the lock only when no thread works under it any more.
+    """
+    is_open.clear()
+    if os.getpid() != pid or is_finalizing():
         return
     try:
         with contextlib.suppress(OSError):
