@@ -18,6 +18,8 @@ SECTIONS: dict[str, list[str]] = {
     "Reading": ["SpoolReader", "Item", "Peeked"],
     "Looking after a spool": [
         "stat",
+        "purge",
+        "set_limits",
         "gc",
         "fsck",
         "failed_list",

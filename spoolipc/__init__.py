@@ -2,12 +2,12 @@
 
 import logging
 
+from .admin import failed_drop, failed_list, failed_retry, failed_show, purge, set_limits
+from .admin import stat as stat
 from .directory.check import FsckReport, fsck
-from .directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
 from .directory.gc import GcReport
 from .directory.gc import gc as gc
 from .directory.repair import Problem
-from .directory.stat import stat as stat
 from .errors import (
     AlreadySettled,
     BadItem,
@@ -23,6 +23,7 @@ from .errors import (
     SpoolClosed,
     SpoolError,
     SpoolGone,
+    SpoolInUse,
     StorageError,
     TooLarge,
     UnknownVersion,
@@ -62,6 +63,7 @@ __all__ = [
     "SpoolClosed",
     "SpoolError",
     "SpoolGone",
+    "SpoolInUse",
     "SpoolReader",
     "SpoolStat",
     "SpoolWriter",
@@ -77,6 +79,8 @@ __all__ = [
     "failed_retry",
     "failed_show",
     "fsck",
+    "purge",
+    "set_limits",
 ]
 
 

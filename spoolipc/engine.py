@@ -38,13 +38,15 @@ class ProducerOptions:
     """How a producer is opened. An engine refuses with ValueError what it cannot do.
 
     durability: "fsync" survives the loss of power. reopen: take puts again after a shutdown. checksum: store one with
-    every item.
+    every item. fresh: begin with no item waiting, the spool open, and the limits given in force, whatever they were;
+    raises SpoolInUse while another producer has the spool open, or anybody has items in flight.
     """
 
     limits: Limits = field(default_factory=Limits)
     durability: Durability = "none"
     reopen: bool = False
     checksum: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +173,20 @@ class Admin(Protocol):
     def stat(self) -> SpoolStat:
         """What is in it now."""
 
-    def failed_list(self) -> list[DeadLetter]:
-        """Its dead letters, in the order in which they were put."""
+    def failed_list(self, seqs: Iterable[int] | None = None) -> list[DeadLetter]:
+        """Its dead letters, in the order in which they were put; None for all. Raises NoSuchItem."""
 
     def failed_retry(self, seqs: Iterable[int] | None) -> Retried:
         """Requeue dead letters as new items; None for all. Raises NoSuchItem."""
 
     def failed_drop(self, seqs: Iterable[int] | None) -> list[int]:
         """Remove dead letters for good; None for all. Raises NoSuchItem."""
+
+    def purge(self) -> int:
+        """Remove the items that wait or are delayed; returns how many. What is in flight stays."""
+
+    def set_limits(self, limits: Limits) -> Limits:
+        """Let the limits that are not None be in force from now on, for all; returns all limits."""
 
 
 class Engine(Protocol):

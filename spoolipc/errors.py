@@ -70,6 +70,10 @@ class UnknownVersion(SpoolError, OSError):
     """The spool was written in a format this release does not know."""
 
 
+class SpoolInUse(SpoolError, OSError):
+    """Others have the spool open, or items in flight, and this is done only without them; the message names one."""
+
+
 class SpoolGone(SpoolError, FileNotFoundError):
     """The spool's directory was deleted while it was in use."""
 

@@ -114,8 +114,32 @@ class _Spool:
                 raise errors.LimitMismatch(
                     f"{self.path} has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there"
                 )
-        self.asked |= given
+        self.change(asked)
+
+    def change(self, asked: Limits) -> None:
+        """Let the limits asked for be in force, whatever they were."""
+        self.asked |= {name: value for name, value in asdict(asked).items() if value is not None}
         self.limits = replace(values.DEFAULTS, **self.asked)
+        self.changed.notify_all()
+
+    def empty(self) -> int:
+        """Remove what waits; how many items."""
+        count = self.waiting()
+        self.bytes -= sum(len(item.image) for item in chain(self.requeued, self.fresh))
+        self.requeued.clear()
+        self.fresh.clear()
+        self.changed.notify_all()
+        return count
+
+    def begin_anew(self, asked: Limits) -> None:
+        """Have no items, and the limits asked for. Raises SpoolInUse."""
+        if any(isinstance(session, Producer) for session in self.sessions):
+            raise errors.SpoolInUse(f"{self.path} is in use: it has another writer")
+        for seq in self.in_flight:
+            raise errors.SpoolInUse(f"{self.path} is in use: item {seq} is in flight")
+        self.empty()
+        self.state = "open"
+        self.change(asked)
 
     def waiting(self) -> int:
         return len(self.requeued) + len(self.fresh)
@@ -206,9 +230,9 @@ class _Spool:
                 **_NO_FILES,
             )
 
-    def failed_list(self) -> list[values.DeadLetter]:
+    def failed_list(self, seqs: Iterable[int] | None = None) -> list[values.DeadLetter]:
         with self.step():
-            return [item.letter() for item in self.letters(None)]
+            return [item.letter() for item in self.letters(seqs)]
 
     def failed_retry(self, seqs: Iterable[int] | None) -> values.Retried:
         done: dict[int, int] = {}
@@ -224,6 +248,15 @@ class _Spool:
         with self.step():
             return [self.dead.pop(item.seq).seq for item in self.letters(seqs)]
 
+    def purge(self) -> int:
+        with self.step():
+            return self.empty()
+
+    def set_limits(self, limits: Limits) -> Limits:
+        with self.step():
+            self.change(limits)
+            return self.limits
+
     def letters(self, seqs: Iterable[int] | None) -> list[_Item]:
         """Dead letters in the order of their numbers; None for all. Raises NoSuchItem."""
         wanted = sorted(self.dead if seqs is None else set(seqs))
@@ -236,9 +269,11 @@ class _Spool:
 class _Session:
     """One side of an open spool."""
 
-    def __init__(self, spool: _Spool, limits: Limits, reopen: bool = False) -> None:
+    def __init__(self, spool: _Spool, limits: Limits, reopen: bool = False, fresh: bool = False) -> None:
         self._spool, self.path = spool, spool.path
         with spool.step():
+            if fresh:
+                spool.begin_anew(limits)
             spool.agree(limits)
             spool.state = "open" if reopen else spool.state
             spool.sessions.add(self)
@@ -303,9 +338,7 @@ class Producer(_Session):
         with self._spool.step(self) as spool:
             if immediate:
                 spool.state = "discarded"
-                spool.bytes -= sum(len(item.image) for item in (*spool.requeued, *spool.fresh))
-                spool.requeued.clear()
-                spool.fresh.clear()
+                spool.empty()
             elif spool.state == "open":
                 spool.state = "draining"
             spool.changed.notify_all()
@@ -407,7 +440,7 @@ class MemoryEngine:
     def producer(self, options: ProducerOptions) -> Producer:
         if options.durability != "none":
             raise ValueError(f"memory://{self._name} ends with the process: durability can only be 'none'")
-        return Producer(self._spool(), options.limits, options.reopen)
+        return Producer(self._spool(), options.limits, options.reopen, options.fresh)
 
     def consumer(self, options: ConsumerOptions) -> Consumer:
         return Consumer(self._spool(), options.limits)

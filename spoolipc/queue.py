@@ -88,6 +88,8 @@ class SpoolWriter(_Face):
     max_bytes: most bytes of items waiting or in flight; likewise.
     durability: "none", what was put survives the crash of any process; "fsync", also the loss of power.
     reopen: take puts again if the spool was shut down.
+    fresh: begin with an empty spool, as if it were new: what waits is removed, it takes puts again, and limits given
+    here are in force, whatever they were. Readers that wait stay; dead letters too.
     checksum: store a CRC-32 with every item, for `SpoolReader(verify=True)` and `spoolipc fsck`; it costs about three
     times what writing a large array does.
     preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of
@@ -95,8 +97,8 @@ class SpoolWriter(_Face):
 
     Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork,
     unless its spool is in memory.
-    Raises LimitMismatch when the spool has other limits than those given, NotASpool, UnsafeSpool,
-    NetworkFileSystem, UnknownVersion.
+    Raises LimitMismatch when the spool has other limits than those given, SpoolInUse when it is to be fresh and another
+    writer has it open or a reader has items in flight, NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class SpoolWriter(_Face):
         mode: int | None = None,
         durability: Durability = "none",
         reopen: bool = False,
+        fresh: bool = False,
         preallocate: tuple[int, int] | None = None,
         checksum: bool = False,
     ) -> None:
@@ -121,7 +124,9 @@ class SpoolWriter(_Face):
         self._crosses_processes = engine.crosses_processes
         self._durability: Durability = durability
         self._checksum = checksum
-        self._producer: Producer = engine.producer(ProducerOptions(asked, durability, reopen, checksum))
+        self._producer: Producer = engine.producer(
+            ProducerOptions(asked, durability, reopen, checksum, fresh)
+        )
         self._session = self._producer
         if preallocate is not None:
             try:

@@ -105,9 +105,9 @@ class Suite:
         with ThreadPoolExecutor() as self.threads, ExitStack() as self.opened:
             yield
 
-    def open_producer(self, reopen: bool = False, **limits: int) -> Producer:
+    def open_producer(self, reopen: bool = False, fresh: bool = False, **limits: int) -> Producer:
         """A producer that the test need not close."""
-        asked = engines.ProducerOptions(Limits(**limits), self.durability, reopen)
+        asked = engines.ProducerOptions(Limits(**limits), self.durability, reopen, fresh=fresh)
         return self.opened.enter_context(closing(self.engine(self.place).producer(asked)))
 
     def open_consumer(self, **limits: int) -> Consumer:
@@ -554,6 +554,81 @@ class EngineSuite(SharedSuite):
         assert 0 <= (found.oldest_age or 0) < 3600
         self.consumer.close()
         assert self.admin.stat().live_sessions == 1
+
+    # Starting again
+
+    def test_purge_removes_what_waits_and_leaves_what_is_in_flight(self) -> None:
+        self.put(0, 1, 2, 3, size=LARGE)
+        mine, requeued, delayed = self.consumer.claim(3, None, NOW)
+        self.settle(requeued, Nack(0, ""))
+        self.settle(delayed, Nack(30, ""))
+        assert self.admin.purge() == 3
+        assert self.consumer.qsize() == 0
+        assert self.load(mine) == [0]
+        self.settle(mine, Nack(0, ""))
+        self.put(4)
+        assert self.take() == [0, 4]
+        assert self.admin.purge() == 0
+        assert self.admin.stat().bytes == 0
+
+    def test_purge_makes_room_for_who_waits(self) -> None:
+        self.producer = self.open_producer(maxsize=1)
+        self.put(0)
+        waiting = self.aside(self.put, 1)
+        self.admin.purge()
+        waiting.result(20)
+        assert self.take() == [1]
+
+    def test_limits_are_changed_for_all_who_have_the_spool_open(self) -> None:
+        self.producer = self.open_producer(maxsize=1, max_attempts=4)
+        self.put(0)
+        waiting = self.aside(self.put, 1, 2)
+        assert self.admin.set_limits(Limits(maxsize=3)) == self.admin.stat().limits
+        waiting.result(20)
+        assert (self.producer.maxsize, self.consumer.maxsize) == (3, 3)
+        assert self.admin.stat().limits.max_attempts == 4
+        self.admin.set_limits(Limits(maxsize=2, max_attempts=1))
+        refused(Full, partial(self.producer.put, [message(3)], NOW))
+        assert self.take() == [0, 1, 2]
+        self.put(3)
+        self.settle(self.claim(), Nack(0, ""))
+        assert len(self.dead_letters) == 1
+        self.open_consumer(maxsize=2)
+        refused(errors.LimitMismatch, partial(self.open_consumer, maxsize=1))
+
+    def test_fresh_producer_begins_with_an_empty_open_spool_and_its_limits(self) -> None:
+        self.producer = self.open_producer(maxsize=5, max_attempts=4)
+        self.put(0, 1, 2)
+        self.settle(self.claim(), Reject(""))
+        self.settle(self.claim(), Nack(30, ""))
+        self.producer.shutdown(False)
+        self.producer.close()
+        self.producer = self.open_producer(fresh=True, maxsize=1)
+        found = self.admin.stat()
+        assert (found.depth, found.delayed, found.failed, found.bytes) == (0, 0, 1, 0)
+        assert (found.limits.maxsize, found.limits.max_attempts) == (1, 4)
+        self.put(3)
+        assert self.take() == [3]
+
+    def test_fresh_producer_makes_a_spool_and_serves_a_consumer_that_waits(self) -> None:
+        self.open_producer(fresh=True, maxsize=1).close()
+        taking = self.aside(self.consumer.take, 1, None)
+        self.producer = self.open_producer(fresh=True)
+        self.put(0)
+        assert list(map(number_of, taking.result(20))) == [0]
+        assert self.producer.maxsize == 1
+
+    def test_fresh_producer_is_refused_beside_another_and_items_in_flight(self) -> None:
+        self.put(0, 1)
+        open_fresh = partial(self.open_producer, fresh=True, maxsize=7)
+        refused(errors.SpoolInUse, open_fresh)
+        self.producer.close()
+        delivery = self.claim()
+        refused(errors.SpoolInUse, open_fresh)
+        assert (self.consumer.qsize(), self.consumer.maxsize) == (1, 0)
+        self.settle(delivery, Ack())
+        open_fresh()
+        assert (self.consumer.qsize(), self.consumer.maxsize) == (0, 7)
 
     # The end
 

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
+from ..admin import failed_drop, failed_list, failed_retry, purge, set_limits, stat
 from ..directory.check import fsck
-from ..directory.dead_letters import failed_drop, failed_list, failed_retry, failed_show
 from ..directory.gc import Progress, gc
-from ..directory.stat import stat
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
 from ..message import DeadLetter
 from . import text
@@ -55,6 +54,26 @@ examples:
   watch -n1 %(prog)s /dev/shm/frames
 
 exit codes: 0 all is well, 1 the index is damaged or its lock stuck, 2 no spool"""
+_PURGE = """\
+Remove the items that wait, for good: to start again with an empty spool. What
+crashed readers had in flight goes too. What live readers have in flight stays,
+and so do dead letters. Whoever has the spool open goes on using it."""
+_PURGE_EXAMPLES = """\
+examples:
+  %(prog)s /dev/shm/frames
+  %(prog)s /dev/shm/frames && spoolipc failed drop /dev/shm/frames"""
+_SET = """\
+Change limits of a spool, for all who have it open and all to come; without any,
+show them. Nothing is removed: where more waits than a new maxsize, puts wait
+until less does.
+
+Limits: maxsize (items waiting), max_bytes (of items waiting or in flight),
+recycle_bytes (of consumed files kept to be written again), max_attempts
+(deliveries before an item is a dead letter); 0 is none."""
+_SET_EXAMPLES = """\
+examples:
+  %(prog)s /dev/shm/frames
+  %(prog)s /dev/shm/frames maxsize=100 max_bytes=2000000000"""
 _FSCK = """\
 Check every file of a spool and its index against each other: damaged items,
 items the index does not know, files that are missing or of no use, lists that
@@ -94,6 +113,7 @@ examples:
   %(prog)s /data --json > bench.json
 
 exit codes: 0 done, 1 a carrier could not be measured, 2 wrong use"""
+_LIMITS = ("maxsize", "max_bytes", "recycle_bytes", "max_attempts")
 _ACTIONS = {
     "list": "one line for each dead letter: number, size, attempts, the reason",
     "show": "all that is known of dead letters: arrays, metadata, every failure",
@@ -122,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, WRONG_USE)
     except (SpoolError, OSError) as error:
         return _complain(error, PROBLEM)
+    except ValueError as error:
+        return _complain(error, WRONG_USE)
 
 
 def _complain(error: Exception, code: int) -> int:
@@ -138,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     one = _command(commands, "gc", "remove what crashed processes left", _GC, _GC_EXAMPLES, _run_gc)
     one.add_argument("--dry-run", action="store_true", help="only say what would be done")
     _command(commands, "stat", "show what is in a spool", _STAT, _STAT_EXAMPLES, _run_stat)
+    _command(commands, "purge", "remove the items that wait", _PURGE, _PURGE_EXAMPLES, _run_purge)
+    one = _command(commands, "set", "change the limits of a spool", _SET, _SET_EXAMPLES, _run_set)
+    one.add_argument("limits", metavar="NAME=NUMBER", type=_limit, nargs="*", help="what they are to be")
     one = _command(
         commands, "fsck", "check files and index against each other", _FSCK, _FSCK_EXAMPLES, _run_fsck
     )
@@ -163,6 +188,13 @@ def _seq(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not the number of an item")
     return int(text)
+
+
+def _limit(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if name not in _LIMITS or not (value.isascii() and value.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, NAME one of {', '.join(_LIMITS)}")
+    return name, int(value)
 
 
 def _described(commands: Any, name: str, help: str, about: str, examples: str) -> argparse.ArgumentParser:
@@ -228,6 +260,19 @@ def _run_stat(options: argparse.Namespace) -> int:
     return PROBLEM if found.index_damage or found.stuck_on else DONE
 
 
+def _run_purge(options: argparse.Namespace) -> int:
+    count = purge(options.path)
+    _print(options, count, f"removed {text.count(count, 'item')}")
+    return DONE
+
+
+def _run_set(options: argparse.Namespace) -> int:
+    asked = dict(options.limits)
+    limits = set_limits(options.path, **asked) if asked else stat(options.path).limits
+    _print(options, limits, text.limits_text(limits))
+    return DONE
+
+
 def _run_fsck(options: argparse.Namespace) -> int:
     with _progress("fsck") as progress:
         found = fsck(options.path, repair=options.repair, progress=progress)
@@ -244,7 +289,7 @@ def _run_bench(options: argparse.Namespace) -> int:
 
 
 def _letters(options: argparse.Namespace) -> list[DeadLetter]:
-    return [failed_show(options.path, seq) for seq in options.seqs] or failed_list(options.path)
+    return failed_list(options.path, options.seqs or None)
 
 
 def _run_list(options: argparse.Namespace) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from typing import Final
 
 from ..directory.check import FsckReport
 from ..directory.gc import GcReport
-from ..message import DeadLetter, Retried, SpoolStat
+from ..message import DeadLetter, Limits, Retried, SpoolStat
 
 NO_LETTERS: Final = "no dead letters"
 _UNITS: Final = ("KB", "MB", "GB", "TB")
@@ -115,6 +116,13 @@ def stat_text(found: SpoolStat) -> str:
     if found.stuck_on:
         lines.append(f"  the index lock is held by {found.stuck_on}, which does not let go; is it stopped?")
     return "\n".join(lines)
+
+
+def limits_text(limits: Limits) -> str:
+    """The limits in force, as they can be given again."""
+    said = asdict(limits)
+    said.pop("mode")  # which cannot be changed
+    return " ".join(f"{name}={value}" for name, value in said.items())
 
 
 def fsck_text(found: FsckReport) -> str:

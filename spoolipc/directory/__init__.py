@@ -67,10 +67,11 @@ import os
 from collections.abc import Iterable
 
 from ..engine import ConsumerOptions, ProducerOptions
-from ..message import DeadLetter, Retried, SpoolStat
+from ..message import DeadLetter, Limits, Retried, SpoolStat
 from .consumer import DirectoryConsumer
 from .dead_letters import failed_drop, failed_list, failed_retry
 from .producer import DirectoryProducer
+from .reset import purge, set_limits
 from .stat import stat
 
 
@@ -98,9 +99,9 @@ class DirectoryEngine:
         """What is in it now."""
         return stat(self.path)
 
-    def failed_list(self) -> list[DeadLetter]:
-        """Its dead letters, in the order in which they were put."""
-        return failed_list(self.path)
+    def failed_list(self, seqs: Iterable[int] | None = None) -> list[DeadLetter]:
+        """Its dead letters, in the order in which they were put; None for all. Raises NoSuchItem."""
+        return failed_list(self.path, seqs)
 
     def failed_retry(self, seqs: Iterable[int] | None) -> Retried:
         """Requeue dead letters as new items; None for all. Raises NoSuchItem."""
@@ -109,3 +110,11 @@ class DirectoryEngine:
     def failed_drop(self, seqs: Iterable[int] | None) -> list[int]:
         """Remove dead letters for good; None for all. Raises NoSuchItem."""
         return failed_drop(self.path, seqs)
+
+    def purge(self) -> int:
+        """Remove the items that wait or are delayed; returns how many."""
+        return purge(self.path)
+
+    def set_limits(self, limits: Limits) -> Limits:
+        """Let the limits that are not None be in force; returns all limits. Raises LimitMismatch for another mode."""
+        return set_limits(self.path, limits)

@@ -16,46 +16,27 @@ from collections.abc import Callable, Iterable
 
 from ..errors import BadItem, NoSuchItem, ShutDown, StorageError
 from ..format.footer import Footer
-from ..message import DeadLetter, Limits, Retried, StoredArray
+from ..message import DeadLetter, Retried, StoredArray
 from . import fs, transitions
 from . import table as W
 from .itemfile import ItemFile
 from .layout import Directories, item_name
 from .quarantine import failed_numbers, forget_history, read_history
-from .session import Session, owns_nothing
+from .session import Session, administration
 from .visitor import Visitor
 
 _log = logging.getLogger("spoolipc")
 
 
-def failed_list(path: str | os.PathLike[str]) -> list[DeadLetter]:
-    """The dead letters of the spool at `path`, in the order in which they were put. Changes nothing.
-
-    Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
-    """
+def failed_list(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> list[DeadLetter]:
+    """The dead letters of the spool at `path`, in the order in which they were put. Raises NoSuchItem."""
     with Visitor(path) as visitor:
-        numbers = failed_numbers(visitor.directories)
+        numbers = _wanted(visitor.directories, seqs)
         return [letter for number in numbers if (letter := _letter(visitor.directories, number))]
 
 
-def failed_show(path: str | os.PathLike[str], seq: int) -> DeadLetter:
-    """One dead letter of the spool at `path`. Raises NoSuchItem, and what `failed_list` raises."""
-    with Visitor(path) as visitor:
-        letter = _letter(visitor.directories, seq)
-        if letter is None:
-            raise _no_such_item(visitor.directories, seq)
-        return letter
-
-
-def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None = None) -> Retried:
-    """Requeue dead letters at the end of the queue, as new puts: new numbers, no attempts, no history.
-
-    seqs: their numbers, None for all. `maxsize` and `max_bytes` do not hold them back: their bytes are there
-    already. Those that cannot be read stay. Crash-safe: a dead letter is in one place or the other.
-
-    Raises NoSuchItem, before anything is done, for a number that is no dead letter; ShutDown when the spool
-    takes no puts; and what SpoolWriter raises.
-    """
+def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> Retried:
+    """Requeue dead letters at the end of the queue. Raises NoSuchItem, ShutDown."""
     done: dict[int, int] = {}
     damaged: dict[int, str] = {}
 
@@ -77,12 +58,9 @@ def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None = None
     return Retried(done, damaged)
 
 
-def failed_drop(path: str | os.PathLike[str], seqs: Iterable[int] | None = None) -> list[int]:
-    """Remove dead letters and their histories for good; returns their numbers.
-
-    seqs: their numbers, None for all. Raises NoSuchItem, before anything is done, for a number that is no
-    dead letter; StorageError for a directory that somebody has planted; and what SpoolReader raises.
-    """
+def failed_drop(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> list[int]:
+    """Remove dead letters and their histories for good; returns their numbers. Raises NoSuchItem, and StorageError for
+    a directory that somebody has planted."""
     done: list[int] = []
 
     def drop(session: Session, number: int) -> None:
@@ -100,22 +78,20 @@ def _each(
     last: Callable[[Session], None],
 ) -> None:
     """Do `work` for each of `seqs` that are all there, or for every dead letter, and then `last`."""
-    session = Session(path, Limits(), "admin", create=False)
-    try:
-        with session.explaining():
-            there = failed_numbers(session.directories)
-            wanted = there if seqs is None else sorted(set(seqs))
-            if missing := sorted(set(wanted) - set(there)):
-                raise _no_such_item(session.directories, missing[0])
-            for number in wanted:
-                work(session, number)
-            last(session)
-    finally:
-        session.close(owns_nothing)
+    with administration(path) as session:
+        for number in _wanted(session.directories, seqs):
+            work(session, number)
+        last(session)
 
 
-def _no_such_item(directories: Directories, seq: int) -> NoSuchItem:
-    return NoSuchItem(f"{directories.path} has no dead letter {seq}; failed_list() tells those it has")
+def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
+    """The numbers of these dead letters, or of all, in order. Raises NoSuchItem."""
+    there = failed_numbers(directories)
+    wanted = there if seqs is None else sorted(set(seqs))
+    if missing := set(wanted).difference(there):
+        what = f"{directories.path} has no dead letter {min(missing)}; failed_list() tells those it has"
+        raise NoSuchItem(what)
+    return wanted
 
 
 def _letter(directories: Directories, number: int) -> DeadLetter | None:

@@ -17,14 +17,13 @@ from typing import Final, TypeAlias, TypeVar, TypeVarTuple
 
 import numpy as np
 
-from ..message import Limits
 from . import fs, liveness, pool
 from . import table as W
-from .housekeeping import discard_some, put_right
+from .housekeeping import discard_if_shut_down, put_right
 from .journal import Journal
 from .layout import FILES, PARTS, Directories, item_name, item_number, temporary_owner
 from .quarantine import history_number
-from .session import Session, owns_nothing
+from .session import Session, administration
 from .table import Rows, active, rows
 from .visitor import AnySpool, Visitor
 
@@ -82,13 +81,9 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progres
             sweep = _Sweep(visitor, progress)
             sweep.run()
             return GcReport(visitor.path, True, index_rebuilt=damaged, **sweep.counts)
-    session = Session(path, Limits(), "admin", create=False)
-    try:
+    with administration(path) as session:
         sweep = _Sweep(session, progress)
-        with session.explaining():
-            sweep.run()
-    finally:
-        session.close(owns_nothing)
+        sweep.run()
     return GcReport(session.path, False, index_rebuilt=damaged, **sweep.counts)
 
 
@@ -220,13 +215,13 @@ class _Sweep:
             self.counts["discarded_items"] += waiting + self.counts["requeued_items"]
             self.counts["bytes_freed"] += words[W.ITEM_BYTES]
 
-    def _discard(self, session: Session) -> tuple[bool, int, int]:
+    def _discard(self, session: Session) -> tuple[int, int, int]:
         words = session.journal.words
-        before, size = pool.waiting(words), words[W.ITEM_BYTES]
-        more, _, _ = discard_some(session)
-        self.counts["discarded_items"] += before - pool.waiting(words)
+        size = words[W.ITEM_BYTES]
+        count, _, _ = discard_if_shut_down(session)
+        self.counts["discarded_items"] += count
         self.counts["bytes_freed"] += size - words[W.ITEM_BYTES]
-        return more, 0, 0
+        return count, 0, 0
 
     def _temporary_files(self) -> None:
         directory = self.spool.directories.tmp

@@ -14,7 +14,7 @@ from typing import Final
 from . import fs, liveness, pool, transitions
 from . import table as W
 from .layout import read_shutdown, temporary_owner
-from .quarantine import note_failure, set_aside
+from .quarantine import forget_history, note_failure, set_aside
 from .session import MEMBERS, Session, is_due
 from .table import IndexDamaged, active
 
@@ -91,7 +91,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     words[W.PEAK_BYTES] = pool.lower_peak(words)
     _trim(session)
     if words[W.SHUTDOWN] == W.DISCARDED:
-        discard_some(session)  # what its maker did not live to remove, or a reader requeued since
+        discard_if_shut_down(session)  # what its maker did not live to remove, or a reader requeued since
     return None, items, space
 
 
@@ -147,22 +147,36 @@ def _trim(session: Session) -> None:
         journal.commit(transitions.evict(journal.words, record, link))
 
 
-def discard_some(session: Session) -> tuple[bool, int, int]:
-    """Remove some of the items that wait in a spool that was shut down at once; false when none is left, or the spool
+def discard_if_shut_down(session: Session) -> tuple[int, int, int]:
+    """Discard some of what is left in a spool that was shut down at once; how many: 0 when none is left, or the spool
     was reopened. A step.
 
     Raises IndexDamaged, having removed none, when the index alone says that the spool was discarded.
     """
-    journal = session.journal
-    words = journal.words
-    if words[W.SHUTDOWN] != W.DISCARDED:
-        return False, 0, 0
+    if session.journal.words[W.SHUTDOWN] != W.DISCARDED:
+        return 0, 0, 0
     if read_shutdown(session.directories.root) != W.DISCARDED:
         raise IndexDamaged("the index says that the spool was discarded, and no marker does")
-    delayed = [record for record in active(words) if words[record + W.STATE] == W.DELAYED]
-    for _ in range(_DISCARDED_AT_ONCE):
-        record = transitions.first(words) or (delayed.pop() if delayed else 0)
-        if not record:
-            return False, 0, 0
+    return discard_some(session, W.LAST_SEQ)
+
+
+def discard_some(session: Session, below: int) -> tuple[int, int, int]:
+    """Discard some of the items that nobody has: those requeued, those never delivered with a number below `below`, and
+    those in flight at crashed sessions; how many. A step."""
+    journal, crashed = session.journal, _Crashed(session)
+    words, ownerless = journal.words, list[int]()
+    for record in active(words):
+        state = words[record + W.STATE]
+        if state == W.DELAYED or (state == W.IN_FLIGHT and crashed.has(words[record + W.OWNER])):
+            ownerless.append(record)
+    for count in range(_DISCARDED_AT_ONCE):
+        record = transitions.first(words)
+        if not record or (record == words[W.READY_HEAD] and words[record + W.SEQ] >= below):
+            if not ownerless:
+                return count, 0, MEMBERS
+            record = ownerless.pop()
+        seq, attempt = words[record + W.SEQ], words[record + W.ATTEMPT]
         journal.commit(transitions.discard(words, record))
-    return True, 0, 0
+        if attempt:
+            forget_history(session.directories, seq)
+    return _DISCARDED_AT_ONCE, 0, MEMBERS

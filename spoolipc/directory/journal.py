@@ -24,12 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from ..errors import StorageError, UnknownVersion, UnsafeSpool
+from ..errors import SpoolError, StorageError, UnknownVersion, UnsafeSpool
+from ..message import Limits
 from . import fs
 from . import table as W
-from .layout import Directories, item_name, read_shutdown, write_shutdown
+from .layout import Directories, agree, item_name, read_shutdown, write_shutdown
 from .table import IndexDamaged, Words, known, record_in, violations
-from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, MEMORY, Stores, Transition
+from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, MEMORY, Stores, Transition, limit_stores
 
 NAME: Final = "index"
 NEW: Final = "index.new"
@@ -64,7 +65,7 @@ class Journal:
     def __init__(self, directories: Directories, name: str = NAME) -> None:
         """Map the index. Raises IndexDamaged, UnknownVersion, UnsafeSpool."""
         self._directories = directories
-        self._parts = directories.parts
+        self._parts = {**directories.parts, ".": directories.root}
         self._root = directories.root
         self._known = False  # seen to belong to this spool
         self._guard = b""  # the first words as they are in a whole index with no transition under way
@@ -194,8 +195,7 @@ class Journal:
         if words[W.STORES] > W.JOURNAL_ROOM or kind > FOLLOW:
             raise IndexDamaged("the journal is damaged")
         if kind == FOLLOW:
-            with contextlib.suppress(UnsafeSpool):  # something planted in its place says nothing
-                words[W.SHUTDOWN] = read_shutdown(self._directories.root)
+            follow(words, self._directories)
         elif kind != CLEAN:
             stores = journalled(words)
             if any(position >= words[W.CAPACITY] for position in stores):
@@ -229,6 +229,20 @@ class Journal:
         self._map(NAME)
         self.words[W.CAPACITY] = capacity
         self._guard = b""
+
+
+def follow(words: Words, directories: Directories) -> None:
+    """Let the table say what the shutdown marker and spool.json do; something planted in their places says nothing."""
+    with contextlib.suppress(UnsafeSpool):
+        words[W.SHUTDOWN] = read_shutdown(directories.root)
+    with contextlib.suppress(SpoolError):
+        set_limits(words, agree(directories, Limits()))
+
+
+def set_limits(words: Words, limits: Limits) -> None:
+    """Tell the table the limits in force; the caller holds the lock."""
+    for position, value in limit_stores(limits).items():
+        words[position] = value
 
 
 def journalled(words: Words) -> Stores:

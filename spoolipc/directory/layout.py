@@ -181,16 +181,33 @@ def agree(directories: Directories, asked: Limits) -> Limits:
 
     Returns the limits in force, the undecided ones as their defaults. Raises LimitMismatch.
     """
+    found = _limits_of(directories)
+    _compare(directories.path, found, asked)
+    decided = _merged(found, asked)
+    if decided != found:
+        _write_limits(directories.root, decided)
+    return _merged(decided, DEFAULTS)
+
+
+def stage_limits(directories: Directories, asked: Limits) -> Limits:
+    """Write the limits, changed to those asked for, to spool.json.new, synced; the caller holds the index lock.
+
+    Returns what will be in force with it. Raises LimitMismatch for another mode, which cannot be changed.
+    """
+    found = _limits_of(directories)
+    _compare(directories.path, Limits(mode=found.mode), Limits(mode=asked.mode))
+    changed = _merged(asked, found)
+    _stage(directories.root, changed)
+    return _merged(changed, DEFAULTS)
+
+
+def _limits_of(directories: Directories) -> Limits:
     path, root = directories.path, directories.root
     found = read_limits(path, root)
     if found is None:
         fs.check_present(root, str(path))
         raise NotASpool(errno.ENOENT, "has lost its spool.json", str(path))
-    _compare(path, found, asked)
-    decided = _merged(found, asked)
-    if decided != found:
-        _write_limits(root, decided)
-    return _merged(decided, DEFAULTS)
+    return found
 
 
 def _merged(first: Limits, second: Limits) -> Limits:
@@ -291,14 +308,18 @@ def _permit(root: int, name: str, mode: int, group: int) -> None:
 
 def _write_limits(root: int, limits: Limits) -> None:
     """Put a new spool.json in place, whole and synced; the caller holds the index lock."""
+    _stage(root, limits)
+    fs.rename("spool.json.new", "spool.json", src_dir_fd=root, dst_dir_fd=root)
+    fs.sync(root)
+
+
+def _stage(root: int, limits: Limits) -> None:
     fd = fs.make_own(root, "spool.json.new", (limits.mode or PRIVATE) & 0o666)
     try:
         fs.write_whole(fd, json.dumps({"format": FORMAT, **asdict(limits)}).encode("ascii"))
         fs.sync(fd)
     finally:
         fs.close(fd)
-    fs.rename("spool.json.new", "spool.json", src_dir_fd=root, dst_dir_fd=root)
-    fs.sync(root)
 
 
 def make_part(root: int, name: str, mode: int) -> None:
@@ -337,10 +358,11 @@ def _compare(place: Path, found: Limits, asked: Limits) -> None:
     for name, value in asdict(asked).items():
         there = getattr(found, name)
         if value is not None and there is not None and there != value:
-            raise LimitMismatch(
-                f"the spool at {place} has {name}={there}, not {value}; leave {name} out to take what is there,"
-                " or use another path"
-            )
+            remedy = f"change it (spoolipc set {place} {name}={value})"
+            if name == "mode":
+                there, value, remedy = f"{there:#o}", f"{value:#o}", "use another path"
+            what = f"has {name}={there}, not {value}; leave {name} out to take what is there, or {remedy}"
+            raise LimitMismatch(f"{place}: {what}")
 
 
 # The marker of a spool that was shut down: it outlives the processes and the table.

@@ -15,12 +15,13 @@ import errno
 import json
 import os
 import secrets
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from . import fs
 from .table import Token
 
 Role = Literal["writer", "reader", "admin"]
+_UNKNOWN: Final = ("unknown", "session")
 _HEX: Final = frozenset("0123456789abcdef")
 _PLANTED: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 
@@ -104,14 +105,20 @@ def ring(alive: int, token: int) -> bool:
 
 def process_of(alive: int, token: int) -> str:
     """The pid written by the session of `token`, for messages only; "unknown" where there is none."""
+    return said_by(alive, token)[0]
+
+
+def said_by(alive: int, token: int) -> tuple[str, str]:
+    """The pid and the role written by the session of `token`; "unknown" and "session" where there are none."""
     try:
         fd = fs.open_at(token_name(token), os.O_RDONLY | fs.CAREFUL, dir_fd=alive)
     except OSError:
-        return "unknown"
+        return _UNKNOWN
     try:
         said: Any = json.loads(fs.read(fd, 256))
-        return str(int(said["pid"]))
+        role = said["role"]
+        return str(int(said["pid"])), role if role in get_args(Role) else _UNKNOWN[1]
     except (OSError, ValueError, TypeError, KeyError):
-        return "unknown"
+        return _UNKNOWN
     finally:
         fs.close(fd)

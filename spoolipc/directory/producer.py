@@ -20,8 +20,8 @@ from ..engine import Kind, ProducerOptions, retry
 from ..errors import AlreadySettled, Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
 from ..format import footer
 from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
-from ..message import NOW, Array, ArraySpec, Deadline, Json, Message
-from . import fs, housekeeping, transitions
+from ..message import NOW, Array, ArraySpec, Deadline, Json, Limits, Message
+from . import fs, housekeeping, reset, transitions
 from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
@@ -45,7 +45,8 @@ class DirectoryProducer(Side):
     """
 
     def __init__(self, path: str | os.PathLike[str], options: ProducerOptions) -> None:
-        self.session = Session(path, options.limits, "writer")
+        asked = Limits(mode=options.limits.mode) if options.fresh else options.limits
+        self.session = Session(path, asked, "writer")
         self._durable = options.durability == "fsync"
         self._recycler = Recycler(self.session, writable=True)
         self._staging = Staging(
@@ -58,7 +59,9 @@ class DirectoryProducer(Side):
                 self.session.step(housekeeping.round_of, self.session, True)
                 if self._durable:
                     self.session.directories.sync()  # whoever made the spool may not have
-                if options.reopen:
+                if options.fresh:
+                    reset.begin_anew(self.session, options.limits)
+                if options.reopen or options.fresh:
                     self.session.step(self._set_state, W.OPEN)
         except BaseException:
             self.close()
@@ -389,7 +392,7 @@ class DirectoryProducer(Side):
         self.session.step(self._set_state, W.DISCARDED if immediate else W.DRAINING)
         self.session.doorbell.ring_all()
         if immediate:
-            while self.session.step(housekeeping.discard_some, self.session):
+            while self.session.step(housekeeping.discard_if_shut_down, self.session):
                 pass
 
     def _set_state(self, state: int) -> tuple[None, int, int]:
@@ -398,7 +401,7 @@ class DirectoryProducer(Side):
         now = session.journal.words[W.SHUTDOWN]
         if now == state or (now == W.DISCARDED and state == W.DRAINING):
             return None, 0, 0
-        while now == W.DISCARDED and housekeeping.discard_some(session)[0]:
+        while now == W.DISCARDED and housekeeping.discard_if_shut_down(session)[0]:
             pass  # whoever shut down ended before all was removed
         session.journal.commit(transitions.set_shutdown(state))
         return None, 0, 0

@@ -20,7 +20,7 @@ import numpy as np
 from ..message import Limits
 from . import fs
 from . import table as W
-from .journal import NAME, Journal, boot_words, create, install
+from .journal import NAME, Journal, boot_words, create, install, set_limits
 from .layout import Directories, agree, item_name, item_number, read_shutdown
 from .liveness import has_crashed
 from .quarantine import MOST_ATTEMPTS, attempts_of, failed_numbers
@@ -59,14 +59,6 @@ def rebuild(directories: Directories, why: str) -> Journal:
     if known:
         _log.warning("%s: %s; built it again with %d items", directories.path, why, len(waiting))
     return journal
-
-
-def set_limits(words: Words, limits: Limits) -> None:
-    """Tell the index the limits in force; the caller holds the lock."""
-    words[W.MAXSIZE] = limits.maxsize or 0
-    words[W.MAX_BYTES] = limits.max_bytes or 0
-    words[W.RECYCLE_BYTES] = limits.recycle_bytes or 0
-    words[W.MAX_ATTEMPTS] = limits.max_attempts or 0
 
 
 def _create(directories: Directories, records: int) -> Journal:

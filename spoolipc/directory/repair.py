@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from ..message import Limits
 from . import fs, liveness
 from . import table as W
 from .gc import gc
 from .layout import FILES, PARTS, item_name, item_number, make_part
 from .quarantine import forget_history, note_failure, read_history, set_file_aside
-from .session import Session, owns_nothing
+from .session import Session, administration
 from .table import IndexDamaged, rows
 
 _log = logging.getLogger("spoolipc")
@@ -107,8 +106,7 @@ def _permit(directory: int, name: str, mode: int) -> None:
 
 def repair_all(place: Path, found: list[Problem]) -> None:
     """Repair what can be; what fails is found again by the next look."""
-    session = Session(place, Limits(), "admin", create=False)
-    try:
+    with administration(place) as session:
         named = [problem for problem in found if problem.where != "."]
         aside = [problem for problem in named if _is_bad_file(problem)]
         for problem in named:
@@ -119,12 +117,9 @@ def repair_all(place: Path, found: list[Problem]) -> None:
             elif problem.kind == "failed":
                 _tried(session, problem, session.step, _explain, session, problem)
         if aside or any(problem.kind in _REBUILT for problem in found):
-            with session.explaining():
-                session.step(_rebuild, session, aside, [])
+            session.step(_rebuild, session, aside, [])
         if any(problem.kind == "orphan" for problem in found):
             gc(session.path)
-    finally:
-        session.close(owns_nothing)
 
 
 def _is_bad_file(problem: Problem) -> bool:

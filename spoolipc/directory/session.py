@@ -24,11 +24,11 @@ from ..message import Deadline, Limits
 from . import fs, liveness
 from . import table as W
 from .doorbell import Doorbell
-from .journal import Journal, holder
+from .journal import Journal, holder, set_limits
 from .layout import Directories, agree, open_directories
 from .lock import IndexLock, no_fork
 from .pool import is_worth_waking, waiting
-from .rebuild import rebuild, set_limits
+from .rebuild import rebuild
 from .table import IndexDamaged, Token, Words
 
 P = ParamSpec("P")
@@ -430,12 +430,23 @@ class Session:
         self.on_adopt(None)
 
 
+@contextlib.contextmanager
+def administration(path: str | os.PathLike[str]) -> Iterator[Session]:
+    """A session of the spool at `path` for one call that looks after it.
+
+    Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError.
+    """
+    session = Session(path, Limits(), "admin", create=False)
+    try:
+        with session.explaining():
+            yield session
+    finally:
+        session.close(_nothing)
+
+
 def _nothing() -> tuple[None, int, int]:
     """A step that only makes sure of the index, or the last one of a session that owns nothing."""
     return None, 0, 0
-
-
-owns_nothing = _nothing
 
 
 def _abandon(pid: int, alive: int, token: Token, held: list[int], is_open: list[None]) -> None:

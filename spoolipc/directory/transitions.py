@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
+from ..message import Limits
 from . import table as W
 from .layout import item_name
 from .table import IndexDamaged, Queue, Words, bucket, record_in
@@ -32,12 +33,12 @@ ARRIVE: Final = 2  # it happened if items/SUBJECT exists
 LEAVE: Final = 3  # it happened if items/SUBJECT does not exist
 UNLINK: Final = 4  # free/SUBJECT is removed, now or before
 DONATE: Final = 5  # it happened if free/SUBJECT exists
-FOLLOW: Final = 6  # SHUTDOWN becomes what the marker file says
+FOLLOW: Final = 6  # SHUTDOWN and the limits become what the marker file and spool.json say
 
 
 Move: TypeAlias = tuple[str, str, str, str]
-"""The change of a name that goes with a transition: from a part of the spool and a name to another part and name;
-without another part, an unlinking of what may be gone already."""
+"""The change of a name that goes with a transition: from a part of the spool ("." is its top) and a name to another
+part and name; without another part, an unlinking of what may be gone already."""
 Transition: TypeAlias = tuple[int, int, Stores, Move | None]
 """Kind, number of the file moved, stores, move. Plain, as a named tuple costs a call each on the path of every put."""
 
@@ -309,7 +310,7 @@ def dead_letter(words: Words, record: int, *, there: bool) -> Transition:
 
 
 def discard(words: Words, record: int) -> Transition:
-    """WAITING, the first, or DELAYED is removed, delivered to nobody."""
+    """WAITING, the first, DELAYED, or IN_FLIGHT at a crashed session is removed, delivered to nobody."""
     seq = words[record + W.SEQ]
     return (LEAVE, seq, _removal(words, record), ("items", item_name(seq), "", ""))
 
@@ -384,6 +385,21 @@ def pass_to_lender(words: Words, record: int) -> Transition:
 def set_shutdown(state: int) -> Transition:
     """The marker file and SHUTDOWN become `state`."""
     return (FOLLOW, state, {W.SHUTDOWN: state}, None)
+
+
+def set_limits(limits: Limits) -> Transition:
+    """spool.json.new, which holds these limits, becomes spool.json, and they are those of the table."""
+    return (FOLLOW, 0, limit_stores(limits), (".", "spool.json.new", ".", "spool.json"))
+
+
+def limit_stores(limits: Limits) -> Stores:
+    """The stores that make these the limits of the table."""
+    return {
+        W.MAXSIZE: limits.maxsize or 0,
+        W.MAX_BYTES: limits.max_bytes or 0,
+        W.RECYCLE_BYTES: limits.recycle_bytes or 0,
+        W.MAX_ATTEMPTS: limits.max_attempts or 0,
+    }
 
 
 def drop_letter(words: Words, number: int) -> Transition:

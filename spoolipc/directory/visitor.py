@@ -15,8 +15,8 @@ from ..errors import LockTimeout, SpoolError
 from ..message import Limits
 from . import fs, liveness
 from . import table as W
-from .journal import Journal, happened, holder, journalled
-from .layout import open_directories, read_shutdown
+from .journal import Journal, follow, happened, holder, journalled
+from .layout import open_directories
 from .lock import TIMEOUT, IndexLock
 from .session import Session
 from .table import IndexDamaged, Words
@@ -89,7 +89,7 @@ class Visitor:
         copy: Words = memoryview(bytearray(words[:end])).cast("Q")
         kind = copy[W.MARK]
         if kind == FOLLOW:
-            copy[W.SHUTDOWN] = read_shutdown(self.directories.root)
+            follow(copy, self.directories)
         elif kind != CLEAN and happened(self.directories, kind, copy[W.SUBJECT], finish=False):
             for position, value in journalled(copy).items():
                 if position < end:

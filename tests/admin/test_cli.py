@@ -30,6 +30,8 @@ from spoolipc import (
     failed_retry,
     fsck,
     gc,
+    purge,
+    set_limits,
     stat,
 )
 
@@ -124,6 +126,27 @@ def test_gc_in_text_and_json(path: Path, run: Command) -> None:
     (path / "README").unlink()
 
 
+def test_purge_removes_what_waits(path: Path, run: Command) -> None:
+    assert run("purge", path) == (0, "removed 1 item\n", "")
+    assert json_of(run("purge", path, "--json")) == 0
+    assert (stat(path).depth, stat(path).failed) == (0, 2)
+
+
+def test_set_changes_limits_and_shows_them_as_they_can_be_given_again(path: Path, run: Command) -> None:
+    said = run("set", path, "maxsize=7", "max_bytes=2000000000")
+    assert said == (0, f"maxsize=7 max_bytes=2000000000 recycle_bytes={1 << 30} max_attempts=5\n", "")
+    assert run(f"set {path} {said.out}") == run("set", path) == said
+    assert json_of(run("set", path, "--json"))["maxsize"] == stat(path).limits.maxsize == 7
+    said = run("set", path, f"maxsize={2**63}")
+    assert (said.code, said.out) == (2, "")
+    assert said.err == f"spoolipc: maxsize must be below 2**63, not {2**63}\n"
+    assert stat(path).limits.maxsize == 7
+
+
+def test_dead_letters_are_shown_once_each(path: Path, run: Command) -> None:
+    assert run("failed show", path, 1, 1, 2).out.count("\nitem ") == 1
+
+
 def test_fsck_says_what_is_wrong_and_what_is_left(path: Path, run: Command) -> None:
     assert run("fsck", path) == (0, f"{path}: clean; 1 item checked, 81.9 KB\n", "")
     (path / item(3)).write_bytes(b"rubbish")
@@ -194,6 +217,8 @@ COMMANDS = {
     "gc": gc,
     "gc --dry-run": lambda path: gc(path, dry_run=True),
     "stat": stat,
+    "purge": purge,
+    "set": set_limits,
     "fsck": fsck,
     "fsck --repair": lambda path: fsck(path, repair=True),
     "failed list": failed_list,
@@ -225,7 +250,17 @@ def test_a_number_that_is_no_dead_letter_is_wrong_use(command: str, path: Path, 
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "gc", "frobnicate x", "gc x --nonsense", "failed show x seven", "failed"]
+    "arguments",
+    [
+        "",
+        "gc",
+        "frobnicate x",
+        "gc x --nonsense",
+        "failed show x seven",
+        "failed",
+        "set x mode=7",
+        "set x maxsize=-1",
+    ],
 )
 def test_wrong_use_says_what_is_expected(arguments: str, run: Command) -> None:
     said = run(arguments)
@@ -233,7 +268,9 @@ def test_wrong_use_says_what_is_expected(arguments: str, run: Command) -> None:
     assert "usage: spoolipc" in said.err
 
 
-@pytest.mark.parametrize("command", ["", "failed", "gc", "stat", "fsck", *(c for c in COMMANDS if " " in c)])
+@pytest.mark.parametrize(
+    "command", ["", "failed", "gc", "stat", "purge", "set", "fsck", *(c for c in COMMANDS if " " in c)]
+)
 def test_help_of_every_command_is_worth_reading(
     command: str, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

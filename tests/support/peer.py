@@ -16,6 +16,7 @@ _LOOP = """
 import json, sys, time
 import numpy as np
 from spoolipc import *
+from spoolipc import gc, stat
 space = dict(globals(), path=sys.argv[1])
 for line in sys.stdin:
     mode, code = json.loads(line)

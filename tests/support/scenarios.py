@@ -685,6 +685,39 @@ def reopen(stage: Stage) -> Iterator[None]:
         stage.writer(reopen=True)
 
 
+def _requeued(stage: Stage) -> None:
+    """Three items wait, the first having failed once."""
+    item = received(stage)
+    stage.settle(1, "waiting 1", item.nack)
+
+
+@scenario
+def open_fresh(stage: Stage) -> Iterator[None]:
+    _requeued(stage)
+    stage.shutdown(stage.writers[0], False)
+    stage.end(*stage.writers)
+    yield
+    with stage.change({SPOOL: "open", **dict.fromkeys((1, 2, 3), "gone")}, partly=True):
+        stage.writer(fresh=True, maxsize=700, max_attempts=9)
+
+
+@scenario
+def purge(stage: Stage) -> Iterator[None]:
+    _requeued(stage)
+    item = stage.receive(stage.readers[0], 1, attempt=2)
+    yield
+    with stage.change({2: "gone", 3: "gone"}, partly=True):
+        spoolipc.purge(stage.path)
+    del item
+
+
+@scenario
+def set_limits(stage: Stage) -> Iterator[None]:
+    filled(stage)
+    yield
+    spoolipc.set_limits(stage.path, maxsize=700, max_attempts=9)
+
+
 def _crash_with_much(stage: Stage) -> None:
     """Crash with an item in flight, a view of another, a new file lent and a consumed one."""
     writer, reader, first = stage.writer(), stage.reader(), stage.last - 3

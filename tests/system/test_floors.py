@@ -47,20 +47,22 @@ FLOORS: Final = {
     "repair": "gc layout liveness quarantine session",
     "check": "gc itemfile layout liveness quarantine repair visitor",
     "staging": "format.footer format.item itemfile liveness pool recycling session",
-    "producer": "engine format.footer format.item hearing housekeeping itemfile pool recycling session staging"
+    "reset": "housekeeping layout liveness session transitions",
+    "producer": "engine format.footer format.item hearing housekeeping itemfile pool recycling reset session staging"
     " transitions",
     "receiving": "engine format.footer format.item hearing housekeeping itemfile journal pool quarantine recycling"
     " session transitions",
     "consumer": "engine housekeeping itemfile layout quarantine receiving recycling session transitions",
-    "directory": "engine consumer dead_letters producer stat",
+    "directory": "engine consumer dead_letters producer reset stat",
     "memory": "engine format.footer format.item",
     "connect": "engine directory memory",
+    "admin": "connect",
     "item": "engine",
     "queue": "engine format.item connect item",
-    "spoolipc": "item queue check dead_letters gc repair stat",
+    "spoolipc": "admin item queue check gc repair",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
-    "cli.main": "spoolipc check dead_letters gc stat cli.bench cli.text",
+    "cli.main": "spoolipc admin check gc cli.bench cli.text",
     "__main__": "cli.main",
 }
 """From the ground up: a module, and which others it may import. Those of `directory/` are named without it."""

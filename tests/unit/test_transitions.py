@@ -19,6 +19,7 @@ from spoolipc.directory import table as W
 from spoolipc.directory.journal import Journal
 from spoolipc.directory.layout import item_name
 from spoolipc.directory.transitions import CLEAN, Transition
+from spoolipc.message import Limits
 
 RECORDS: Final = 40
 TABLES: Final = 30
@@ -28,6 +29,9 @@ ARROWS: Final = {
     for name, arrow in inspect.getmembers(transitions, inspect.isfunction)
     if not name.startswith("_") and arrow.__annotations__.get("return") == "Transition"
 }
+
+
+State = tuple[bytes, frozenset[tuple[str, str]], int, Limits]
 
 
 class Ended(BaseException):
@@ -43,9 +47,10 @@ class Spool:
     items, free, tmp, failed, alive = "items", "free", "tmp", "failed", "alive"
 
     def __init__(self) -> None:
-        self.parts = {name: name for name in ("items", "free", "tmp", "failed", "alive")}
+        self.parts = {name: name for name in (".", "items", "free", "tmp", "failed", "alive")}
         self.names: set[tuple[str, str]] = set()
         self.marker = W.OPEN
+        self.limits = self.next_limits = Limits()  # in spool.json, and in spool.json.new
         self.refusal: BaseException | None = None  # what the next move raises
         self.map = bytearray((W.HEADER + RECORDS * W.RECORD) * W.WORD)
         self.words: W.Words = memoryview(self.map).cast("Q")
@@ -63,6 +68,8 @@ class Spool:
     def rename(self, name: str, new: str, *, src_dir_fd: str, dst_dir_fd: str) -> None:
         self._move((src_dir_fd, name))
         self.names.add((dst_dir_fd, new))
+        if new == "spool.json":
+            self.limits = self.next_limits
 
     def unlink(self, name: str, *, dir_fd: str) -> None:
         self._move((dir_fd, name))
@@ -83,12 +90,12 @@ class Spool:
 
     # States
 
-    def state(self) -> tuple[bytes, frozenset[tuple[str, str]], int]:
-        return bytes(self.map), frozenset(self.names), self.marker
+    def state(self) -> State:
+        return bytes(self.map), frozenset(self.names), self.marker, self.limits
 
-    def restore(self, state: tuple[bytes, frozenset[tuple[str, str]], int]) -> None:
+    def restore(self, state: State) -> None:
         self.map[:] = state[0]
-        self.names, self.marker = set(state[1]), state[2]
+        self.names, self.marker, self.limits = set(state[1]), *state[2:]
 
     def table(self) -> bytes:
         """The table but for the journal, which says nothing once a transition is made."""
@@ -128,6 +135,7 @@ def spool(monkeypatch: pytest.MonkeyPatch) -> Spool:
         monkeypatch.setattr(fs, name, getattr(spool, name))
     monkeypatch.setattr(journal, "write_shutdown", spool.write_shutdown)
     monkeypatch.setattr(journal, "read_shutdown", lambda _: spool.marker)
+    monkeypatch.setattr(journal, "agree", lambda *_: spool.limits)
     return spool
 
 
@@ -238,7 +246,7 @@ class Walk:
         return transitions.dead_letter(self.words, record, there=there)
 
     def _discard(self) -> Transition | None:
-        return self._on(transitions.discard, W.WAITING, W.DELAYED)
+        return self._on(transitions.discard, W.WAITING, W.IN_FLIGHT, W.DELAYED)
 
     def _release(self) -> Transition | None:
         return self._on(transitions.release, W.PINNED, W.RESERVED)
@@ -270,6 +278,11 @@ class Walk:
 
     def _set_shutdown(self) -> Transition:
         return transitions.set_shutdown(self.random.choice([W.OPEN, W.DRAINING, W.DISCARDED]))
+
+    def _set_limits(self) -> Transition:
+        self.spool.names.add((".", "spool.json.new"))
+        self.spool.next_limits = Limits(*self.random.sample(range(100), 4))
+        return transitions.set_limits(self.spool.next_limits)
 
     def _drop_letter(self) -> Transition | None:
         letters = [name for part, name in self.spool.names if part == "failed" and len(name) == 24]

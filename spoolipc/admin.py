@@ -1,0 +1,84 @@
+"""A spool looked after from outside: each function makes one engine call for the spool at a path or a URL.
+
+Any of them may be called at any time, also while readers and writers use the spool.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from .connect import connect
+from .errors import NoSuchItem
+from .message import DeadLetter, Limits, Retried, SpoolStat
+
+Place = str | os.PathLike[str]
+
+
+def stat(path: Place) -> SpoolStat:
+    """What is in the spool at `path` now. Changes nothing, and is not counted as a session itself.
+
+    Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
+    """
+    return connect(path).admin().stat()
+
+
+def failed_list(path: Place, seqs: Iterable[int] | None = None) -> list[DeadLetter]:
+    """The dead letters of the spool at `path`, in the order in which they were put. Changes nothing.
+
+    seqs: their numbers, None for all. Raises NoSuchItem for a number that is no dead letter, and what `stat` raises.
+    """
+    return connect(path).admin().failed_list(seqs)
+
+
+def failed_show(path: Place, seq: int) -> DeadLetter:
+    """One dead letter of the spool at `path`. Raises NoSuchItem, and what `stat` raises."""
+    for letter in failed_list(path, [seq]):
+        return letter
+    raise NoSuchItem(f"{path} has no dead letter {seq} any more")
+
+
+def failed_retry(path: Place, seqs: Iterable[int] | None = None) -> Retried:
+    """Requeue dead letters at the end of the queue, as new puts: new numbers, no attempts, no history.
+
+    seqs: their numbers, None for all. `maxsize` and `max_bytes` do not hold them back: their bytes are there
+    already. Those that cannot be read stay. Crash-safe: a dead letter is in one place or the other.
+
+    Raises NoSuchItem, before anything is done, for a number that is no dead letter; ShutDown when the spool
+    takes no puts; and what SpoolWriter raises.
+    """
+    return connect(path).admin().failed_retry(seqs)
+
+
+def failed_drop(path: Place, seqs: Iterable[int] | None = None) -> list[int]:
+    """Remove dead letters and their histories for good; returns their numbers.
+
+    seqs: their numbers, None for all. Raises NoSuchItem, before anything is done, for a number that is no
+    dead letter; StorageError for a directory that somebody has planted; and what SpoolReader raises.
+    """
+    return connect(path).admin().failed_drop(seqs)
+
+
+def purge(path: Place) -> int:
+    """Remove the items that wait in the spool at `path` for good; returns how many.
+
+    What crashed readers had in flight goes too. What live readers have in flight stays, and so do dead letters
+    (`failed_drop`). Crash-safe: an item is removed or waits. Raises what SpoolReader raises.
+    """
+    return connect(path).admin().purge()
+
+
+def set_limits(
+    path: Place,
+    *,
+    maxsize: int | None = None,
+    max_bytes: int | None = None,
+    recycle_bytes: int | None = None,
+    max_attempts: int | None = None,
+) -> Limits:
+    """Change limits of the spool at `path`, for all who have it open and all to come; returns those now in force.
+
+    Those left out stay. Nothing is removed: where more waits than a new `maxsize`, puts wait until less does.
+    Crash-safe: all are changed or none. Raises ValueError for what is no limit, and what SpoolReader raises.
+    """
+    return connect(path).admin().set_limits(Limits(maxsize, max_bytes, recycle_bytes, max_attempts))

@@ -1,0 +1,117 @@
+"""A spool is emptied, given other limits or begun anew, whoever else has it open and whatever crashed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.damage import crash
+from support.peer import Peer
+
+from spoolipc import (
+    LimitMismatch,
+    NotASpool,
+    SpoolInUse,
+    SpoolReader,
+    SpoolWriter,
+    purge,
+    set_limits,
+    stat,
+)
+from spoolipc.directory import DirectoryEngine, housekeeping
+from spoolipc.directory.session import Session
+from spoolipc.message import Limits
+
+
+def leave_in_flight(path: Path) -> None:
+    """A writer and a reader crash, with three items waiting and one in flight."""
+    crash(path, "writer, reader = SpoolWriter(path), SpoolReader(path)\nfor _ in range(4): writer.put(np.zeros(9))\n"
+          "item = reader.receive()")  # fmt: skip
+
+
+def test_purge_removes_what_a_crashed_reader_had_in_flight(spool: Path) -> None:
+    leave_in_flight(spool)
+    assert purge(spool) == 4
+    assert os.listdir(spool / "items") == []
+
+
+def test_fresh_writer_is_kept_away_by_no_crashed_session_and_removes_what_it_had(spool: Path) -> None:
+    leave_in_flight(spool)
+    with SpoolWriter(spool, fresh=True) as writer:
+        assert os.listdir(spool / "items") == []
+        assert writer.put(np.ones(3)) == 5
+
+
+def test_purge_ends_beside_a_writer_that_is_as_fast(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, steps = Session.step, 0
+
+    def step(session: Session, work: Callable[..., Any], *args: Any) -> Any:
+        nonlocal steps
+        done = real(session, work, *args)
+        if work is housekeeping.discard_some:
+            steps += 1
+            writer.put_many([np.zeros(10)] * 200)
+        return done
+
+    with SpoolWriter(spool) as writer:
+        writer.put_many([np.zeros(10)] * 200)
+        monkeypatch.setattr(Session, "step", step)
+        assert purge(spool) == 200
+        assert writer.qsize() == steps * 200
+
+
+def test_fresh_writer_names_the_process_that_is_in_its_way(spool: Path) -> None:
+    with Peer(spool) as peer:
+        peer.run("writer, reader = SpoolWriter(path), SpoolReader(path)")
+        with pytest.raises(SpoolInUse, match=f"process {peer.pid} has it open as writer"):
+            SpoolWriter(spool, fresh=True)
+        peer.run("writer.put(np.zeros(9)); item = reader.receive(); writer.close()")
+        with pytest.raises(SpoolInUse, match=f"item 1 is in flight at process {peer.pid}"):
+            SpoolWriter(spool, fresh=True)
+        assert stat(spool).live_sessions == 1
+        peer.run("item.ack()")
+        SpoolWriter(spool, fresh=True).close()
+
+
+def test_second_of_two_fresh_writers_is_refused_and_the_first_goes_on(spool: Path) -> None:
+    with SpoolWriter(spool, fresh=True, maxsize=2) as writer:
+        writer.put(np.zeros(9))
+        with pytest.raises(SpoolInUse):
+            SpoolWriter(spool, fresh=True, maxsize=3)
+        assert (writer.qsize(), writer.maxsize) == (1, 2)
+
+
+def test_mismatch_of_a_limit_names_the_command_that_changes_it(spool: Path) -> None:
+    SpoolWriter(spool, maxsize=3).close()
+    with pytest.raises(LimitMismatch, match=re.escape(f"spoolipc set {spool} maxsize=4")):
+        SpoolWriter(spool, maxsize=4)
+
+
+def test_mode_of_a_spool_is_not_changed(spool: Path) -> None:
+    SpoolWriter(spool).close()
+    with pytest.raises(LimitMismatch, match="mode=0o700, not 0o770"):
+        DirectoryEngine(spool).set_limits(Limits(mode=0o770, maxsize=3))
+    with pytest.raises(LimitMismatch, match="mode=0o700, not 0o770"):
+        SpoolWriter(spool, fresh=True, mode=0o770)
+    assert stat(spool).limits.maxsize == 0
+
+
+def test_spool_in_memory_is_looked_after_by_the_same_functions() -> None:
+    with pytest.raises(NotASpool, match="memory://looked-after"):
+        stat("memory://looked-after")
+    with SpoolWriter("memory://looked-after", maxsize=3) as writer:
+        writer.put(np.zeros(3))
+        assert stat("memory://looked-after").depth == 1
+        assert set_limits("memory://looked-after", maxsize=4).maxsize == writer.maxsize == 4
+        assert purge("memory://looked-after") == 1
+
+
+def test_reader_that_waits_is_given_what_a_fresh_writer_puts(spool: Path) -> None:
+    with SpoolReader(spool) as reader, SpoolWriter(spool, fresh=True) as writer:
+        writer.put(np.ones(3))
+        assert reader.get_nowait().sum() == 3
