@@ -13,8 +13,10 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import select
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -31,7 +33,7 @@ from ..message import Array
 
 CALLS: Final = tuple(
     "open_at close stat_at fstat statvfs rename unlink mkdir fchmod fchown read pread write pwrite truncate"
-    " allocate sync list_names scan map_file mapped_size save lock unlock make_parents nearest read_text poll sleep"
+    " allocate sync list_names scan map_file seek save lock unlock make_parents nearest read_text poll sleep"
     " yield_core watch_open watch_add".split()
 )
 """The names that are system calls (`save` is one `np.save` and the writes that go with it)."""
@@ -40,6 +42,7 @@ CAREFUL: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Flags of every open: no link is followed, no FIFO waited for, nothing inherited."""
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+_STATM: Final = Path("/proc/self/statm")
 
 # The calls. Bare names where nothing is to be added: a function around each would cost a tenth of a put.
 open_at = os.open
@@ -61,12 +64,65 @@ allocate = os.posix_fallocate
 sync = os.fsync
 list_names = os.listdir
 scan = os.scandir
-map_file = mmap.mmap
-mapped_size = mmap.mmap.size  # an fstat, and nothing made of its answer
+seek = os.lseek  # to the end: the file's size, for a third of what fstat and its answer cost
 lock: Callable[[int], bool] = partial(lock_descriptor, blocking=False)
 unlock = unlock_descriptor
 sleep = time.sleep
 yield_core = os.sched_yield
+
+
+give_way: Final[list[Callable[[], None]]] = []
+"""Called when there is no room for a mapping, which is then tried once more: lets go of what is only kept for speed."""
+
+
+def map_file(fd: int, size: int, *, writable: bool = False, populate: bool = False) -> mmap.mmap:
+    """A shared mapping of the first `size` bytes of a file, which needs no descriptor from then on.
+
+    populate: enter its pages into the page table at once. Raises OSError.
+    """
+    prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
+    try:
+        return _map(fd, size, flags, prot)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        for let_go in give_way:
+            let_go()
+        return _map(fd, size, flags, prot)
+
+
+if sys.version_info >= (3, 13):
+
+    def _map(fd: int, size: int, flags: int, prot: int) -> mmap.mmap:
+        return mmap.mmap(fd, size, flags, prot, trackfd=False)
+
+else:
+    # Before, a `mmap.mmap` of a file keeps a duplicate of its descriptor. One of no file does not: the file's pages are
+    # mapped in the place of its own, and go with it as those would.
+    _mmap = ctypes.CDLL(None, use_errno=True).mmap
+    _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    _mmap.restype = ctypes.c_void_p
+    _MAP_FIXED: Final = 0x10
+    _FAILED: Final = ctypes.c_void_p(-1).value
+
+    def _map(fd: int, size: int, flags: int, prot: int) -> mmap.mmap:
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot)
+        place = np.frombuffer(pages, np.uint8).ctypes.data
+        if _mmap(place, size, prot, flags | _MAP_FIXED, fd, 0) == _FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return pages
+
+
+def address_space_left() -> int | None:
+    """Bytes that RLIMIT_AS leaves to this process; None where it sets no limit, 0 where it cannot be known."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    try:
+        return max(0, most - int(read_text(_STATM).split()[0]) * mmap.PAGESIZE)
+    except OSError:
+        return 0
 
 
 def make_parents(path: Path) -> None:
@@ -260,9 +316,16 @@ def is_shortage(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+_REMEDIES: Final = {
+    errno.EMFILE: "; a session takes 8 descriptors: close some, or raise ulimit -n",
+    errno.ENOMEM: "; hold fewer arrays, or raise ulimit -v (of arrays by the ten thousand, vm.max_map_count)",
+}
+"""What to do where a limit of the process is met."""
+
+
 def storage_error(error: OSError, path: str) -> StorageError:
     """The StorageError for one of a system call on something in the spool at `path`."""
-    what = error.strerror or str(error)
+    what = (error.strerror or str(error)) + _REMEDIES.get(error.errno or 0, "")
     if error.filename is None:
         return StorageError(error.errno, what, path)
     named: Any = error.filename

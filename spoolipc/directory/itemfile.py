@@ -73,9 +73,7 @@ class ItemFile:
         One to be written has its pages entered into the page table in one call: one write fault for each would make
         the first copy into 54 MB take 19 ms instead of 8 (tmpfs, Linux 6.18).
         """
-        if writable:
-            return fs.map_file(self.fd, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        return fs.map_file(self.fd, self.size, access=mmap.ACCESS_READ)
+        return fs.map_file(self.fd, self.size, writable=writable, populate=writable)
 
     def read(self, size: int) -> bytes:
         """The first `size` bytes. Raises BadItem when there are fewer."""
@@ -96,7 +94,7 @@ class ItemFile:
         """
         if not self.size:
             raise BadItem("the file is empty")
-        with fs.map_file(self.fd, self.size, access=mmap.ACCESS_READ) as buffer:
+        with self.map() as buffer:
             blocks, tail = parse(buffer, self.size)
             if whole:
                 verify(buffer, tail)

@@ -58,8 +58,8 @@ def boot_words() -> tuple[int, int]:
 class Journal:
     """One mapping of the index file. All but reading single words needs the index lock.
 
-    identity: stands for this mapping where something must not keep it alive. close: closes its descriptor; the mapping
-    goes with the last who looks at it.
+    identity: stands for this mapping where something must not keep it alive. close: closes its descriptor, when nobody
+    looks any more; the mapping goes with the last array of words.
     """
 
     def __init__(self, directories: Directories, name: str = NAME) -> None:
@@ -89,7 +89,7 @@ class Journal:
             raise IndexDamaged("the index is too short, or was deleted")
         self.size = status.st_size // W.WORD * W.WORD
         self._inode = status.st_ino
-        self.map = fs.map_file(self._fd, self.size)
+        self.map = fs.map_file(self._fd, self.size, writable=True)
         self.words: Words = memoryview(self.map).cast("Q")
         if name == NEW:
             return
@@ -105,7 +105,7 @@ class Journal:
     def is_whole(self) -> bool:
         """Whether the mapping can be looked at without the lock: false when its file was truncated or overwritten."""
         try:
-            return fs.mapped_size(self.map) >= self.size and self.words[W.MAGIC] == W.MAGIC_VALUE
+            return fs.seek(self._fd, 0, os.SEEK_END) >= self.size and self.words[W.MAGIC] == W.MAGIC_VALUE
         except OSError:
             return False
 

@@ -67,6 +67,7 @@ class DirectoryProducer(Side):
             self.close()
             raise
 
+    @operation
     def full(self) -> bool:
         """Whether a put would have to wait for the spool's own limits."""
         return not has_room(self.session.look(), 0)

@@ -128,13 +128,13 @@ class Session:
             self.token = liveness.new_token()
             self._held = self.directories.descriptors()
             ends = (os.getpid(), self.directories.alive, self.token, self._held, self.is_open)
-            self.let_go = weakref.finalize(self, _abandon, *ends)
-            self.let_go.atexit = False
+            self._end = weakref.finalize(self, _abandon, *ends)
+            self._end.atexit = False
             self.lock = IndexLock(self.directories.items, self._holder)
             self.journal = _NONE
             self.step(self._join, asked)
         except BaseException as error:
-            if "let_go" in vars(self):
+            if "_end" in vars(self):
                 self.let_go()  # not only when this is collected
                 self.is_open[:] = [None]  # a forked child may try again
             if isinstance(error, OSError) and not isinstance(error, SpoolError):
@@ -224,10 +224,7 @@ class Session:
             journal.check(self.token)
         except IndexDamaged:
             journal = rebuild(self.directories, why)
-        finally:
-            if damaged is not _NONE:
-                damaged.close()
-        self._adopt(journal)
+        self._adopt(journal)  # the damaged one is closed when no other thread looks at it any more
 
     def _adopt(self, journal: Journal) -> None:
         self.journal = journal
@@ -398,11 +395,15 @@ class Session:
             with self.lock.mutex:
                 self.is_open.clear()
             self.doorbell.close()
-            if self.journal is not _NONE:
-                self.journal.close()
             if not self.users:
                 self.let_go()
             _sessions.discard(self)
+
+    def let_go(self) -> None:
+        """Close every descriptor: nobody is in an operation any more."""
+        if self.journal is not _NONE:
+            self.journal.close()
+        self._end()
 
     def _leave(self, last: Callable[[], tuple[None, int, int]]) -> tuple[None, int, int]:
         words = self.journal.words
@@ -417,8 +418,8 @@ class Session:
         for fd in held:
             with contextlib.suppress(OSError):
                 fs.close(fd)
-        if "let_go" in vars(self):
-            self.let_go.detach()
+        if "_end" in vars(self):
+            self._end.detach()
         if self.journal is not _NONE:
             self.journal.close()
             self.journal = _NONE
@@ -489,10 +490,12 @@ class Side:
         return self.session.path
 
     @property
+    @operation
     def maxsize(self) -> int:
         """Most items waiting, 0 for no limit."""
         return self.session.look()[W.MAXSIZE]
 
+    @operation
     def qsize(self) -> int:
         """How many items wait, delayed ones included."""
         return self.session.qsize()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..errors import BadItem, Full, SpoolClosed, StorageError
+from ..errors import BadItem, Full, SpoolClosed
 from ..format import footer
 from ..format.item import Layout, checksum_of, layout_of, store, to_bytes
 from ..message import Message
@@ -130,7 +130,7 @@ class Staging:
                 return False
             self.recycler.put_aside(file)
             where = str(self.session.directories.path / "free" / name)
-            raise StorageError(error.errno, error.strerror, where) from error
+            raise fs.storage_error(error, where) from error
         except BaseException:
             self.recycler.put_aside(file)
             raise
@@ -157,7 +157,7 @@ class Staging:
             else:
                 fs.save(fd, arrays, layout, tail)
             if self.checksum:
-                with fs.map_file(fd, end, access=mmap.ACCESS_READ) as written:
+                with fs.map_file(fd, end) as written:
                     staged.tail = self.sealed(staged, written)
                 fs.pwrite(fd, staged.tail[: footer.SIZE], end)
             if self.durable:
@@ -196,7 +196,7 @@ class Staging:
                 raise Full(what) from error
             self.session.check_present()
             where = str(directories.path / "tmp" / name)
-            raise StorageError(error.errno, error.strerror or str(error), where) from error
+            raise fs.storage_error(error, where) from error
 
     def make_mapped(self, size: int) -> tuple[str, mmap.mmap, os.stat_result]:
         """A new file of `size` bytes in `tmp/`, mapped to be written. Raises what `_make_file` does.
@@ -206,7 +206,7 @@ class Staging:
 
         def fill(fd: int) -> tuple[mmap.mmap, os.stat_result]:
             fs.allocate(fd, 0, size)
-            return fs.map_file(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), fs.fstat(fd)
+            return fs.map_file(fd, size, writable=True, populate=True), fs.fstat(fd)
 
         name, (buffer, status) = self._make_file(size, fill)
         return name, buffer, status

@@ -40,7 +40,7 @@ ERRORS = {
     "list_names": "EIO EMFILE",
     "scan": "EIO EMFILE",
     "map_file": "ENOMEM EACCES",
-    "mapped_size": "EIO",
+    "seek": "EIO",
     "save": "EIO ENOSPC EDQUOT",
     "lock": "ENOLCK EINTR",
     "unlock": "ENOLCK EINTR",

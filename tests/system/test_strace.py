@@ -99,7 +99,7 @@ ONE = {
     "truncate": "ftruncate",
     "allocate": "fallocate",
     "sync": "fsync",
-    "mapped_size": "fstat newfstatat",
+    "seek": "lseek",
     "lock": "flock",
     "unlock": "flock",
     "poll": "poll",

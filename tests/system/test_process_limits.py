@@ -1,0 +1,178 @@
+"""What a process may have at most, descriptors and address space, is the program's: a session takes little of it,
+closes all it had, and what it keeps for speed gives way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BEGIN = """
+import errno, gc, os, resource, sys
+import numpy as np
+from spoolipc import Empty, LimitMismatch, SpoolReader, SpoolWriter, StorageError
+
+def limit(kind, most):
+    resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+
+def fill(path, count, nbytes):
+    with SpoolWriter(path) as writer:
+        for number in range(count):
+            writer.put(np.full(nbytes // 8, number, "f8"))
+    return path
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd")) - 1
+
+base = sys.argv[1]
+"""
+
+
+def run(place: Path, program: str) -> None:
+    """Run a program in a process of its own, whose limits it may lower. `base` is a directory of its own."""
+    place.mkdir()
+    command = [sys.executable, "-W", "error", "-c", BEGIN + program, str(place)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_a_reader_with_64_descriptors_gets_100_arrays_and_holds_them(tmp_path: Path) -> None:
+    run(
+        tmp_path / "base",
+        """
+fill(f"{base}/spool", 100, 32 << 10)
+limit(resource.RLIMIT_NOFILE, 64)
+with SpoolReader(f"{base}/spool") as reader:
+    before = descriptors()
+    held = [reader.get_nowait() for _ in range(100)]
+    assert descriptors() == before
+    assert [int(array[-1]) for array in held] == list(range(100))
+""",
+    )
+
+
+def test_a_process_reads_a_backlog_of_many_spools_with_1024_descriptors(tmp_path: Path) -> None:
+    run(
+        tmp_path / "base",
+        """
+paths = [fill(f"{base}/{number}", 150, 20 << 10) for number in range(10)]
+limit(resource.RLIMIT_NOFILE, 1024)
+readers = [SpoolReader(path) for path in paths]
+for reader in readers:
+    for number in range(150):
+        assert (reader.get_nowait() == number).all()
+""",
+    )
+
+
+def test_thousands_of_arrays_are_held_and_64_spools_open_with_1024_descriptors(tmp_path: Path) -> None:
+    run(
+        tmp_path / "base",
+        """
+limit(resource.RLIMIT_NOFILE, 1024)
+readers = [SpoolReader(f"{base}/{number}") for number in range(64)]
+held = []
+for reader in readers:
+    with SpoolWriter(reader.path) as writer:
+        writer.put_many([np.full(2100, len(held) + number, "f8") for number in range(40)])
+        held += reader.get_many(40)
+assert len(held) == 2560
+assert all(array[0] == array[-1] == number for number, array in enumerate(held))
+""",
+    )
+
+
+@pytest.mark.parametrize("face", ["SpoolReader", "SpoolWriter"])
+def test_a_session_costs_at_most_8_descriptors_and_none_once_closed(tmp_path: Path, face: str) -> None:
+    """Nor does a collection have to come first, or an open that fails leave one."""
+    run(
+        tmp_path / "base",
+        f"""
+gc.disable()
+fill(f"{{base}}/spool", 3, 32 << 10)
+SpoolReader(f"{{base}}/spool", maxsize=6).close()
+before = descriptors()
+sessions = [{face}(f"{{base}}/spool") for _ in range(4)]
+assert descriptors() - before <= 4 * 8
+for session in sessions:
+    session.qsize()
+    session.close()
+with SpoolReader(f"{{base}}/spool") as reader:
+    held = reader.get()
+assert descriptors() == before
+try:
+    {face}(f"{{base}}/spool", maxsize=7)
+except LimitMismatch:
+    pass
+assert descriptors() == before
+""",
+    )
+
+
+def test_an_open_that_finds_no_descriptor_left_says_so_and_leaks_none(tmp_path: Path) -> None:
+    run(
+        tmp_path / "base",
+        """
+gc.disable()
+fill(f"{base}/spool", 1, 32 << 10)
+before = descriptors()
+failed = 0
+for spare in range(12):
+    limit(resource.RLIMIT_NOFILE, before + spare)
+    try:
+        SpoolReader(f"{base}/spool").close()
+    except StorageError as error:
+        assert (error.errno, error.filename[:len(base)]) == (errno.EMFILE, base), error
+        assert "ulimit -n" in str(error)
+        failed += 1
+    limit(resource.RLIMIT_NOFILE, 1000)
+    assert descriptors() == before, spare
+assert 8 <= failed < 12
+""",
+    )
+
+
+def test_a_session_that_found_no_descriptor_left_goes_on_when_there_is_one(tmp_path: Path) -> None:
+    run(
+        tmp_path / "base",
+        """
+path = fill(f"{base}/spool", 6, 32 << 10)
+small = np.arange(5)
+def refused(call):
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/", os.O_RDONLY))
+    except OSError:
+        pass
+    try:
+        return call()
+    except StorageError as error:
+        assert error.errno == errno.EMFILE
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+with SpoolReader(path) as reader, SpoolWriter(path) as writer:
+    limit(resource.RLIMIT_NOFILE, 64)
+    for number in range(6):
+        for _ in range(2):
+            refused(reader.get_nowait) is None or sys.exit("it was got")
+        with reader.receive(block=False) as item:
+            refused(lambda: item.array) is None or sys.exit("it was loaded")
+            assert (item.array == number).all()
+    try:
+        refused(lambda: reader.get(timeout=0.05))
+    except Empty:
+        pass
+    for array in (small, np.zeros(9000)) * 2:
+        refused(lambda: writer.put(array))
+        assert writer.put(array)
+        while not (reader.get() == array).all():
+            pass
+    refused(writer.close)
+    assert len(os.listdir(f"{path}/alive")) == 1, "only the reader's is left"
+""",
+    )
