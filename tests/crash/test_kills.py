@@ -1,9 +1,10 @@
 """Whoever is killed wherever in whatever operation leaves a spool that the next call of anyone repairs by itself.
 
-Every scenario is killed before each of its system calls, before each of its stores to the table, half way through each
-of its writes, and at its end. After each, another process holds the spool against what was said of it: what was put
-is delivered once and whole and in order, what was not acknowledged comes again with its attempt counted, nothing is
-left behind, and putting and getting go on at once.
+Every scenario is killed before each of its system calls that change something, before each of its stores to the table,
+half way through each of its writes, and at its end; before any other call, a crash leaves what one before the next
+change does. After each, another process holds the spool against what was said of it: what was put is delivered once
+and whole and in order, what was not acknowledged comes again with its attempt counted, nothing is left behind, and
+putting and getting go on at once.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support.faults import STORE, Hook, Injector, at, forked, kill, partly
+from support.faults import STORE, Event, Hook, Injector, at, forked, kill, partly
 from support.scenarios import ALONE, SCENARIOS, Log, Run, Stage, verify
 
 from spoolipc import SpoolReader
 
 WRITES = ("save", "write", "pwrite")
+CHANGES = (*WRITES, "rename", "unlink", "mkdir", "make_parents", "fchmod", "truncate", "allocate")
 
 
-def events(place: Path, name: str) -> list[str]:
-    """The names of the calls and stores of a scenario in which nothing goes wrong."""
+def changes(place: Path, name: str) -> tuple[list[tuple[int, str]], int]:
+    """Number and name of each call and store of a scenario that changes something, and the number after the last."""
+    found: list[tuple[int, str]] = []
+
+    def note(event: Event) -> None:
+        if event.name in (STORE, *CHANGES) or (event.name == "open_at" and event.args[1] & os.O_CREAT):
+            found.append((event.number, event.name))
+
     with Run(place / "dry", name) as run:
-        return run.with_fault(stores=True)
+        return found, len(run.with_fault(note, stores=True)) + 1
 
 
 def killed(path: Path, name: str, fault: Hook, *, watched: bool) -> None:
@@ -64,37 +72,35 @@ def killed(path: Path, name: str, fault: Hook, *, watched: bool) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def kill_all(place: Path, name: str, faults: list[tuple[int, Hook]]) -> None:
+def kill_all(place: Path, name: str, faults: list[tuple[int, Hook]], parity: int = 0) -> None:
+    """Kill a scenario by one fault after another; another session watches every second time."""
     assert faults
-    for number, fault in faults:
+    for count, (number, fault) in enumerate(faults):
         try:
-            killed(place / "spool", name, fault, watched=name not in ALONE and number % 2 == 1)
+            killed(place / "spool", name, fault, watched=name not in ALONE and count % 2 == parity)
         except BaseException as failure:
             failure.add_note(f"{name} killed at event {number}")
             raise
 
 
+@pytest.mark.parametrize("parity", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_at_every_system_call(place: Path, name: str) -> None:
-    met = events(place, name)
-    # Before each call, and after each: before the store that follows it, if one does.
-    faults = [
+def test_killed_at_every_system_call(place: Path, name: str, parity: int) -> None:
+    found, end = changes(place, name)
+    # Of stores one after another, the first: what the store after a rename finds.
+    faults: list[tuple[int, Hook]] = [
         (number, at(number, kill))
-        for number, (before, event) in enumerate(pairwise(["", *met]), 1)
-        if STORE not in (before, event) or before != event
+        for (last, before), (number, event) in pairwise([(0, ""), *found])
+        if event != STORE or (last, before) != (number - 1, STORE)
     ]
-    for number, call in enumerate(met, 1):
-        if call in WRITES:
+    for number, event in found:
+        if event in WRITES:
             faults += [(number, at(number, partly(part, kill))) for part in (0.01, 0.6)]
-    kill_all(place, name, [*faults, (len(met) + 1, kill_never)])
-
-
-def kill_never(_: object) -> None:
-    """Let it come to its end, where it is killed."""
+    kill_all(place, name, [*faults, (end, at(end, kill))], parity)  # the last is killed when all is done
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_before_every_store_to_the_index(place: Path, name: str) -> None:
-    met = events(place, name)
-    kill_all(place, name, [(n, at(n, kill)) for n, event in enumerate(met, 1) if event == STORE])
+    found, _ = changes(place, name)
+    kill_all(place, name, [(number, at(number, kill)) for number, event in found if event == STORE])
