@@ -14,7 +14,7 @@ import spoolipc
 
 TARGET = Path(__file__).with_name("reference.md")
 SECTIONS: dict[str, list[str]] = {
-    "Writing": ["SpoolWriter"],
+    "Writing": ["SpoolWriter", "Loan"],
     "Reading": ["SpoolReader", "Item", "Peeked"],
     "Looking after a spool": [
         "stat",
@@ -115,8 +115,8 @@ def _dedented(block: str) -> str:
 def _signature(thing: Any) -> str:
     if inspect.isclass(thing) and getattr(thing, "__dataclass_params__", None):
         return ""  # its fields are what its docstring tells
-    if thing is spoolipc.Item:
-        return ""  # made by `receive` alone
+    if thing in (spoolipc.Item, spoolipc.Loan):
+        return ""  # made by `receive` and `loan` alone
     signature = inspect.signature(thing)
     kept = [
         parameter.replace(annotation=inspect.Parameter.empty)

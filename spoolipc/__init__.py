@@ -31,7 +31,7 @@ from .errors import (
     UnsupportedArray,
     UnsupportedOperation,
 )
-from .item import Item
+from .item import Item, Loan
 from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
 from .queue import SpoolReader, SpoolWriter
 
@@ -52,6 +52,7 @@ __all__ = [
     "LeaseExpired",
     "LimitMismatch",
     "Limits",
+    "Loan",
     "LockTimeout",
     "NetworkFileSystem",
     "NoSuchItem",

@@ -10,6 +10,7 @@ from .engine import Engine
 
 SCHEMES: Final = ("memory",)
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_SLIP: Final = tuple(f"{each}:" for each in SCHEMES)
 
 
 def connect(path_or_url: str | os.PathLike[str]) -> Engine:
@@ -17,19 +18,22 @@ def connect(path_or_url: str | os.PathLike[str]) -> Engine:
 
     `memory://NAME` is a spool of this process alone, without files; everything without a scheme is a directory.
 
-    Raises ValueError for a scheme that no engine has; a directory of such a name is "./NAME".
+    Raises ValueError for a scheme that no engine has, and for an empty path; a directory of such a name is "./NAME".
     """
-    place = os.fspath(path_or_url)
-    url = _URL.fullmatch(place) if isinstance(place, str) else None
+    place = os.fsdecode(path_or_url)
+    if not place:
+        raise ValueError("path is empty; give the directory of the spool, or '.' for this one")
+    url = _URL.fullmatch(place)
     # An engine is imported when it is used: what one of them depends on is nobody else's concern.
-    if url is None:
+    if url is None and not place.startswith(_SLIP):
         from .directory import DirectoryEngine
 
         return DirectoryEngine(place)
-    scheme, name = url.groups()
-    if scheme == "memory":
+    if url is not None and url[1] == "memory":
         from .memory import MemoryEngine
 
-        return MemoryEngine(name)
-    known = ", ".join(f"{each}://" for each in SCHEMES)
-    raise ValueError(f"{place!r} has an unknown scheme; known are {known} and a plain path, of a directory")
+        return MemoryEngine(url[2])
+    known = ", ".join(f"{each}://NAME" for each in SCHEMES)
+    raise ValueError(
+        f"{place!r} is no URL that is known ({known}); the directory of that name is './{place}'"
+    )

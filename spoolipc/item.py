@@ -1,4 +1,4 @@
-"""Item: what a reader has received and not yet settled."""
+"""Item: what a reader has received and not yet settled. Loan: what a writer computes and has not yet put."""
 
 from __future__ import annotations
 
@@ -8,8 +8,22 @@ from types import TracebackType
 from typing import Self
 
 from .engine import Consumer
+from .engine import Loan as Lent
 from .errors import AlreadySettled, BadItem, LeaseExpired, SpoolError
-from .message import Ack, Array, Contents, Delivery, Extend, Json, Message, Nack, Reject, Verdict
+from .message import (
+    Ack,
+    Array,
+    Contents,
+    Delivery,
+    Extend,
+    Json,
+    Message,
+    Nack,
+    Reject,
+    Verdict,
+    deadline_of,
+    duration,
+)
 
 _log = logging.getLogger("spoolipc")
 
@@ -111,9 +125,7 @@ class Item:
 
         After `max_attempts` deliveries it becomes a dead letter instead. Raises LeaseExpired, AlreadySettled.
         """
-        if not delay >= 0:
-            raise ValueError(f"delay must be a non-negative number of seconds, not {delay!r}")
-        self._settle(Nack(delay, _checked(reason)), "requeued")
+        self._settle(Nack(duration("delay", delay), _checked(reason)), "requeued")
 
     def reject(self, reason: str) -> None:
         """Make the item a dead letter with this reason. Raises LeaseExpired, AlreadySettled."""
@@ -121,9 +133,7 @@ class Item:
 
     def extend(self, seconds: float) -> None:
         """Let the lease end so many seconds from now. Raises LeaseExpired, AlreadySettled."""
-        if not seconds > 0:
-            raise ValueError(f"a lease must be a positive number of seconds, not {seconds!r}")
-        self._settle(Extend(seconds), "")
+        self._settle(Extend(duration("seconds", seconds, positive=True)), "")
 
     def _settle(self, verdict: Verdict, settled: str) -> None:
         if self._settled:
@@ -161,6 +171,56 @@ class Item:
 
     def __repr__(self) -> str:
         return f"Item(seq={self.seq}, attempt={self.attempt}, {self._settled or 'in flight'})"
+
+
+class Loan:
+    """An array in the very memory that readers will see, not yet an item.
+
+    As a context manager it gives the array, and is put at the end of the block unless that was done by hand, or
+    discarded when the block raises; by hand, with commit or discard. One with which neither is done keeps its memory
+    until its writer is closed.
+    """
+
+    def __init__(self, lent: Lent) -> None:
+        self._lent: Lent | None = lent
+
+    @property
+    def array(self) -> Array:
+        """The array, writable; what it holds at first is undefined. Raises AlreadySettled after its end as a loan."""
+        return self._open().array
+
+    def commit(self, block: bool = True, timeout: float | None = None) -> int:
+        """Put the array, which is read-only from now on; returns its sequence number.
+
+        block, timeout: wait for room, as `put` does. Raises what `put` raises, and then it stays a loan;
+        AlreadySettled after a commit or discard.
+        """
+        seq = self._open().commit(deadline_of(block, timeout))
+        self._lent = None
+        return seq
+
+    def discard(self) -> None:
+        """Put nothing. Harmless when repeated, and after the commit."""
+        if self._lent is not None:
+            self._lent.discard()
+            self._lent = None
+
+    def _open(self) -> Lent:
+        if self._lent is None:
+            raise AlreadySettled("this loan was committed or discarded before")
+        return self._lent
+
+    def __enter__(self) -> Array:
+        return self.array
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and self._lent is not None:
+                self.commit()
+        finally:
+            self.discard()
 
 
 def _checked(reason: str) -> str:

@@ -36,6 +36,7 @@ from .message import Deadline, Delivery, Limits, Message
 
 _log = logging.getLogger("spoolipc")
 _LONGEST_SLEEP: Final = 3600.0
+_MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(slots=True, eq=False)
@@ -259,7 +260,7 @@ class _Spool:
 
     def letters(self, seqs: Iterable[int] | None) -> list[_Item]:
         """Dead letters in the order of their numbers; None for all. Raises NoSuchItem."""
-        wanted = sorted(self.dead if seqs is None else set(seqs))
+        wanted = sorted(self.dead) if seqs is None else values.numbers_of(seqs)
         for seq in wanted:
             if seq not in self.dead:
                 raise errors.NoSuchItem(f"{self.path} has no dead letter {seq}; see failed_list()")
@@ -325,7 +326,7 @@ class Producer(_Session):
 
     def loan(self, spec: values.ArraySpec, meta: values.Json, until: Deadline) -> Loan:
         layout, message = items.layout_of_spec(spec), Message((), None, meta)
-        size = layout.end + len(_footer(layout, message, 0))
+        size = _size(layout, message)
         with self._spool.step(self):
             self._await_room(size, until)
         return Loan(self, layout, message, bytearray(size))
@@ -473,7 +474,18 @@ def _footer(layout: items.Layout, message: Message, put_time: int) -> bytes:
     return footers.pack(layout.end, put_time, number, message.names, message.meta)
 
 
+def _size(layout: items.Layout, message: Message) -> int:
+    """Bytes of an item. Raises TooLarge for more than the memory of the machine."""
+    size = layout.end + footers.SIZE + footers.json_size(message.names, message.meta)
+    if size > _MEMORY:
+        raise errors.TooLarge(
+            f"{size} bytes can never fit into the {_MEMORY} bytes of memory of this machine"
+        )
+    return size
+
+
 def _made(message: Message) -> _Item:
     """The item of a message that is put now."""
     layout, now = items.layout_of(message.arrays), time.time_ns()
+    _size(layout, message)
     return _Item(b"".join((*items.parts(layout, message.arrays), _footer(layout, message, now))), now)

@@ -5,7 +5,10 @@ Plain values without behaviour; every engine makes and takes them.
 
 from __future__ import annotations
 
+import math
+import operator
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -21,14 +24,62 @@ NOW: Final = 0.0
 
 
 def deadline_of(block: bool, timeout: float | None) -> Deadline:
-    """The deadline that `block` and `timeout` ask for. Raises ValueError for a negative timeout."""
+    """The deadline that `block` and `timeout` ask for. Raises ValueError for what is no such thing."""
+    if block is not True and block is not False and not isinstance(block, np.bool):
+        raise ValueError(f"block must be True or False, not {_what_was_meant(block)}")
     if not block:
         return NOW
     if timeout is None:
         return None
-    if not timeout >= 0:
-        raise ValueError(f"timeout must be a non-negative number of seconds, not {timeout!r}")
+    if (type(timeout) is not float and type(timeout) is not int) or not timeout >= 0:
+        timeout = duration("timeout", timeout)
     return time.monotonic() + timeout
+
+
+def _what_was_meant(block: Any) -> str:
+    if isinstance(block, np.ndarray):
+        return (
+            "an array; put several with put_many([a, b]), or as one item of named ones: put({'a': a, 'b': b})"
+        )
+    word = "timeout" if isinstance(block, (int, float, np.number)) else "meta"
+    return f"{block!r}; if that is the {word}, write {word}={block!r}"
+
+
+def duration(name: str, value: Any, *, positive: bool = False) -> float:
+    """A number of seconds, of whatever type. Raises ValueError for what is none, and for 0 where `positive`."""
+    try:
+        seconds = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not (seconds > 0 if positive else seconds >= 0):
+        sign = "positive" if positive else "non-negative"
+        raise ValueError(f"{name} must be a {sign} number of seconds, not {value!r}")
+    return seconds
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """A whole number, of whatever type. Raises ValueError for what is none, or not from `least` to 2**63 - 1."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not least <= number < 2**63:
+        raise ValueError(f"{name} must be a whole number from {least} to 2**63 - 1, not {value!r}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False. Raises ValueError for anything else."""
+    if not isinstance(value, (bool, np.bool)):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+    return bool(value)
+
+
+def numbers_of(seqs: Iterable[int]) -> list[int]:
+    """Sequence numbers, each once and in order. Raises ValueError for what is no list of such."""
+    if not isinstance(seqs, Iterable):
+        raise ValueError(f"seqs must be a list of sequence numbers, not {seqs!r}; for one write [{seqs!r}]")
+    return sorted({whole("a sequence number", seq) for seq in seqs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +90,8 @@ class Limits:
     recycle_bytes: bytes of consumed files kept to be written again, 0 to keep none; more are kept for some
     seconds where more were waiting. max_attempts: deliveries before an item is a dead letter, 0 for no limit.
     mode: 0o700, or 0o770 to share the spool with the group of its directory; other users of it must ask for 0o770 as
-    well. Files have the same without execution. Raises ValueError for one that is not a whole number from 0 to
-    2**63 - 1.
+    well. Files have the same without execution. Raises ValueError for another mode, and for one that is not a whole
+    number from 0 to 2**63 - 1.
     """
 
     maxsize: int | None = None
@@ -51,12 +102,15 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number of zero or more, not {value!r}")
-            if value >= 2**63:
-                raise ValueError(f"{name} must be below 2**63, not {value!r}")
+            if value is not None:
+                object.__setattr__(self, name, whole(name, value))
+        if self.mode not in (None, 0o700, 0o770):
+            how = (
+                f"{self.mode:#o}"
+                if str(self.mode) not in ("700", "770")
+                else f"{self.mode}; write 0o{self.mode}"
+            )
+            raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {how}")
 
 
 DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_attempts=5, mode=0o700)

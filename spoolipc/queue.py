@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -26,8 +25,20 @@ from .engine import (
 )
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
 from .format.item import copied, plain
-from .item import Item
-from .message import Array, Arrays, ArraySpec, Json, Limits, Message, Peeked, deadline_of
+from .item import Item, Loan
+from .message import (
+    Array,
+    Arrays,
+    ArraySpec,
+    Json,
+    Limits,
+    Message,
+    Peeked,
+    deadline_of,
+    duration,
+    flag,
+    whole,
+)
 
 _new = tuple.__new__  # a Message made without a call of Python code: `put` is a few microseconds
 
@@ -120,17 +131,17 @@ class SpoolWriter(_Face):
         if durability not in ("none", "fsync"):
             raise ValueError(f'durability must be "none" or "fsync", not {durability!r}')
         asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
+        flags = flag("reopen", reopen), flag("checksum", checksum), flag("fresh", fresh)
+        options = ProducerOptions(asked, durability, *flags)
+        ahead = None if preallocate is None else _count_and_nbytes(preallocate)
         engine = connect(path)
         self._crosses_processes = engine.crosses_processes
-        self._durability: Durability = durability
-        self._checksum = checksum
-        self._producer: Producer = engine.producer(
-            ProducerOptions(asked, durability, reopen, checksum, fresh)
-        )
+        self._options = options
+        self._producer: Producer = engine.producer(options)
         self._session = self._producer
-        if preallocate is not None:
+        if ahead is not None:
             try:
-                self._preallocate(*preallocate)
+                self._preallocate(*ahead)
             except BaseException:
                 self.close()
                 raise
@@ -160,7 +171,7 @@ class SpoolWriter(_Face):
         array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array,
         StorageError.
         """
-        until = None if block and timeout is None else deadline_of(block, timeout)
+        until = None if block is True and timeout is None else deadline_of(block, timeout)
         if type(array) is not np.ndarray:
             return self._producer.put((_message(array, meta),), until)[0]
         return self._producer.put((_new(Message, ((array,), None, meta, 0, "")),), until)[0]
@@ -191,7 +202,6 @@ class SpoolWriter(_Face):
         """Put without waiting: `put(array, block=False)`."""
         return self.put(array, block=False, meta=meta)
 
-    @contextmanager
     def loan(
         self,
         shape: int | tuple[int, ...],
@@ -201,28 +211,31 @@ class SpoolWriter(_Face):
         block: bool = True,
         timeout: float | None = None,
         meta: Json = None,
-    ) -> Iterator[Array]:
+    ) -> Loan:
         """Compute an array in the very memory that readers will see, and put it without a copy.
 
             with writer.loan((1080, 1920, 3), np.uint8) as frame:
                 camera.read_into(frame)
 
         shape, dtype, order: as for np.empty; what the array holds at first is undefined.
-        block, timeout, meta: as for `put`, when the block begins; at its end the item is put, waiting for
-        room for ever. When the block raises, nothing is put.
+        block, timeout, meta: as for `put`; at the end of the block the item is put, waiting for room for ever. When
+        the block raises, nothing is put.
 
-        The array is writable within the block and read-only after it; views made of it within the block must
-        not be written any more. Raises what `put` raises; UnsupportedOperation when the engine cannot lend.
+        Of several loans the one committed first arrives first; of blocks within one another that is the inner one. To
+        choose the order, commit by hand:
+
+            left, right = writer.loan(shape), writer.loan(shape)
+            stereo.read_into(left.array, right.array)
+            left.commit()
+            right.commit()
+
+        The array is writable until the commit and read-only after it; views made of it before must not be written any
+        more. Raises what `put` raises; UnsupportedOperation when the engine cannot lend.
         """
         producer = self._producer
         if not isinstance(producer, Lender):
             raise UnsupportedOperation(f"{self.path} cannot lend arrays; compute the array and put it")
-        loan = producer.loan(_spec(shape, dtype, order), meta, deadline_of(block, timeout))
-        try:
-            yield loan.array
-            loan.commit(None)
-        finally:
-            loan.discard()
+        return Loan(producer.loan(_spec(shape, dtype, order), meta, deadline_of(block, timeout)))
 
     def full(self) -> bool:
         """Whether `maxsize` items wait."""
@@ -236,7 +249,7 @@ class SpoolWriter(_Face):
         self._producer.shutdown(immediate)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._pickled(durability=self._durability, checksum=self._checksum)
+        return self._pickled(durability=self._options.durability, checksum=self._options.checksum)
 
 
 class SpoolReader(_Face):
@@ -267,14 +280,13 @@ class SpoolReader(_Face):
         lease: float | None = None,
         verify: bool = False,
     ) -> None:
-        if lease is not None and not lease > 0:
-            raise ValueError(f"lease must be a positive number of seconds, not {lease!r}")
         asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
+        options = ConsumerOptions(asked, flag("verify", verify))
+        self._lease = None if lease is None else duration("lease", lease, positive=True)
         engine = connect(path)
         self._crosses_processes = engine.crosses_processes
-        self._lease = lease
-        self._verify = verify
-        self._consumer: Consumer = engine.consumer(ConsumerOptions(asked, verify))
+        self._options = options
+        self._consumer: Consumer = engine.consumer(options)
         self._session = self._consumer
 
     def get(self, block: bool = True, timeout: float | None = None, *, copy: bool = False) -> Arrays:
@@ -287,7 +299,7 @@ class SpoolReader(_Face):
         Raises Empty when no item comes in time, ShutDown when the spool was shut down and is empty.
         A damaged item becomes a dead letter and the next one is returned.
         """
-        until = None if block and timeout is None else deadline_of(block, timeout)
+        until = None if block is True and timeout is None else deadline_of(block, timeout)
         message = self._consumer.take(1, until)[0]
         if copy or message.names is not None:
             return _arrays(message, copy)
@@ -300,9 +312,7 @@ class SpoolReader(_Face):
 
         Other parameters and errors are those of `get`.
         """
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1, not {limit!r}")
-        messages = self._consumer.take(limit, deadline_of(block, timeout))
+        messages = self._consumer.take(whole("limit", limit, 1), deadline_of(block, timeout))
         return [_arrays(message, copy) for message in messages]
 
     def get_nowait(self, *, copy: bool = False) -> Arrays:
@@ -332,7 +342,7 @@ class SpoolReader(_Face):
         Raises Empty when no item comes in time, ShutDown when the spool was shut down, nothing waits and
         nobody else has an item in flight.
         """
-        until = None if block and timeout is None else deadline_of(block, timeout)
+        until = None if block is True and timeout is None else deadline_of(block, timeout)
         return Item(self._consumer, self._consumer.claim(1, self._lease, until)[0])
 
     def items(self) -> Iterator[Item]:
@@ -359,7 +369,7 @@ class SpoolReader(_Face):
         return self._consumer.peek(deadline_of(block, timeout))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._pickled(lease=self._lease, verify=self._verify)
+        return self._pickled(lease=self._lease, verify=self._options.verify)
 
 
 def _reopened(face: type[_Face], path: str, options: dict[str, Any]) -> Any:
@@ -368,6 +378,8 @@ def _reopened(face: type[_Face], path: str, options: dict[str, Any]) -> Any:
 
 def _joined(limits: Limits | None, beside: Limits) -> Limits:
     """The limits given in either way. Raises ValueError for one that is no limit, or that is given twice."""
+    if limits is not None and not isinstance(limits, Limits):
+        raise ValueError(f"limits must be as Limits(maxsize=5), not {limits!r}")
     asked = asdict(limits or Limits())
     for name, value in asdict(beside).items():
         if value is None:
@@ -376,6 +388,15 @@ def _joined(limits: Limits | None, beside: Limits) -> Limits:
             raise ValueError(f"{name} is given twice: {asked[name]!r} in limits and {value!r} beside it")
         asked[name] = value
     return Limits(**asked)
+
+
+def _count_and_nbytes(preallocate: tuple[int, int]) -> tuple[int, int]:
+    try:
+        count, nbytes = preallocate
+    except (TypeError, ValueError):
+        what = "(count, nbytes), as (8, 6_220_800) for 8 arrays of so many bytes"
+        raise ValueError(f"preallocate must be {what}, not {preallocate!r}") from None
+    return whole("the count of preallocate", count), whole("nbytes of preallocate", nbytes)
 
 
 def _spec(shape: int | tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"]) -> ArraySpec:

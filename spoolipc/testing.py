@@ -729,6 +729,14 @@ class LoanSuite(Suite):
             loan.discard()
         assert self.consumer.qsize() == 0
 
+    def test_what_can_never_fit_is_too_large_and_no_memory_is_asked_for(self) -> None:
+        shape = (2**50,)
+        put = Message((np.broadcast_to(np.zeros(1), shape),))
+        for _ in range(2):
+            refused(errors.TooLarge, partial(self.loan, self.SPEC._replace(shape=shape)))
+            refused(errors.TooLarge, partial(self.producer.put, [put], NOW))
+            self.go_on()
+
 
 class PreallocateSuite(Suite):
     """The capability `Preallocator`."""

@@ -76,7 +76,7 @@ def fsck(
     The spool may be in use. A problem counts as repaired when a second look does not find it.
     Raises NotASpool, NetworkFileSystem, UnknownVersion, LockTimeout, StorageError.
     """
-    place = Path(os.path.abspath(os.fspath(path)))
+    place = Path(os.path.abspath(os.fsdecode(path)))
     try:
         before = _check_directories(place, repair)
     except SpoolError:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 from ..errors import BadItem, NoSuchItem, ShutDown, StorageError
 from ..format.footer import Footer
-from ..message import DeadLetter, Retried, StoredArray
+from ..message import DeadLetter, Retried, StoredArray, numbers_of
 from . import fs, transitions
 from . import table as W
 from .itemfile import ItemFile
@@ -87,7 +87,7 @@ def _each(
 def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
     """The numbers of these dead letters, or of all, in order. Raises NoSuchItem."""
     there = failed_numbers(directories)
-    wanted = there if seqs is None else sorted(set(seqs))
+    wanted = there if seqs is None else numbers_of(seqs)
     if missing := set(wanted).difference(there):
         what = f"{directories.path} has no dead letter {min(missing)}; failed_list() tells those it has"
         raise NoSuchItem(what)

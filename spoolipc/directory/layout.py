@@ -145,8 +145,7 @@ def open_directories(
     as_found: for who looks after it: one that is shared with a group is opened whether that was asked for or not.
     Raises LimitMismatch, NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion, StorageError.
     """
-    place = Path(os.path.abspath(os.fspath(path)))
-    _check_asked(asked)
+    place = Path(os.path.abspath(os.fsdecode(path)))
     _refuse_network(place)
     try:
         return _opened(place, asked, create, as_found)
@@ -217,11 +216,6 @@ def _merged(first: Limits, second: Limits) -> Limits:
     )
 
 
-def _check_asked(asked: Limits) -> None:
-    if asked.mode not in (None, PRIVATE, SHARED):
-        raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {asked.mode:#o}")
-
-
 def _make_root(place: Path) -> None:
     try:
         fs.make_parents(place)
@@ -262,9 +256,7 @@ def read_limits(place: Path, root: int) -> Limits | None:
         what = f"the spool has format {version}, this release knows format {FORMAT}"
         raise UnknownVersion(errno.EINVAL, what, str(place))
     try:
-        limits = Limits(**{name: said[name] for name in asdict(DEFAULTS)})
-        _check_asked(limits)
-        return limits
+        return Limits(**{name: said[name] for name in asdict(DEFAULTS)})
     except (KeyError, TypeError, ValueError):
         raise NotASpool(errno.EINVAL, "spool.json lacks a limit or has a bad one", str(place)) from None
 

@@ -85,6 +85,7 @@ class DirectoryProducer(Side):
                     self._put_some(messages, staged, seqs)
             except Full:
                 if until == NOW:
+                    self._refuse_impossible(_need(messages[len(seqs)]))
                     raise
             while len(seqs) < len(messages):
                 retry(
@@ -141,11 +142,13 @@ class DirectoryProducer(Side):
             raise self._shut_down()
         self._places = places(words, need)
         if not self._recycler.reserved or (limit and need > limit):
-            self._refuse_impossible(need, limit)
+            self._refuse_impossible(need)
         if self._places <= 0:
             raise Full(f"the spool {self.path} has no room now")
 
-    def _refuse_impossible(self, need: int, limit: int) -> None:
+    def _refuse_impossible(self, need: int) -> None:
+        """Raise TooLarge where an item of `need` bytes can never be."""
+        need, limit = rounded(need), self.session.look()[W.MAX_BYTES]
         status = fs.statvfs(self.session.directories.root)
         total = status.f_blocks * status.f_frsize
         if (limit and need > limit) or need > total:
@@ -164,7 +167,7 @@ class DirectoryProducer(Side):
         free space or any item taken is reason to try again, and so is a second gone by.
         """
         need = rounded(need)
-        self._refuse_impossible(need, self.session.look()[W.MAX_BYTES])
+        self._refuse_impossible(need)
         before, self._staging.no_space = self._staging.no_space, None
         self._places = 0
 
@@ -314,6 +317,7 @@ class DirectoryProducer(Side):
         staged.loan = True
         buffer = None if self._durable else self._staging.map_reserved(staged)
         if buffer is None:
+            self._refuse_impossible(need)
             staged.size = rounded(need)
             staged.name, buffer, staged.status = self._staging.make_mapped(staged.size)
         staged.buffer = buffer

@@ -104,7 +104,7 @@ class Session:
     def __init__(
         self, path: str | os.PathLike[str], asked: Limits, role: liveness.Role, *, create: bool = True
     ) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+        self.path = os.path.abspath(os.fsdecode(path))
         self.is_open = [None]
         self.is_forked = False
         self.users: list[None] = []

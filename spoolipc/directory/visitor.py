@@ -34,7 +34,7 @@ class Visitor:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, patience: float = TIMEOUT) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+        self.path = os.path.abspath(os.fsdecode(path))
         self.directories = open_directories(self.path, Limits(), create=False, as_found=True)
         self.journal: Journal | None = None
         self.damage = ""

@@ -17,10 +17,13 @@ from __future__ import annotations
 import errno
 import json
 import mmap
+import operator
 import struct
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from spoolipc.errors import BadItem, UnknownVersion
 
@@ -89,8 +92,8 @@ def pack(
 
     data_end: the file offset, in bytes, at which the footer will lie. put_time, expires: nanoseconds since the
     epoch; expires 0 for never. id: 16 bytes. names: distinct strings, one for each array. meta: anything JSON can
-    hold and give back (a tuple comes back as a list). checksum: an integer below 2**64. kind: one that `read` does
-    not know only makes an item to be left alone.
+    hold and give back (a tuple comes back as a list, NumPy's numbers as those of Python). checksum: an integer below
+    2**64. kind: one that `read` does not know only makes an item to be left alone.
 
     Raises TypeError where names or meta hold what JSON cannot, ValueError where they hold NaN, are nested deeper
     than `MAX_DEPTH` or exceed `MAX_JSON` bytes, where names repeat, or where a number or the id is out of range.
@@ -198,7 +201,7 @@ def _dump(names: Sequence[str] | None, meta: Any) -> bytes:
 
 def _check(value: Any, where: str, depth: int) -> None:
     """Refuse what JSON would refuse, alter, or give back only to a reader with a deep stack."""
-    if value is None or isinstance(value, (str, int, float)):
+    if value is None or isinstance(value, _PLAIN):
         return
     if depth > MAX_DEPTH:
         raise ValueError(f"meta is nested deeper than {MAX_DEPTH} levels")
@@ -213,7 +216,7 @@ def _check(value: Any, where: str, depth: int) -> None:
     else:
         raise TypeError(
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which JSON cannot hold; "
-            "give numbers, strings, lists and dicts (a numpy value as x.item() or x.tolist())"
+            "give numbers, strings, lists and dicts, as with float(x), str(x) or x.tolist()"
         )
 
 
@@ -240,5 +243,6 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+_PLAIN = (str, int, float, np.bool, np.integer, np.float16, np.float32)
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=operator.methodcaller("item"))
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+import spoolipc
 from spoolipc import memory
 from spoolipc.connect import connect
 from spoolipc.errors import (
@@ -28,6 +31,9 @@ from spoolipc.message import Limits
 from spoolipc.queue import SpoolReader, SpoolWriter
 
 URL = "memory://faces"
+ONE = np.zeros(1)
+anything: Any = spoolipc
+"""Takes any arguments, as far as mypy knows."""
 
 
 @pytest.fixture(autouse=True)
@@ -96,19 +102,111 @@ class TestArguments:
             (np.ndarray, (2, 2)),
         ]
 
-    def test_negative_timeouts_and_limits_are_refused(self, writer: SpoolWriter, reader: SpoolReader) -> None:
-        calls: list[Callable[..., Any]] = [reader.get, reader.receive, reader.peek]
-        for call in calls:
-            with pytest.raises(ValueError, match="timeout"):
-                call(timeout=-1)
-        with pytest.raises(ValueError, match="timeout"):
-            writer.put(np.zeros(1), timeout=float("nan"))
-        with pytest.raises(ValueError, match="limit"):
-            reader.get_many(0)
-        with pytest.raises(ValueError, match="lease"):
-            SpoolReader(URL, lease=0)
-        with pytest.raises(ValueError, match='"none" or "fsync", not'):
-            SpoolWriter(URL, durability="sometimes")  # type: ignore[arg-type]
+    @pytest.mark.parametrize(
+        ("wrong", "said"),
+        [
+            (lambda w, r: anything.SpoolWriter(""), "path is empty"),
+            (lambda w, r: anything.SpoolWriter(b"memory:/x"), r"memory://NAME.*\./memory:/x"),
+            (
+                lambda w, r: anything.SpoolWriter(URL, limits=5),
+                r"limits must be as Limits\(maxsize=5\), not 5",
+            ),
+            (lambda w, r: anything.SpoolReader(URL, limits={"maxsize": 5}), "limits must be"),
+            (lambda w, r: anything.SpoolWriter(URL, mode=770), "mode must be .*, not 770; write 0o770"),
+            (lambda w, r: anything.SpoolWriter(URL, mode=0o777), "mode must be .*, not 0o777"),
+            (lambda w, r: anything.SpoolWriter(URL, maxsize=2**63), r"maxsize must be .* to 2\*\*63 - 1"),
+            (
+                lambda w, r: anything.SpoolWriter(URL, preallocate=5),
+                r"preallocate must be \(count, nbytes\).*, not 5",
+            ),
+            (
+                lambda w, r: anything.SpoolWriter(URL, preallocate=("a", "b")),
+                "preallocate must be a whole number.*'a'",
+            ),
+            (
+                lambda w, r: anything.SpoolWriter(URL, durability="sometimes"),
+                'durability must be "none" or "fsync", not',
+            ),
+            (lambda w, r: anything.SpoolWriter(URL, checksum="x"), "checksum must be True or False, not 'x'"),
+            (lambda w, r: anything.SpoolWriter(URL, reopen=1), "reopen must be True or False, not 1"),
+            (lambda w, r: anything.SpoolReader(URL, verify=3), "verify must be True or False, not 3"),
+            (
+                lambda w, r: anything.SpoolReader(URL, lease=0),
+                "lease must be a positive number of seconds, not 0",
+            ),
+            (
+                lambda w, r: anything.SpoolReader(URL, lease="x"),
+                "lease must be a positive number of seconds, not 'x'",
+            ),
+            (lambda w, r: w.put(ONE, {"id": 1}), r"block must be True or False.*write meta=\{'id': 1\}"),
+            (lambda w, r: w.put(ONE, "x"), "write meta='x'"),
+            (lambda w, r: w.put(ONE, 5), "block must be True or False.*write timeout=5"),
+            (lambda w, r: w.put(ONE, 0.5), "write timeout=0.5"),
+            (lambda w, r: w.put(ONE, ONE), r"block must be .* an array; put several with put_many"),
+            (lambda w, r: w.put_many([ONE], ONE), "block must be .* an array"),
+            (lambda w, r: w.put(ONE, timeout=float("nan")), "timeout must be a non-negative number"),
+            (
+                lambda w, r: w.put(ONE, timeout="5"),
+                "timeout must be a non-negative number of seconds, not '5'",
+            ),
+            (lambda w, r: w.put(ONE, timeout=np.zeros(2)), "timeout must be"),
+            (lambda w, r: w.put({}), "an item needs at least one array"),
+            (lambda w, r: w.loan(3, block=5), "block must be True or False"),
+            (lambda w, r: r.get(5), "write timeout=5"),
+            (lambda w, r: r.get(timeout=-1), "timeout must be a non-negative number of seconds, not -1"),
+            (lambda w, r: r.receive(timeout=-1), "timeout"),
+            (lambda w, r: r.receive(1), "write timeout=1"),
+            (lambda w, r: r.peek(timeout=-1), "timeout"),
+            (lambda w, r: r.get_many("x"), "limit must be a whole number from 1 .*, not 'x'"),
+            (lambda w, r: r.get_many(1.5), "limit must be a whole number from 1 .*, not 1.5"),
+            (lambda w, r: r.get_many(0), "limit must be a whole number from 1 .*, not 0"),
+            (lambda w, r: r.receive().nack(None), "delay must be a non-negative number of seconds, not None"),
+            (lambda w, r: r.receive().nack(-1), "delay must be"),
+            (lambda w, r: r.receive().extend("x"), "seconds must be a positive number of seconds, not 'x'"),
+            (
+                lambda w, r: connect(URL).admin().failed_retry(cast(Any, 5)),
+                r"seqs must be a list.*, not 5.*\[5\]",
+            ),
+            (
+                lambda w, r: connect(URL).admin().failed_drop(cast(Any, "x")),
+                "sequence number must be a whole number",
+            ),
+        ],
+    )
+    def test_a_wrong_one_is_named_with_what_to_write(
+        self, writer: SpoolWriter, reader: SpoolReader, wrong: Callable[..., Any], said: str
+    ) -> None:
+        writer.put(ONE)
+        with pytest.raises(ValueError, match=said):
+            wrong(writer, reader)
+        assert connect(URL).admin().stat().live_sessions == 2
+        assert connect(URL).admin().stat().puts == 1
+
+    def test_numbers_of_numpy_are_numbers(self) -> None:
+        two, half = np.int64(2), np.float32(0.5)
+        limits = anything.Limits(maxsize=np.uint8(3), max_bytes=np.int32(10**6))
+        with anything.SpoolWriter(URL, limits=limits, max_attempts=two) as writer:
+            assert repr(connect(URL).admin().stat().limits).count("np.") == 0
+            writer.put(ONE, np.bool(True), half, meta={"n": two, "f": half, "b": np.bool(False)})
+            writer.put(ONE, timeout=two)
+        with anything.SpoolReader(URL, lease=half) as reader:
+            item = reader.receive(timeout=half)
+            assert item.meta == {"n": 2, "f": 0.5, "b": False}
+            assert [type(each) for each in item.meta.values()] == [int, float, bool]
+            item.extend(two)
+            item.nack(np.float16(0))
+            assert len(reader.get_many(two, np.bool(False))) == 2
+
+    @pytest.mark.parametrize("name", ["spool", "größe", "\udce9"])
+    def test_path_may_be_bytes(self, tmp_path: Path, name: str) -> None:
+        place = os.fsencode(tmp_path / name)
+        with anything.SpoolWriter(place) as writer:
+            writer.put(ONE)
+            assert os.fsencode(writer.path) == place
+        for look in (anything.stat, anything.gc, anything.fsck, anything.failed_list):
+            look(place)
+        with anything.SpoolReader(tmp_path / name) as reader:
+            assert reader.get(block=False) == ONE
 
     def test_metas_must_be_one_for_each(self, writer: SpoolWriter, reader: SpoolReader) -> None:
         with pytest.raises(ValueError, match="2 arrays but 1 metas"):
@@ -149,6 +247,43 @@ class TestWriter:
         assert (item.array.tolist(), item.meta) == ([7, 7, 7], "lent")
         assert np.shares_memory(item.array, array)
         assert not array.flags.writeable
+
+    def test_loans_arrive_in_the_order_in_which_they_are_committed(
+        self, writer: SpoolWriter, reader: SpoolReader
+    ) -> None:
+        loans = [writer.loan(3, meta=number) for number in range(4)]
+        with loans[0] as first, loans[1] as second:
+            first[:], second[:], loans[2].array[:] = 1, 2, 3
+            assert (loans[2].commit(), loans[0].commit(), writer.qsize()) == (1, 2, 2)
+            assert not first.flags.writeable
+        loans[3].discard()
+        loans[3].discard()
+        loans[2].discard()
+        for loan in loans:
+            for use in (loan.commit, lambda loan=loan: loan.array, loan.__enter__):
+                with pytest.raises(AlreadySettled):
+                    use()
+        assert [int(array[0]) for array in reader.get_many(9)] == [3, 1, 2]
+
+    def test_loan_that_finds_no_room_stays_one(self) -> None:
+        with SpoolWriter(URL, maxsize=1) as writer, SpoolReader(URL) as reader:
+            loan = writer.loan(3)
+            loan.array[:] = 7
+            writer.put(ONE)
+            for wait in ({"block": False}, {"timeout": 0.01}):
+                with pytest.raises(Full):
+                    loan.commit(**wait)
+            reader.get()
+            assert loan.commit(block=False) == 2
+
+    def test_loan_given_up_in_its_block_is_not_put(self, writer: SpoolWriter) -> None:
+        with writer.loan(3) as array, writer.loan(3) as other:
+            array[:] = other[:] = 1
+            assert writer.empty()
+        loan = writer.loan(3)
+        with loan:
+            loan.discard()
+        assert writer.qsize() == 2
 
     def test_what_the_engine_cannot_do_is_said(self, writer: SpoolWriter, reader: SpoolReader) -> None:
         for face in (writer, reader):
