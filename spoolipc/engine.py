@@ -94,15 +94,19 @@ class Producer(Session, Protocol):
 class Consumer(Session, Protocol):
     """An engine as a reader uses it."""
 
-    def take(self, limit: int, until: Deadline) -> list[Message]:
-        """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown."""
+    def take(self, limit: int, until: Deadline, writable: bool = False) -> list[Message]:
+        """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown.
+
+        writable: the arrays may be written, which nobody else sees; copied at once or page by page.
+        """
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         """Take up to `limit` items in flight, for `lease` seconds (None: as long as this session lives); waits only
         for the first. Raises Empty, ShutDown."""
 
-    def load(self, delivery: Delivery) -> Message:
-        """The whole of an item in flight here. Raises BadItem, having dead-lettered it; LeaseExpired."""
+    def load(self, delivery: Delivery, writable: bool = False) -> Message:
+        """The whole of an item in flight here; `writable` as for `take`. Raises BadItem, having dead-lettered it;
+        LeaseExpired."""
 
     def describe(self, delivery: Delivery) -> Contents:
         """What an item in flight here says of itself, read without its arrays. Raises what `load` raises."""

@@ -10,10 +10,12 @@ from typing import Self
 from .engine import Consumer
 from .engine import Loan as Lent
 from .errors import AlreadySettled, BadItem, LeaseExpired, SpoolError
+from .format.item import copied
 from .message import (
     Ack,
     Array,
     Contents,
+    Copy,
     Delivery,
     Extend,
     Json,
@@ -23,6 +25,7 @@ from .message import (
     Verdict,
     deadline_of,
     duration,
+    on_write,
 )
 
 _log = logging.getLogger("spoolipc")
@@ -38,8 +41,9 @@ class Item:
     read before `array` or `arrays` is asked for.
     """
 
-    def __init__(self, consumer: Consumer, delivery: Delivery) -> None:
+    def __init__(self, consumer: Consumer, delivery: Delivery, copy: Copy = False) -> None:
         self._consumer = consumer
+        self._copy = copy
         self._delivery = delivery
         self._contents: Contents | None = None
         self._message: Message | None = None
@@ -80,7 +84,7 @@ class Item:
 
     @property
     def array(self) -> Array:
-        """The item's array, read-only: a view of the file's pages when it is over 16 KB.
+        """The item's array; unless received with `copy`, it is read-only, and over 16 KB a view of the file's pages.
 
         It stays as it is for as long as any view of it is left, whatever becomes of the item. Raises BadItem
         when the item is damaged (it is then a dead letter), LeaseExpired, TypeError when the item has named arrays.
@@ -92,14 +96,19 @@ class Item:
 
     @property
     def arrays(self) -> Mapping[str, Array]:
-        """The item's named arrays, each a read-only view of the same file. An unnamed array is named ""."""
+        """The item's named arrays, each as `array` is. An unnamed array is named ""."""
         message = self._load()
         return dict(zip(message.names or ("",), message.arrays, strict=True))
 
     def _load(self) -> Message:
         if self._message is None:
             try:
-                self._message = self._consumer.load(self._delivery)
+                if not self._copy:
+                    self._message = self._consumer.load(self._delivery)
+                elif on_write(self._copy):
+                    self._message = self._consumer.load(self._delivery, True)
+                else:
+                    self._message = copied(self._consumer.load(self._delivery))
             except BadItem:
                 self._settled = "dead-lettered"
                 raise

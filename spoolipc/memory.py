@@ -52,14 +52,14 @@ class _Item:
     due: float = 0.0
     history: list[values.Failure] = field(default_factory=list)
 
-    @property
-    def message(self) -> Message:
-        """What is in it, the arrays as read-only views."""
-        return items.message(self.image, *items.parse(self.image, len(self.image)), copy=False)
+    def message(self, writable: bool = False) -> Message:
+        """What is in it, the arrays as read-only views, or as copies."""
+        blocks, tail = items.parse(self.image, len(self.image))
+        return items.message(self.image, blocks, tail, copy=writable, writeable=writable)
 
     def letter(self) -> values.DeadLetter:
         """What is told of it as a dead letter."""
-        arrays, names, meta, put_time, _ = self.message
+        arrays, names, meta, put_time, _ = self.message()
         each = zip(names or (None,) * len(arrays), arrays, strict=True)
         stored = tuple(values.StoredArray(name, str(a.dtype), a.shape, a.nbytes) for name, a in each)
         size, history = len(self.image), tuple(self.history)
@@ -376,13 +376,13 @@ class Loan:
 class Consumer(_Session):
     """A reader's side."""
 
-    def take(self, limit: int, until: Deadline) -> list[Message]:
+    def take(self, limit: int, until: Deadline, writable: bool = False) -> list[Message]:
         with self._spool.step(self) as spool:
             found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
             spool.gets += len(found)
             for item in found:
                 spool.remove(item)
-            return [item.message for item in found]
+            return [item.message(writable) for item in found]
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         seconds = math.inf if lease is None else lease
@@ -393,12 +393,12 @@ class Consumer(_Session):
     def peek(self, until: Deadline) -> values.Peeked:
         with self._spool.step(self) as spool:
             (item,) = retry(lambda: spool.deliverable(self, 1), self._wait, until)
-            _, names, meta, put_time, _ = item.message
+            _, names, meta, put_time, _ = item.message()
             return values.Peeked(item.seq, item.attempt, put_time / 1e9, len(item.image), names, meta)
 
-    def load(self, delivery: Delivery) -> Message:
+    def load(self, delivery: Delivery, writable: bool = False) -> Message:
         with self._spool.step(self):
-            return self._in_flight(delivery).message
+            return self._in_flight(delivery).message(writable)
 
     def describe(self, delivery: Delivery) -> values.Contents:
         return values.Contents(*self.load(delivery)[1:])

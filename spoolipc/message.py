@@ -18,6 +18,10 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Arrays: TypeAlias = Any
 """An array, or a dict of named arrays: "Any" spares the callers who know which."""
 Json: TypeAlias = Any
+Copy: TypeAlias = bool | Literal["on-write"]
+"""Whose the arrays delivered are: False, the spool's; True, one's own; "on-write", one's own as far as they are
+written.
+"""
 Deadline: TypeAlias = float | None
 """Until when to wait, in seconds of the monotonic clock: None for ever, NOW not at all."""
 NOW: Final = 0.0
@@ -75,6 +79,15 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def on_write(copy: Copy) -> bool:
+    """Whether "on-write" is what is asked for. Raises ValueError for what is no `Copy`."""
+    if isinstance(copy, (bool, np.bool)):
+        return False
+    if copy != "on-write":
+        raise ValueError(f'copy must be True, False or "on-write", not {copy!r}')
+    return True
+
+
 def numbers_of(seqs: Iterable[int]) -> list[int]:
     """Sequence numbers, each once and in order. Raises ValueError for what is no list of such."""
     if not isinstance(seqs, Iterable):
@@ -120,9 +133,9 @@ DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_atte
 class Message(NamedTuple):
     """One item as it is put and as it is delivered.
 
-    arrays: base ndarrays, in order; delivered ones are read-only. names: one for each, None for a single unnamed
-    array. meta: any JSON value. put_time: wall clock, ns; 0 before it is put. id: 32 hexadecimal digits that stay the
-    item's own when it is moved to another spool; "" lets the engine choose.
+    arrays: base ndarrays, in order; delivered ones are read-only unless asked for otherwise. names: one for each, None
+    for a single unnamed array. meta: any JSON value. put_time: wall clock, ns; 0 before it is put. id: 32 hexadecimal
+    digits that stay the item's own when it is moved to another spool; "" lets the engine choose.
     """
 
     arrays: tuple[Array, ...]

@@ -30,6 +30,8 @@ from .message import (
     Array,
     Arrays,
     ArraySpec,
+    Copy,
+    Deadline,
     Json,
     Limits,
     Message,
@@ -37,6 +39,7 @@ from .message import (
     deadline_of,
     duration,
     flag,
+    on_write,
     whole,
 )
 
@@ -289,47 +292,59 @@ class SpoolReader(_Face):
         self._consumer: Consumer = engine.consumer(options)
         self._session = self._consumer
 
-    def get(self, block: bool = True, timeout: float | None = None, *, copy: bool = False) -> Arrays:
+    def get(self, block: bool = True, timeout: float | None = None, *, copy: Copy = False) -> Arrays:
         """Take the next item off the spool: its array, or a dict of its named arrays.
 
         block, timeout: wait for an item, for ever or for `timeout` seconds; without `block` not at all.
-        copy: return arrays of your own, writable. Otherwise they are read-only, and over 16 KB they are views
-        of the item's file, which stays as it is for as long as any view of it is left.
+        copy: False, the arrays are read-only, and over 16 KB they are views of the item's file, which stays as it is
+        for as long as any view of it is left; "on-write", they are writable, and a page is copied when it is first
+        written, which nobody else sees; True, they are writable and your own, and the file is not needed any more.
 
         Raises Empty when no item comes in time, ShutDown when the spool was shut down and is empty.
         A damaged item becomes a dead letter and the next one is returned.
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
+        if copy:
+            return self._take_copies(1, until, copy)[0]
         message = self._consumer.take(1, until)[0]
-        if copy or message.names is not None:
-            return _arrays(message, copy)
-        return message.arrays[0]
+        return message.arrays[0] if message.names is None else _arrays(message)
+
+    def _take_copies(self, limit: int, until: Deadline, copy: Copy) -> list[Arrays]:
+        if on_write(copy):
+            return list(map(_arrays, self._consumer.take(limit, until, True)))
+        return list(map(_arrays, map(copied, self._consumer.take(limit, until))))
 
     def get_many(
-        self, limit: int, block: bool = True, timeout: float | None = None, *, copy: bool = False
+        self, limit: int, block: bool = True, timeout: float | None = None, *, copy: Copy = False
     ) -> list[Arrays]:
         """Take what waits, up to `limit` items, in one step; waits only for the first.
 
         Other parameters and errors are those of `get`.
         """
-        messages = self._consumer.take(whole("limit", limit, 1), deadline_of(block, timeout))
-        return [_arrays(message, copy) for message in messages]
+        limit, until = whole("limit", limit, 1), deadline_of(block, timeout)
+        if copy:
+            return self._take_copies(limit, until, copy)
+        return list(map(_arrays, self._consumer.take(limit, until)))
 
-    def get_nowait(self, *, copy: bool = False) -> Arrays:
+    def get_nowait(self, *, copy: Copy = False) -> Arrays:
         """Get without waiting: `get(block=False)`."""
         return self.get(block=False, copy=copy)
 
     def __iter__(self) -> Iterator[Arrays]:
         """Get item after item, until the spool was shut down and is empty."""
+        return self.arrays()
+
+    def arrays(self, *, copy: Copy = False) -> Iterator[Arrays]:
+        """Get item after item, as iteration does; `copy` is that of `get`."""
         while True:
             try:
-                array = self.get()
+                array = self.get(copy=copy)
             except ShutDown:
                 return
             yield array
             del array  # not held while waiting for the next
 
-    def receive(self, block: bool = True, timeout: float | None = None) -> Item:
+    def receive(self, block: bool = True, timeout: float | None = None, *, copy: Copy = False) -> Item:
         """Take the next item in flight, to be settled when the work on it is done.
 
             with reader.receive() as item:
@@ -337,23 +352,25 @@ class SpoolReader(_Face):
 
         acknowledges it at the end, and requeues it when `work` raises, when this process dies, or when the
         lease ends. An item requeued is delivered before all that was never delivered; after `max_attempts`
-        it is a dead letter.
+        it is a dead letter. `copy` is that of `get`, for the item's arrays.
 
         Raises Empty when no item comes in time, ShutDown when the spool was shut down, nothing waits and
         nobody else has an item in flight.
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
-        return Item(self._consumer, self._consumer.claim(1, self._lease, until)[0])
+        if copy:
+            on_write(copy)  # or it is a ValueError, before anything is received
+        return Item(self._consumer, self._consumer.claim(1, self._lease, until)[0], copy)
 
-    def items(self) -> Iterator[Item]:
-        """Receive item after item, until the spool was shut down and has ended.
+    def items(self, *, copy: Copy = False) -> Iterator[Item]:
+        """Receive item after item, until the spool was shut down and has ended; `copy` is that of `get`.
 
         Each is acknowledged when the next is asked for, unless it was settled by hand; one whose loop body
         raises or breaks is requeued.
         """
         while True:
             try:
-                item = self.receive()
+                item = self.receive(copy=copy)
             except ShutDown:
                 return
             with item:
@@ -417,7 +434,7 @@ def _message(array: Array | Mapping[str, Array], meta: Json) -> Message:
     return Message(tuple(map(plain, array.values())), tuple(array), meta)
 
 
-def _arrays(message: Message, copy: bool) -> Arrays:
+def _arrays(message: Message) -> Arrays:
     """What `get` returns of a message."""
-    arrays = tuple(map(copied, message.arrays)) if copy else message.arrays
-    return arrays[0] if message.names is None else dict(zip(message.names, arrays, strict=True))
+    names, arrays = message.names, message.arrays
+    return arrays[0] if names is None else dict(zip(names, arrays, strict=True))

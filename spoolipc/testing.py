@@ -322,6 +322,22 @@ class EngineSuite(SharedSuite):
         assert not any(found.arrays[0].any() for found in taken)
         assert not any(found.arrays[0].flags.writeable for found in taken)
 
+    @SIZES
+    def test_arrays_to_be_written_are_nobody_elses(self, size: int) -> None:
+        self.put(0, 1, 2, size=size)
+        found = self.consumer.take(1, NOW, True)
+        deliveries = self.consumer.claim(2, None, NOW)
+        found += [self.consumer.load(delivery, True) for delivery in deliveries]
+        for each in found:
+            each.arrays[0][size // 2 :] = 7
+        self.settle(deliveries[0], Nack(0, ""))
+        self.settle(deliveries[1], Ack())
+        assert self.take() == [1]
+        self.go_on(size)
+        for number, each in enumerate(found):
+            assert (each.arrays[0][: size // 2] == number).all()
+            assert (each.arrays[0][size // 2 :] == 7).all()
+
     def test_either_side_may_come_first_and_items_outlive_all_sessions(self) -> None:
         refused(Empty, self.take)
         seqs = self.put(0, 1)

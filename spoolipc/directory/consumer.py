@@ -53,28 +53,30 @@ class DirectoryConsumer(Receiver):
     # Taking
 
     @operation
-    def take(self, limit: int, until: Deadline) -> list[Message]:
+    def take(self, limit: int, until: Deadline, writable: bool = False) -> list[Message]:
         """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown."""
         some = self._take_verified if self.verify else self._take_some
         try:
-            return some(limit, until == NOW)
+            return some(limit, until == NOW, writable)
         except Empty:
             if until == NOW:
                 raise
-        return retry(lambda: some(limit, True), self.wait_for_item, until)
+        return retry(lambda: some(limit, True, writable), self.wait_for_item, until)
 
-    def _take_some(self, limit: int, sure: bool) -> list[Message]:
+    def _take_some(self, limit: int, sure: bool, writable: bool) -> list[Message]:
         """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
         words = self.session.look()
-        ahead = self.look_ahead(words, limit)
+        ahead = self.look_ahead(words, limit, writable)
         if not (ahead or sure or words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] or words[W.SHUTDOWN]):
             raise self.nothing(False)
-        got, ended = self.session.step(self._take, limit, ahead)
+        got, ended = self.session.step(self._take, limit, ahead, writable)
         if not got:
             raise self.nothing(ended)
         return got
 
-    def _take(self, limit: int, ahead: list[Opened]) -> tuple[tuple[list[Message], bool], int, int]:
+    def _take(
+        self, limit: int, ahead: list[Opened], writable: bool
+    ) -> tuple[tuple[list[Message], bool], int, int]:
         """Take items that are the next; and whether nothing can come any more. A step.
 
         What was taken is returned, whatever fails later: the next call meets it again.
@@ -94,7 +96,7 @@ class DirectoryConsumer(Receiver):
                     _, found, pinned, single = ahead.pop()
                 else:
                     try:
-                        _, found, pinned, single = self.open(words, record, seq)
+                        _, found, pinned, single = self.open(words, record, seq, writable)
                     except BadItem as error:
                         recycler.mappings.forget(words[record + W.GENERATION])
                         set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
@@ -115,7 +117,7 @@ class DirectoryConsumer(Receiver):
         space += len(got)
         return (got, not got and self.has_ended()), items + self.pass_on(space), space
 
-    def _take_verified(self, limit: int, sure: bool) -> list[Message]:
+    def _take_verified(self, limit: int, sure: bool, writable: bool) -> list[Message]:
         """Claim, read every byte without the lock, acknowledge; a damaged item is dead-lettered and another claimed."""
         got: list[Message] = []
         while not got:
@@ -123,7 +125,7 @@ class DirectoryConsumer(Receiver):
             try:
                 for delivery in claimed:
                     try:
-                        message = self._load(delivery)
+                        message = self._load(delivery, writable)
                     except BadItem:  # in failed/ now, and logged
                         continue
                     self.session.step(self._ack, [delivery])
@@ -188,13 +190,12 @@ class DirectoryConsumer(Receiver):
                 done += 1
         return None, done, 0
 
-    def _load(self, delivery: Delivery) -> Message:
-        """The whole of an item in flight here; its arrays are read-only. Raises BadItem, having dead-lettered it;
-        LeaseExpired."""
+    def _load(self, delivery: Delivery, writable: bool = False) -> Message:
+        """The whole of an item in flight here. Raises BadItem, having dead-lettered it; LeaseExpired."""
         claim: Claim = delivery.handle
         words, record, table = self._look_at(delivery)
         try:
-            _, found, pinned, claim.single = self.open(words, record, claim.seq)
+            _, found, pinned, claim.single = self.open(words, record, claim.seq, writable)
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
             raise

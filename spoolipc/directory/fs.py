@@ -75,13 +75,16 @@ give_way: Final[list[Callable[[], None]]] = []
 """Called when there is no room for a mapping, which is then tried once more: lets go of what is only kept for speed."""
 
 
-def map_file(fd: int, size: int, *, writable: bool = False, populate: bool = False) -> mmap.mmap:
-    """A shared mapping of the first `size` bytes of a file, which needs no descriptor from then on.
+def map_file(
+    fd: int, size: int, *, writable: bool = False, populate: bool = False, private: bool = False
+) -> mmap.mmap:
+    """A mapping of the first `size` bytes of a file, which needs no descriptor from then on.
 
-    populate: enter its pages into the page table at once. Raises OSError.
+    populate: enter its pages into the page table at once. private: a page is copied when it is first written, and
+    changes for nobody else. Raises OSError.
     """
-    prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
+    prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable or private else 0)
+    flags = (mmap.MAP_PRIVATE if private else mmap.MAP_SHARED) | (mmap.MAP_POPULATE if populate else 0)
     try:
         return _map(fd, size, flags, prot)
     except OSError as error:

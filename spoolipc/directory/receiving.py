@@ -80,14 +80,14 @@ class Receiver(Side):
             return ShutDown(f"the spool {self.path} was shut down and has no more items")
         return Empty(f"no item waits in {self.path}")
 
-    def look_ahead(self, words: Words, limit: int) -> list[Opened]:
+    def look_ahead(self, words: Words, limit: int, writable: bool) -> list[Opened]:
         """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
         found: list[Opened] = []
         record = words[W.REDELIVERY_HEAD] or words[W.READY_HEAD]
         top = min(words[W.CAPACITY], len(words)) - W.RECORD  # the file may have grown beyond what is mapped
         while W.HEADER <= record <= top:
             try:
-                found.append(self.open(words, record, words[record + W.SEQ]))
+                found.append(self.open(words, record, words[record + W.SEQ], writable))
             except (BadItem, OSError):
                 break  # gone meanwhile, or damaged: the locked step will see which
             if len(found) == limit or len(found) == _AHEAD:
@@ -96,8 +96,9 @@ class Receiver(Side):
         found.reverse()
         return found
 
-    def open(self, words: Words, record: int, seq: int) -> Opened:
-        """Map or read an item's file. Raises BadItem, UnknownVersion, OSError."""
+    def open(self, words: Words, record: int, seq: int, writable: bool = False) -> Opened:
+        """Map or read an item's file; writable: so that the arrays may be written, which nobody else sees. Raises
+        BadItem, UnknownVersion, OSError."""
         name, items, mappings = f"{seq:020d}.npy", self.session.directories.items, self.recycler.mappings
         try:
             status = fs.stat_at(name, dir_fd=items)
@@ -106,13 +107,16 @@ class Receiver(Side):
             raise BadItem("its file is missing") from None
         size, generation = status[6], words[record + W.GENERATION]
         kept = mappings.kept.get(generation)
-        if kept is not None and kept.identity == status[1:3] and kept.size == size:
+        if kept is not None and kept.identity == status[1:3] and kept.size == size and not writable:
             buffer: Buffer = kept.buffer
         else:
             check_regular(status)
             if not size:
                 raise BadItem("the file is empty")
-            if size <= SMALL and not mappings.wants(generation):
+            if writable:
+                with ItemFile(items, name) as file:
+                    buffer = file.map(private=True)
+            elif size <= SMALL and not mappings.wants(generation):
                 with ItemFile(items, name) as file:
                     buffer = file.read(size)
             else:
@@ -122,7 +126,8 @@ class Receiver(Side):
             verify(buffer, tail)
         pinned = tail.data_end > SMALL
         copied = not pinned and type(buffer) is not bytes
-        return seq, message(buffer, blocks, tail, copy=copied), pinned, status[3] == 1
+        found = message(buffer, blocks, tail, copy=copied, writeable=writable)
+        return seq, found, pinned, status[3] == 1
 
     def begin(self, leave: int = 0) -> tuple[int, int]:
         """What every step of a reader does first: keep house when it is due, let go of files that no array shows any

@@ -294,23 +294,31 @@ def view(buffer: Buffer, block: Block, *, writeable: bool = False) -> Array:
     return array
 
 
-def message(buffer: Buffer, blocks: Sequence[Block], footer: Footer, *, copy: bool) -> Message:
+def message(
+    buffer: Buffer, blocks: Sequence[Block], footer: Footer, *, copy: bool, writeable: bool = False
+) -> Message:
     """The message in an item file.
 
     buffer: as for `view`. blocks, footer: as `parse` returned them for it. copy: whether the arrays are over a copy of
-    their own and do not need the buffer. Returns read-only arrays either way.
+    their own and do not need the buffer. writeable: whether they let themselves be written.
     """
     put_time, _, _, names, meta, id, _, _, _ = footer
     if copy:  # not by numpy, which would lose padding
-        buffer = bytes(buffer[: footer.data_end])
-    one = len(blocks) == 1
-    arrays = (view(buffer, blocks[0]),) if one else tuple([view(buffer, block) for block in blocks])
+        buffer = (bytearray if writeable else bytes)(buffer[: footer.data_end])
+    if len(blocks) == 1:
+        arrays: tuple[Array, ...] = (view(buffer, blocks[0], writeable=writeable),)
+    else:
+        arrays = tuple([view(buffer, block, writeable=writeable) for block in blocks])
     # Not Message(...), which is a call of Python code.
     return tuple.__new__(Message, (arrays, names, meta, put_time, id))
 
 
-def copied(array: Array) -> Array:
-    """A copy of an array, writable, in the same order of memory and with the same padding."""
+def copied(message: Message) -> Message:
+    """The same with arrays of one's own, writable, in the same order of memory and with the same padding."""
+    return message._replace(arrays=tuple(map(_copied, message.arrays)))
+
+
+def _copied(array: Array) -> Array:
     if not array.nbytes:
         return np.ndarray(array.shape, array.dtype, bytearray(1), order="F" if array.flags.fnc else "C")
     copy = np.empty_like(array)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.arrays import Array, same
+from support.arrays import Array, inode_of, same
 from support.calls import Call
 from support.peek import peek_table
 from support.peer import Peer
@@ -21,17 +21,6 @@ from support.peer import Peer
 from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter
 
 LARGE = 5000
-
-
-def inode_of(array: Array) -> int:
-    """The inode of the file whose mapping an array lies in, as the kernel says."""
-    address = array.ctypes.data
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, _, _, inode, *_ = line.split()
-        start, end = (int(part, 16) for part in span.split("-"))
-        if start <= address < end:
-            return int(inode)
-    raise AssertionError("the array is in no mapping")
 
 
 def files(spool: Path, part: str) -> list[Path]:

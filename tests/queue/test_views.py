@@ -6,12 +6,13 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from support.arrays import Array
+from support.arrays import Array, inode_of
 from support.peer import Peer
 
 from spoolipc import Empty, Item, SpoolReader, SpoolWriter
@@ -58,6 +59,60 @@ def test_any_view_of_a_view_keeps_the_file_as_it_is(
     before = kept.tobytes()
     traffic(writer, reader)
     assert kept.tobytes() == before
+
+
+@pytest.mark.parametrize("lent", [False, True], ids=["put", "lent"])
+@pytest.mark.parametrize("verify", [False, True], ids=["", "verified"])
+def test_array_copied_on_write_is_ones_own_where_it_was_written_and_the_item_s_elsewhere(
+    spool: Path, lent: bool, verify: bool
+) -> None:
+    with SpoolWriter(spool, checksum=True) as writer, SpoolReader(spool, verify=verify) as reader:
+        for _ in range(3):
+            if lent:
+                with writer.loan(SIZE) as array:
+                    array[:] = 7
+            else:
+                array = full_of(7)
+                writer.put(array)
+            item = reader.receive(copy="on-write")
+            inode = next((spool / "items").iterdir()).stat().st_ino
+            received = item.array
+            assert inode_of(received) == inode  # nothing was copied
+            received[: SIZE // 2] = -1
+            assert (array == 7).all()
+            item.nack()
+            got = reader.get(copy="on-write")
+            assert (got == 7).all()
+            got[SIZE // 2 :] = -2
+            for each in (received, got):
+                assert each.flags.writeable
+            del item
+            traffic(writer, reader)
+            assert (set(received[: SIZE // 2]), set(received[SIZE // 2 :])) == ({-1.0}, {7.0})
+            assert (set(got[: SIZE // 2]), set(got[SIZE // 2 :])) == ({7.0}, {-2.0})
+
+
+@pytest.mark.parametrize("size", [10, SIZE])
+@pytest.mark.parametrize("copy", [True, "on-write"])
+def test_every_way_to_get_gives_arrays_that_may_be_written(spool: Path, copy: Any, size: int) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put_many([np.zeros(size)] * 6)
+        writer.put({"a": np.zeros(size), "b": np.zeros(3)})
+        writer.shutdown()
+        arrays = [reader.get(copy=copy), *reader.get_many(1, copy=copy), reader.get_nowait(copy=copy)]
+        with reader.receive(copy=copy) as item:
+            arrays.append(item.array)
+        arrays.append(next(iter(reader.arrays(copy=copy))))
+        for number, item in enumerate(reader.items(copy=copy)):
+            arrays += item.arrays.values()
+            item.array if number == 0 else item.arrays  # noqa: B018
+        assert len(arrays) == 8
+        for array in arrays:
+            array += 1
+            assert (array == 1).all()
+        for call in (reader.get, reader.receive, partial(reader.get_many, 1)):
+            with pytest.raises(ValueError, match='copy must be True, False or "on-write", not'):
+                call(copy=cast(Any, "always"))
 
 
 def test_view_got_in_another_process_stays_while_this_one_puts(

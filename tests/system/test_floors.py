@@ -57,7 +57,7 @@ FLOORS: Final = {
     "memory": "engine format.footer format.item",
     "connect": "engine directory memory",
     "admin": "connect",
-    "item": "engine",
+    "item": "engine format.item",
     "queue": "engine format.item connect item",
     "spoolipc": "admin item queue check gc repair",
     "cli.text": "check gc",
