@@ -7,6 +7,7 @@ left. The frames here are counted ones: every pixel of frame 7 is 7.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -45,6 +46,8 @@ def main() -> None:
     )
     parser.add_argument("--consumers", type=int, default=3, help="how many processes get them (default 3)")
     options = parser.parse_args()
+    if options.frames < 0 or options.consumers < 1:
+        parser.error("--frames must be at least 0, and --consumers at least 1")
 
     with tempfile.TemporaryDirectory(prefix="spoolipc-camera-") as directory:
         spool = Path(directory, "frames")
@@ -60,7 +63,9 @@ def main() -> None:
     for name, share in enumerate(shares):
         print(f"consumer {name} saw {len(share)} frames, in order: {share == sorted(share)}")
     everything = sorted(number for share in shares for number in share)
-    print(f"{filmed} frames taken, each seen exactly once: {everything == list(range(filmed))}")
+    complete = everything == list(range(filmed))
+    print(f"{filmed} frames taken, each seen exactly once: {complete}")
+    sys.exit(not complete)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ def main() -> None:
         "--dies-after", type=int, default=7, help="items the first consumer handles (default 7)"
     )
     options = parser.parse_args()
+    if min(options.items, options.dies_after) < 1:
+        parser.error("--items and --dies-after must be at least 1")
 
     with tempfile.TemporaryDirectory(prefix="spoolipc-resume-") as directory:
         spool, results = Path(directory, "spool"), Path(directory, "results")
@@ -65,6 +68,7 @@ def main() -> None:
         print(f"second consumer ended with {ended}, it handled {len(rest)}: {' '.join(rest)}")
         complete = [int(number) for number in everything] == list(range(options.items))
         print(f"every item handled exactly once, in order: {complete}")
+    sys.exit(not complete)
 
 
 if __name__ == "__main__":

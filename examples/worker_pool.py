@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -59,6 +60,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40, help="how many images (default 40)")
     parser.add_argument("--workers", type=int, default=3, help="how many processes (default 3)")
     options = parser.parse_args()
+    if min(options.images, options.workers) < 2:
+        parser.error(
+            "--images and --workers must be at least 2: one worker is killed in the midst of its second image"
+        )
 
     processes = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="spoolipc-pool-") as directory:
@@ -88,11 +93,13 @@ def main() -> None:
     again = sorted(number for share in shares for number, attempt in share if attempt > 1)
     print(f"the first worker ended with {workers[0].exitcode}, others did again: {again}")
     wanted = [number for number in range(options.images) if number != POISON]
-    print(f"every image but one was done exactly once: {done == wanted}")
+    complete = done == wanted
+    print(f"every image but the black one was done exactly once: {complete}")
     for letter in letters:
         print(f"dead letter: image {letter.meta['number']}, {letter.attempts} attempts")
         for failure in letter.history:
             print(f"  attempt {failure.attempt}: {failure.why}")
+    sys.exit(not complete)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,42 @@ def test_help_is_worth_reading(tmp_path: Path, name: str) -> None:
     assert len(ran.stdout.splitlines()) > 8
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        (ARTICLE, "--workers=0", "--workers and --rounds must be at least 1"),
+        ("camera_pipeline.py", "--consumers=0", "--consumers at least 1"),
+        ("camera_pipeline.py", "--frames=-1", "--frames must be at least 0"),
+        ("resume_after_crash.py", "--items=0", "must be at least 1"),
+        ("resume_after_crash.py", "--dies-after=0", "must be at least 1"),
+        ("worker_pool.py", "--workers=0", "must be at least 2"),
+        ("worker_pool.py", "--workers=1", "must be at least 2"),
+        ("worker_pool.py", "--images=-1", "must be at least 2"),
+    ],
+)
+def test_numbers_that_show_nothing_are_refused(tmp_path: Path, name: str, args: str, said: str) -> None:
+    ran = run(tmp_path, name, args)
+    assert ran.returncode == 2
+    assert said in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("camera_pipeline.py", ["--frames=0", "--consumers=1"]),
+        ("resume_after_crash.py", ["--items=1", "--dies-after=1"]),
+        ("worker_pool.py", ["--images=2", "--workers=2"]),
+    ],
+)
+def test_smallest_numbers_will_do_time_after_time(tmp_path: Path, name: str, args: list[str]) -> None:
+    for _ in range(2):
+        ran = run(tmp_path, name, *args)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert "True" in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_camera_pipeline_shows_each_frame_to_one_consumer(tmp_path: Path) -> None:
     ran = run(tmp_path, "camera_pipeline.py", "--frames=60", "--consumers=2")
     assert ran.returncode == 0, ran.stderr
@@ -103,7 +139,7 @@ def test_worker_pool_survives_a_kill_and_sets_the_poison_aside(tmp_path: Path) -
     ran = run(tmp_path, "worker_pool.py", "--images=12", "--workers=2")
     assert ran.returncode == 0, ran.stderr
     assert "the first worker ended with -9, others did again: [1]" in ran.stdout
-    assert "every image but one was done exactly once: True" in ran.stdout
+    assert "every image but the black one was done exactly once: True" in ran.stdout
     assert "dead letter: image 5, 3 attempts" in ran.stdout
     assert ran.stdout.count(": ValueError: image 5 is black") == 3
     assert list(tmp_path.iterdir()) == []
