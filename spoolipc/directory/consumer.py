@@ -22,7 +22,7 @@ from .itemfile import ItemFile
 from .layout import item_name
 from .quarantine import set_aside
 from .receiving import Opened, Receiver
-from .recycling import Pin
+from .recycling import SECOND, Pin, keeper
 from .session import operation
 from .table import Words, active
 from .transitions import first
@@ -145,6 +145,8 @@ class DirectoryConsumer(Receiver):
 
     def _claim_some(self, limit: int, lease: float | None) -> list[Delivery]:
         due = _due_in(lease) if lease is not None else 0
+        if not 0 <= time.monotonic_ns() - keeper.now < SECOND:
+            self.recycler.mappings.sweep(self.session.look())
         taken: list[Delivery] = []  # filled by the step: an interrupt leaves nothing in flight unknown
         try:
             ended = self.session.step(self._claim, limit, due, taken)

@@ -26,7 +26,7 @@ from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .pool import LARGE, find_pooled, has_room, places
-from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, Pin, Recycler, rounded
+from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, SECOND, Pin, Recycler, keeper, rounded
 from .session import Session, Side, operation
 from .staging import Staged, Staging
 from .table import Words, active, bucket
@@ -105,6 +105,8 @@ class DirectoryProducer(Side):
         """Put as many of the messages not yet in `seqs` as there is room for, at most 64; `staged` are the next of
         them already. Raises Full when there is room for none, ShutDown, TooLarge, UnsupportedArray."""
         start = len(seqs)
+        if not 0 <= time.monotonic_ns() - keeper.now < SECOND:
+            self._recycler.mappings.sweep(self.session.look())
         if not staged:
             if self._places <= 0:
                 self._look_for_room(_need(messages[start]))
@@ -188,12 +190,8 @@ class DirectoryProducer(Side):
 
     def _each_second(self) -> None:
         housekeeping.round_if_due(self.session)
-        if self._recycler.mappings.is_sweep_due(self.session.look()):
-            self.session.step(self._sweep)
-
-    def _sweep(self) -> tuple[None, int, int]:
-        self._recycler.mappings.sweep(self.session.journal.words)
-        return None, 0, 0
+        if keeper.is_due():
+            self._recycler.mappings.sweep(self.session.look())
 
     # Committing
 
@@ -206,8 +204,6 @@ class DirectoryProducer(Side):
             raise self._shut_down()
         if recycler.pins.pending:
             recycler.reclaim()
-        if words[W.HOUSEKEPT] != recycler.mappings.swept:
-            recycler.mappings.sweep(words)
         try:
             while staged:
                 seq = self._commit(staged[0])

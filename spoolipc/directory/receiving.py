@@ -8,6 +8,7 @@ opened ahead is the item, or is thrown away.
 from __future__ import annotations
 
 import os
+import time
 from typing import Final, TypeAlias
 
 from ..engine import ConsumerOptions, Kind
@@ -22,7 +23,7 @@ from .itemfile import ItemFile, check_regular
 from .journal import Journal
 from .pool import may_pool
 from .quarantine import forget_history
-from .recycling import SMALL, Pin, Recycler
+from .recycling import SECOND, SMALL, Pin, Recycler, keeper
 from .session import MEMBERS, Session, Side, is_due
 from .table import Words, active
 from .transitions import consume
@@ -83,6 +84,8 @@ class Receiver(Side):
     def look_ahead(self, words: Words, limit: int, writable: bool) -> list[Opened]:
         """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
         found: list[Opened] = []
+        if not 0 <= time.monotonic_ns() - keeper.now < SECOND:
+            self.recycler.mappings.sweep(words)
         record = words[W.REDELIVERY_HEAD] or words[W.READY_HEAD]
         top = min(words[W.CAPACITY], len(words)) - W.RECORD  # the file may have grown beyond what is mapped
         while W.HEADER <= record <= top:
@@ -109,6 +112,7 @@ class Receiver(Side):
         kept = mappings.kept.get(generation)
         if kept is not None and kept.identity == status[1:3] and kept.size == size and not writable:
             buffer: Buffer = kept.buffer
+            kept.used = keeper.now
         else:
             check_regular(status)
             if not size:
@@ -140,8 +144,6 @@ class Receiver(Side):
             words = session.journal.words
         if len(recycler.pins.pending) > leave:
             recycler.reclaim(leave)
-        if words[W.HOUSEKEPT] != recycler.mappings.swept:
-            recycler.mappings.sweep(words)
         return items, space
 
     def pass_on(self, done: int) -> int:
@@ -216,12 +218,13 @@ class Receiver(Side):
 
     def _each_second(self) -> None:
         housekeeping.round_if_due(self.session)
-        if self.recycler.mappings.is_sweep_due(self.session.look()):
+        if self.recycler.pins.pending:
             self.session.step(self._reclaim)
+        if keeper.is_due():
+            self.recycler.mappings.sweep(self.session.look())
 
     def _reclaim(self) -> tuple[None, int, int]:
         self.recycler.reclaim()
-        self.recycler.mappings.sweep(self.session.journal.words)
         return None, 0, 0
 
     def watch(self, kind: Kind) -> SessionWatch:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Final
 
 from ..errors import BadItem
@@ -33,8 +34,11 @@ SMALL: Final = 16384
 MOST_RESERVED: Final = 64
 """Files that one writer has reserved at most."""
 _MOST_KINDS: Final = 8  # reserved files kept for arrays of other sizes than the one being put
-_MOST_MAPPED: Final = 128  # mappings kept: each holds a descriptor
+_MOST_MAPPED: Final = 1024  # mappings kept by a process
 _MOST_MAPPED_BYTES: Final = 1 << 33
+SECOND: Final = 1_000_000_000
+"""In ns."""
+_UNUSED: Final = 5 * SECOND  # after which a mapping goes
 _MOST_SEEN: Final = 1024  # small files seen once and not worth a map yet
 ENOUGH_MAPPED: Final = 4
 """Mapped large files with which one of them is most likely free when the next is reserved."""
@@ -107,30 +111,30 @@ def _no_longer_alone() -> None:
 os.register_at_fork(before=_no_longer_alone)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Mapping:
-    """One mapped file. identity: its inode and device, in the order of `os.stat_result`."""
+    """One mapped file. identity: its inode and device, in the order of `os.stat_result`. used: when, to about a second,
+    in monotonic ns."""
 
     buffer: mmap.mmap
     identity: tuple[int, ...]
     size: int
     record: int
+    used: int
 
 
 class Mappings:
-    """Mappings kept: a file that comes back is already mapped, its pages already entered.
+    """Mappings that a session keeps: a file that comes back is already mapped, its pages already entered.
 
     Kept under the file's generation, which no other file ever has, and used again only when the file at hand is the
-    same one (device, inode, size). Bounded in number and in bytes; threads may share it.
+    same one (device, inode, size). Threads may share it, and what is kept may go at any moment: see `Keeper`.
     """
 
     def __init__(self, *, writable: bool) -> None:
         self._writable = writable
         self.kept: dict[int, Mapping] = {}
-        self._bytes = 0
-        self.swept = 0
         self._seen: set[int] = set()
-        self._mutex = threading.Lock()
+        keeper.members[id(self)] = self
 
     def wants(self, generation: int) -> bool:
         """Whether a small file is better mapped than read or written: when it is mapped, or comes back while there is
@@ -138,7 +142,7 @@ class Mappings:
         if generation in self.kept:
             return True
         if generation in self._seen:
-            return len(self.kept) < _MOST_MAPPED
+            return keeper.files > 0
         if len(self._seen) >= _MOST_SEEN:
             self._seen.clear()
         self._seen.add(generation)
@@ -154,6 +158,7 @@ class Mappings:
         kept = self.kept.get(generation)
         if kept is not None:
             if kept.identity == status[1:3] and kept.size == status[6]:
+                kept.used = keeper.now
                 return kept.buffer
             self.forget(generation)
         with ItemFile(directory, name, writable=self._writable) as file:
@@ -165,34 +170,87 @@ class Mappings:
 
     def keep(self, buffer: mmap.mmap, status: os.stat_result, generation: int, record: int) -> None:
         """Keep the mapping of a file for the next time it is seen."""
-        if status.st_size > _MOST_MAPPED_BYTES:
-            return
-        with self._mutex:
-            self.kept[generation] = Mapping(buffer, status[1:3], status.st_size, record)
-            self._bytes += status.st_size
-            while len(self.kept) > _MOST_MAPPED or self._bytes > _MOST_MAPPED_BYTES:
-                self._bytes -= self.kept.pop(next(iter(self.kept))).size
+        self.kept[generation] = Mapping(buffer, status[1:3], status.st_size, record, time.monotonic_ns())
+        keeper.note(status.st_size)
 
     def forget(self, generation: int) -> None:
         """Let go of a mapping; views of it keep their pages."""
-        with self._mutex:
-            gone = self.kept.pop(generation, None)
-            if gone is not None:
-                self._bytes -= gone.size
-
-    def is_sweep_due(self, words: Words) -> bool:
-        """Whether `sweep` has something to look at."""
-        return bool(self.kept) and words[W.HOUSEKEPT] != self.swept
+        self.kept.pop(generation, None)
 
     def sweep(self, words: Words) -> None:
-        """Let go of the mappings of files that are no more, once after each round of housekeeping; the caller holds the
-        index lock. A file that was unlinked would otherwise keep its memory for as long as it is mapped here."""
-        if words[W.HOUSEKEPT] == self.swept:
-            return
-        self.swept = words[W.HOUSEKEPT]
+        """Let go of the mappings of files that are no more, whose memory they would hold, and of all in this process
+        that were not used lately. For when `keeper` is due, and not in a step: to unmap takes its time."""
         for generation, mapping in list(self.kept.items()):
-            if words[mapping.record + W.GENERATION] != generation:
+            at = mapping.record + W.GENERATION
+            if at >= len(words) or words[at] != generation:
                 self.forget(generation)
+        keeper.sweep()
+
+
+class Keeper:
+    """What the sessions of this process keep mapped, all together: it gives way to whatever else needs the room.
+
+    It is bounded in number and in bytes, half of what RLIMIT_AS leaves at most; what was not used for some seconds goes
+    at the next call of any session; where a mapping cannot be made, all goes. There is no lock, as a collection or a
+    signal may lead here at any moment: what is counted may be a little off until it is counted again.
+
+    now: when it was last swept, in monotonic ns; due again a second later. files: how many more may be kept.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.members: weakref.WeakValueDictionary[int, Mappings] = weakref.WeakValueDictionary()
+        self.files, self._bytes = _MOST_MAPPED, 0
+        fs.give_way.append(self.let_go)
+
+    def is_due(self) -> bool:
+        """Whether it was not swept within the second."""
+        return not 0 <= time.monotonic_ns() - self.now < SECOND
+
+    def _all(self) -> list[Mappings]:
+        found = [member() for member in self.members.valuerefs()]
+        return [member for member in found if member is not None]
+
+    def note(self, size: int) -> None:
+        """One more is kept."""
+        self.files -= 1
+        self._bytes -= size
+        if self.files < 0 or self._bytes < 0:
+            self._trim(0)
+
+    def sweep(self) -> None:
+        """Let go of what was not used for some seconds."""
+        self.now = time.monotonic_ns()
+        self._trim(self.now - _UNUSED)
+
+    def _trim(self, since: int) -> None:
+        """Let go of what was not used since then and, above the limits, of what was used longest ago, a quarter at
+        once so that it is seldom counted."""
+        kept = [
+            (mapping.used, mapping.size, generation, member)
+            for member in self._all()
+            for generation, mapping in list(member.kept.items())
+        ]
+        kept.sort(key=itemgetter(0))
+        files, total = len(kept), sum(size for _, size, _, _ in kept)
+        left = fs.address_space_left()
+        most = _MOST_MAPPED_BYTES if left is None else min(_MOST_MAPPED_BYTES, (left + total) // 2)
+        over = files > _MOST_MAPPED or total > most
+        for used, size, generation, member in kept:
+            over = over and (files * 4 > _MOST_MAPPED * 3 or total * 4 > most * 3)
+            if used >= since and not over:
+                break
+            member.forget(generation)
+            files, total = files - 1, total - size
+        self.files, self._bytes = _MOST_MAPPED - files, most - total
+
+    def let_go(self) -> None:
+        """Let go of everything."""
+        for member in self._all():
+            member.kept.clear()
+
+
+keeper: Final = Keeper()
 
 
 @dataclass(slots=True, eq=False)

@@ -21,7 +21,7 @@ from ..message import Message
 from . import fs
 from .itemfile import ItemFile, check_regular
 from .liveness import token_name
-from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, rounded
+from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, keeper, rounded
 from .session import Session
 from .table import DELIVERED_TOTAL, HAS_METADATA, Words
 
@@ -114,6 +114,7 @@ class Staging:
                     raise BadItem("the file is linked elsewhere or has changed its size")
                 if kept is not None and kept.identity == status[1:3] and kept.size == status[6]:
                     buffer = kept.buffer
+                    kept.used = keeper.now
                 else:
                     check_regular(status)
                     buffer = mappings.of(free, name, status, file.generation, file.record)

@@ -173,3 +173,55 @@ def test_small_file_not_mapped_yet_that_was_tampered_with_is_not_written(
     for linked in spool.glob("linked-*"):
         assert (np.load(linked) == 7).all()
         linked.unlink()
+
+
+def mapped(spool: Path) -> int:
+    """How many files of items this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum(str(spool) in line and ".npy" in line for line in lines)
+
+
+@pytest.mark.parametrize("call", ["put", "get", "receive", "wait"])
+def test_mapping_not_used_for_some_seconds_goes_at_the_next_call_of_any_session(
+    spool: Path, tmp_path: Path, spend: Callable[[float], None], call: str
+) -> None:
+    """Else a session that is idle would keep the memory of its files, removed ones too, from whoever needs it."""
+    other = tmp_path / "other"
+    with (
+        SpoolWriter(spool) as idle,
+        SpoolReader(spool) as reader,
+        SpoolWriter(other) as writer,
+        SpoolReader(other) as busy,
+    ):
+        traffic(idle, reader, np.ones(SIZE), 4)
+        idle.put(np.ones(SIZE))
+        held = reader.get()
+        assert mapped(spool) >= 4
+        writer.put(np.ones(SIZE))
+        assert mapped(spool) >= 4
+        spend(6)
+        if call == "put":
+            writer.put(np.ones(SIZE))
+        elif call == "get":
+            busy.get_nowait()
+        elif call == "receive":
+            busy.receive()
+        else:
+            busy.get()
+            with pytest.raises(Empty):
+                busy.get(timeout=0.01)
+        assert mapped(spool) == 1, "what the array shows"
+        assert (held == 1).all()
+        traffic(idle, reader, np.ones(SIZE), 4)
+        assert mapped(spool) >= 4
+
+
+def test_mapping_that_is_used_stays(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, spend: Callable[[float], None]
+) -> None:
+    traffic(writer, reader, np.ones(SIZE))
+    before = mapped(spool)
+    for _ in range(8):
+        spend(1.5)
+        traffic(writer, reader, np.ones(SIZE), 2)
+        assert mapped(spool) == before

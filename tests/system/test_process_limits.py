@@ -11,6 +11,7 @@ import pytest
 
 BEGIN = """
 import errno, gc, os, resource, sys
+from pathlib import Path
 import numpy as np
 from spoolipc import Empty, LimitMismatch, SpoolReader, SpoolWriter, StorageError
 
@@ -25,6 +26,12 @@ def fill(path, count, nbytes):
 
 def descriptors():
     return len(os.listdir("/proc/self/fd")) - 1
+
+def mapped():
+    return sum(base in line and ".npy" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+def address_space():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
 
 base = sys.argv[1]
 """
@@ -63,6 +70,7 @@ readers = [SpoolReader(path) for path in paths]
 for reader in readers:
     for number in range(150):
         assert (reader.get_nowait() == number).all()
+assert 700 <= mapped() <= 1024, "bounded for all together"
 """,
     )
 
@@ -80,6 +88,72 @@ for reader in readers:
         held += reader.get_many(40)
 assert len(held) == 2560
 assert all(array[0] == array[-1] == number for number, array in enumerate(held))
+""",
+    )
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_kept_mappings_leave_address_space_to_the_program(tmp_path: Path, copy: bool) -> None:
+    """Of a backlog larger than the limit each array comes through, and the program has room for its own."""
+    run(
+        tmp_path / "base",
+        f"""
+size = 8 << 20
+fill(f"{{base}}/spool", 24, size)
+with SpoolReader(f"{{base}}/spool") as reader:
+    limit(resource.RLIMIT_AS, address_space() + 15 * size)
+    for number in range(24):
+        assert reader.get_nowait(copy={copy})[-1] == number
+        np.empty(size, "u1")[:] = 1
+    assert mapped() > 2
+""",
+    )
+
+
+def test_kept_mappings_go_where_another_cannot_be_made(tmp_path: Path) -> None:
+    """Those of another spool too, and for whatever is to be mapped: an item, an index, a loan."""
+    run(
+        tmp_path / "base",
+        """
+size = 2 << 20
+fill(f"{base}/spool", 24, size)
+fill(f"{base}/other", 4, size)
+def tight():  # mappings kept, and hardly any address space left
+    limit(resource.RLIMIT_AS, most)
+    for _ in range(6):
+        reader.get_nowait()
+    assert mapped() >= 6
+    limit(resource.RLIMIT_AS, address_space() + (1 << 20))
+
+most = resource.getrlimit(resource.RLIMIT_AS)[0]
+with SpoolReader(f"{base}/spool") as reader, SpoolReader(f"{base}/other") as other:
+    tight()
+    assert (other.get_nowait() == 0).all()
+    with other.receive() as item:
+        tight()
+        assert (item.array == 1).all()
+    tight()
+    with SpoolReader(f"{base}/new") as new:
+        pass
+    writer = SpoolWriter(f"{base}/other")
+    tight()
+    with writer.loan(size, "u1") as array:
+        array[:] = 7
+    held = []
+    try:
+        while True:
+            held.append(other.get_nowait())
+    except Empty:
+        assert (held[-1] == 7).all()
+    writer.put_many([np.zeros(size, "u1")] * 2)
+    held.append(other.get_nowait())
+    limit(resource.RLIMIT_AS, address_space() + (1 << 20))
+    try:
+        other.get_nowait()
+    except StorageError as error:
+        assert error.errno == errno.ENOMEM and "ulimit -v" in str(error), error
+    held.clear()
+    assert (other.get_nowait() == 0).all()
 """,
     )
 
