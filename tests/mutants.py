@@ -199,8 +199,8 @@ linked-large | staging | test_recycling tampered | status[3] != 1 or status[6] !
 linked-small | staging | test_recycling not_mapped | opened.status.st_nlink != 1 or opened.size != file.size ==> False
 # spool of another user, or open to all
 open-to-all | layout | test_planted open_to_others | stat.S_IMODE(status.st_mode) & 0o777 & ~mode: ==> False:
-owner | layout | test_users TestOtherUsers | status.st_uid not in (os.geteuid(), 0) and not shared: ==> False:
-owner-empty | layout | test_users TestOtherUsers | status.st_uid != os.geteuid(): ==> False:
+owner | layout | test_users TestOtherUsers | status.st_uid not in (fs.user(), 0) and not shared: ==> False:
+owner-empty | layout | test_users TestOtherUsers | fs.fstat(root).st_uid != fs.user(): ==> False:
 umask | fs | test_planted everything_made | stat.S_IMODE(status.st_mode) != mode: ==> False:
 # network file system
 network | layout | test_planted network | kind in NETWORK: ==> False:

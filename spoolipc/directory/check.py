@@ -77,18 +77,19 @@ def fsck(
     Raises NotASpool, NetworkFileSystem, UnknownVersion, LockTimeout, StorageError.
     """
     place = Path(os.path.abspath(os.fsdecode(path)))
-    try:
-        before = _check_directories(place, repair)
-    except SpoolError:
-        raise
-    except OSError as error:
-        raise fs.storage_error(error, str(place)) from error
-    try:
-        return _checked(place, repair, progress, before)
-    except OSError:
-        if all(problem.repaired for problem in before):
+    with fs.as_owner(place):
+        try:
+            before = _check_directories(place, repair)
+        except SpoolError:
             raise
-        return FsckReport(str(place), 0, 0, tuple(before))  # no way in
+        except OSError as error:
+            raise fs.storage_error(error, str(place)) from error
+        try:
+            return _checked(place, repair, progress, before)
+        except OSError:
+            if all(problem.repaired for problem in before):
+                raise
+            return FsckReport(str(place), 0, 0, tuple(before))  # no way in
 
 
 def _checked(place: Path, repair: bool, progress: Progress | None, before: list[Problem]) -> FsckReport:
@@ -120,7 +121,7 @@ def _key(problem: Problem) -> tuple[str, str, str]:
 def _check_directories(place: Path, repair: bool) -> list[Problem]:
     """What keeps the spool from being opened, repaired where that was asked for and possible."""
     try:
-        root = fs.open_directory(place)
+        root = fs.open_place(place)
     except OSError:
         open_directories(place, Limits(), create=False, as_found=True).close()  # it says best what is wrong
         raise

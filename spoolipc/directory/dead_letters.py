@@ -30,7 +30,7 @@ _log = logging.getLogger("spoolipc")
 
 def failed_list(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> list[DeadLetter]:
     """The dead letters of the spool at `path`, in the order in which they were put. Raises NoSuchItem."""
-    with Visitor(path) as visitor:
+    with fs.as_owner(path), Visitor(path) as visitor:
         numbers = _wanted(visitor.directories, seqs)
         return [letter for number in numbers if (letter := _letter(visitor.directories, number))]
 

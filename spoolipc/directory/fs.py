@@ -43,6 +43,7 @@ CAREFUL: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _STATM: Final = Path("/proc/self/statm")
+_libc: Final = ctypes.CDLL(None)
 
 # The calls. Bare names where nothing is to be added: a function around each would cost a tenth of a put.
 open_at = os.open
@@ -128,6 +129,37 @@ def address_space_left() -> int | None:
         return 0
 
 
+def user() -> int:
+    """The user that this thread opens, makes and removes files as."""
+    return int(_libc.setfsuid(-1)) & 0xFFFFFFFF
+
+
+@contextlib.contextmanager
+def _acting(user: int, group: int) -> Iterator[None]:
+    was = _libc.setfsuid(-1), _libc.setfsgid(group)
+    _libc.setfsuid(user)
+    try:
+        yield
+    finally:
+        _libc.setfsuid(was[0])
+        _libc.setfsgid(was[1])
+
+
+@contextlib.contextmanager
+def as_owner(path: str | os.PathLike[str]) -> Iterator[None]:
+    """In the block, root acts as the owner of the spool at `path`, in this thread: what is made belongs to the owner,
+    and the kernel lets nothing be touched that the owner may not touch. Nobody else becomes another."""
+    try:
+        status = stat_at(path)
+    except OSError:  # whoever opens it says what is wrong
+        status = None
+    if status is None or user() or not status.st_uid:
+        yield
+        return
+    with _acting(status.st_uid, status.st_gid):
+        yield
+
+
 def make_parents(path: Path) -> None:
     """Make the directories that lead to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +172,17 @@ def read_text(path: Path) -> str:
 
 def nearest(path: Path) -> str:
     """The real path of `path`, or of its nearest parent that exists."""
-    while not os.path.lexists(path) and path != path.parent:
-        path = path.parent
-    return os.path.realpath(path)
+    with _acting(os.geteuid(), os.getegid()):
+        while not os.path.lexists(path) and path != path.parent:
+            path = path.parent
+        return os.path.realpath(path)
+
+
+def open_place(path: Path) -> int:
+    """A descriptor of the directory at `path`, no link at its end followed. Where root acts as a spool's owner, the way
+    to it may be closed to that user."""
+    with _acting(os.geteuid(), os.getegid()):
+        return open_directory(path)
 
 
 def poll(fd: int, seconds: float) -> bool:
@@ -247,7 +287,7 @@ def open_own(directory: int, name: str, flags: int, mode: int = 0o600, *, linked
         status = fstat(fd)
         if not stat.S_ISREG(status.st_mode) or (status.st_nlink > 1 and not linked):
             raise _planted(directory, name)
-        if flags & os.O_CREAT and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != mode:
+        if flags & os.O_CREAT and stat.S_IMODE(status.st_mode) != mode and status.st_uid == user():
             fchmod(fd, mode)
     except BaseException:
         close(fd)

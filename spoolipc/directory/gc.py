@@ -74,7 +74,7 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progres
     Safe at any time: during traffic, several at once, and when killed, after which another one finishes.
     Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError.
     """
-    with Visitor(path) as visitor:
+    with fs.as_owner(path), Visitor(path) as visitor:
         visitor.look()
         damaged = visitor.damage != ""
         if dry_run:

@@ -32,11 +32,9 @@ def check_regular(status: os.stat_result) -> None:
 
 def check_readable(status: os.stat_result) -> None:
     """Raise BadItem for a file that is closed to this user by its owner or mode."""
-    if status.st_uid != os.geteuid() or not status.st_mode & stat.S_IRUSR:
+    if status.st_uid != fs.user() or not status.st_mode & stat.S_IRUSR:
         mode = stat.S_IMODE(status.st_mode)
-        raise BadItem(
-            f"closed to user {os.geteuid()}: it belongs to user {status.st_uid} and has mode {mode:o}"
-        )
+        raise BadItem(f"closed to user {fs.user()}: it belongs to user {status.st_uid} and has mode {mode:o}")
 
 
 class ItemFile:

@@ -229,7 +229,7 @@ def _make_root(place: Path) -> None:
 def open_root(place: Path) -> int:
     """A descriptor of the spool's directory. Raises NotASpool."""
     try:
-        return fs.open_directory(place)
+        return fs.open_place(place)
     except FileNotFoundError:
         raise NotASpool(errno.ENOENT, "there is no spool here", str(place)) from None
     except NotADirectoryError:
@@ -268,8 +268,7 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
     if foreign:
         what = f"is not empty (it holds {foreign[0]!r}) and not a spool; give a new path, such as {place / 'spool'}"
         raise NotASpool(errno.ENOTEMPTY, what, str(place))
-    status = fs.fstat(root)
-    if status.st_uid != os.geteuid():
+    if fs.fstat(root).st_uid != fs.user():
         what = f"belongs to another user; give a path of your own, such as {place / 'spool'}"
         raise UnsafeSpool(errno.EPERM, what, str(place))
     limits = replace(asked, mode=asked.mode or PRIVATE)
@@ -280,18 +279,19 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
         if found is not None:
             return found
         for name in (".", *PARTS):
-            _permit(root, name, limits.mode or PRIVATE, status.st_gid)
+            permit(root, name, limits.mode or PRIVATE)
         fs.sync(root)  # no spool.json without its directories, whatever a loss of power leaves
         _write_limits(root, limits)
     return limits
 
 
-def _permit(root: int, name: str, mode: int, group: int) -> None:
-    """Give a directory its mode; of a shared spool also the group of the spool, which all made in it is to have."""
-    fd = fs.open_directory(name, root)
+def permit(directory: int, name: str, mode: int) -> None:
+    """Give a directory or file of the spool its mode, following no link; a shared directory also the group of the one
+    it is in, which all that is made in it then has."""
+    fd = fs.open_at(name, fs.DIRECTORY if mode & 0o100 else os.O_RDONLY | fs.CAREFUL, dir_fd=directory)
     try:
         if mode == SHARED:
-            fs.fchown(fd, -1, group)
+            fs.fchown(fd, -1, fs.fstat(directory).st_gid)
             mode |= stat.S_ISGID
         fs.fchmod(fd, mode)
     finally:
@@ -319,7 +319,7 @@ def make_part(root: int, name: str, mode: int) -> None:
     with contextlib.suppress(FileExistsError):
         fs.mkdir(name, PRIVATE, dir_fd=root)
         if mode != PRIVATE:
-            _permit(root, name, mode, fs.fstat(root).st_gid)
+            permit(root, name, mode)
 
 
 def _open_part(place: Path, root: int, name: str, mode: int, shared: bool) -> int:
@@ -337,7 +337,7 @@ def _open_part(place: Path, root: int, name: str, mode: int, shared: bool) -> in
 
 
 def _check_private(spool: Path, place: Path, status: os.stat_result, mode: int, shared: bool) -> None:
-    if status.st_uid not in (os.geteuid(), 0) and not shared:
+    if status.st_uid not in (fs.user(), 0) and not shared:
         remedy = "if you share it, ask for mode=0o770" if mode == SHARED else "use a path of your own"
         raise UnsafeSpool(errno.EPERM, f"belongs to another user; {remedy}", str(place))
     if stat.S_IMODE(status.st_mode) & 0o777 & ~mode:

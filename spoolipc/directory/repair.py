@@ -18,7 +18,7 @@ from typing import Final, Literal, TypeAlias
 from . import fs, liveness
 from . import table as W
 from .gc import gc
-from .layout import FILES, PARTS, item_name, item_number, make_part
+from .layout import FILES, PARTS, item_name, item_number, make_part, permit
 from .quarantine import forget_history, note_failure, read_history, set_file_aside
 from .session import Session, administration
 from .table import IndexDamaged, rows
@@ -75,7 +75,7 @@ def wrong_status(
         return Problem("planted", where, "is not a directory of its own")
     if not is_directory and not stat.S_ISREG(status.st_mode):
         return Problem("planted", where, f"is not a regular file ({stat.filemode(status.st_mode)})")
-    if status.st_uid not in (os.geteuid(), 0) and not mode & 0o070:
+    if status.st_uid not in (fs.user(), 0) and not mode & 0o070:
         return Problem("owner", where, f"belongs to user {status.st_uid}")
     if status.st_mode & 0o777 & ~mode:
         return Problem("mode", where, f"is open to others (mode {stat.S_IMODE(status.st_mode):o})")
@@ -90,18 +90,9 @@ def put_right(root: int, problem: Problem, mode: int) -> None:
     if problem.kind == "directory":
         make_part(root, name, mode)
     elif problem.kind == "mode":
-        _permit(root, name, mode if name in (".", *PARTS) else mode & 0o666)
+        permit(root, name, mode if name in (".", *PARTS) else mode & 0o666)
     elif problem.kind in ("planted", "link") and name in _REPLACEABLE:
         fs.unlink(name, dir_fd=root)
-
-
-def _permit(directory: int, name: str, mode: int) -> None:
-    """Give a file or directory of the spool its mode, following no link."""
-    fd = fs.open_at(name, os.O_RDONLY | fs.CAREFUL, dir_fd=directory)
-    try:
-        fs.fchmod(fd, mode)
-    finally:
-        fs.close(fd)
 
 
 def repair_all(place: Path, found: list[Problem]) -> None:
@@ -113,7 +104,7 @@ def repair_all(place: Path, found: list[Problem]) -> None:
             if problem.kind == "mode":
                 part, _, name = problem.where.partition("/")
                 directory, mode = session.directories.parts[part], session.directories.file_mode
-                _tried(session, problem, _permit, directory, name, mode)
+                _tried(session, problem, permit, directory, name, mode)
             elif problem.kind == "failed":
                 _tried(session, problem, session.step, _explain, session, problem)
         if aside or any(problem.kind in _REBUILT for problem in found):

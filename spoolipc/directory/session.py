@@ -433,16 +433,17 @@ class Session:
 
 @contextlib.contextmanager
 def administration(path: str | os.PathLike[str]) -> Iterator[Session]:
-    """A session of the spool at `path` for one call that looks after it.
+    """A session of the spool at `path` for one call that looks after it; root acts as the spool's owner meanwhile.
 
     Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError.
     """
-    session = Session(path, Limits(), "admin", create=False)
-    try:
-        with session.explaining():
-            yield session
-    finally:
-        session.close(_nothing)
+    with fs.as_owner(path):
+        session = Session(path, Limits(), "admin", create=False)
+        try:
+            with session.explaining():
+                yield session
+        finally:
+            session.close(_nothing)
 
 
 def _nothing() -> tuple[None, int, int]:

@@ -25,7 +25,7 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
 
     Raises NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion.
     """
-    with Visitor(path, patience=_PATIENCE) as visitor:
+    with fs.as_owner(path), Visitor(path, patience=_PATIENCE) as visitor:
         stuck_on = visitor.look()
         damage = visitor.damage
         counts = _listed(visitor) if visitor.journal is None else _counted(visitor.journal.words)

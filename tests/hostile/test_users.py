@@ -8,25 +8,30 @@ import fcntl
 import itertools
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from support.damage import PARTS, USERS, picture, refused
+from support.damage import PARTS, USERS, item, picture, refused
 from support.faults import Event, Injector, at, forked
 from support.users import OTHER_USER, as_user, give_away, needs_root, peer_as
 
 from spoolipc import (
     LimitMismatch,
     Limits,
+    NoSuchItem,
     NotASpool,
     SpoolError,
     SpoolReader,
     SpoolWriter,
     UnsafeSpool,
+    failed_drop,
     failed_list,
+    failed_retry,
+    failed_show,
     fsck,
     gc,
     stat,
@@ -99,7 +104,7 @@ class TestOtherUsers:
 
     def test_a_spool_of_another_user_is_refused(self, path: Path) -> None:
         give_away(path)
-        refused(path, UnsafeSpool, "belongs to another user; use a path of your own")
+        refused(path, UnsafeSpool, "belongs to another user; use a path of your own", only=USERS)
 
     @pytest.mark.parametrize("part", PARTS)
     def test_a_part_that_belongs_to_another_user_is_refused(self, path: Path, part: str) -> None:
@@ -125,11 +130,14 @@ class TestOtherUsers:
         place.chmod(0o777)
 
         def work() -> None:
-            with pytest.raises(UnsafeSpool, match="another user"):
+            with pytest.raises(
+                UnsafeSpool, match=f"another user; give a path of your own, such as {place}/spool"
+            ):
                 SpoolWriter(place)
+            SpoolWriter(place / "spool").close()
 
         as_user(OTHER_USER + 1, OTHER_USER + 1, work)
-        assert os.listdir(place) == []
+        assert os.listdir(place) == ["spool"]
 
     def test_a_shared_spool_of_another_user_is_used_only_by_who_asks_for_it(self, shared: Path) -> None:
         def owner() -> None:
@@ -334,3 +342,112 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+class TestRoot:
+    pytestmark = needs_root
+
+    @pytest.fixture(params=["", "in a directory closed to its owner"])
+    def theirs(self, spool: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+        """A user's spool, left by a crash; whatever is done, all in it belongs to that user."""
+        spool.mkdir()
+        os.chown(spool, FIRST, FIRST)
+        with peer_as(spool, FIRST) as peer:
+            peer.run("writer, reader = SpoolWriter(path), SpoolReader(path)")
+            peer.run("writer.put_many([np.full(20000, n) for n in range(6)])")
+            peer.run("reader.receive().reject('no'); reader.receive().reject('no'); item = reader.receive()")
+            peer.run("os.mknod(path + '/tmp/00000000000000ff-1.npy', 0o600)")
+            peer.kill()
+        if request.param:
+            spool.parent.chmod(0o700)
+        yield spool
+        for folder, folders, files in os.walk(spool):
+            for place in (Path(folder), *(Path(folder, name) for name in (*folders, *files))):
+                assert (place.stat().st_uid, place.stat().st_gid) == (FIRST, FIRST), place
+        spool.parent.chmod(0o711)
+        with peer_as(spool, FIRST) as peer:
+            peer.run("writer, reader = SpoolWriter(path), SpoolReader(path)")
+            peer.run("writer.put(np.full(20000, 9))")
+            assert peer.ask("reader.get_many(9)[-1].tolist()[0]") == 9
+            peer.run("spoolipc.failed_drop(path); assert spoolipc.fsck(path).problems == ()")
+
+    def test_looks_at_a_users_spool_and_changes_nothing(self, theirs: Path) -> None:
+        before = picture(theirs)
+        assert (stat(theirs).depth, stat(theirs).in_flight, stat(theirs).failed) == (3, 1, 2)
+        assert [letter.reason for letter in failed_list(theirs)] == ["no", "no"]
+        assert failed_show(theirs, 1).damage == ""
+        assert fsck(theirs).problems == ()
+        assert gc(theirs, dry_run=True).requeued_items == 1
+        assert picture(theirs) == before
+
+    def test_looks_after_a_users_spool_for_its_owner(self, theirs: Path) -> None:
+        done = gc(theirs)
+        assert (done.requeued_items, done.temporary_files) == (1, 1)
+        assert list(failed_retry(theirs, [1]).seqs.values()) == [7]
+        assert failed_drop(theirs) == [2]
+        (theirs / "index").unlink()
+        assert gc(theirs).index_rebuilt
+        assert stat(theirs).depth == 5
+
+    def test_repairs_a_users_spool_for_its_owner(self, theirs: Path) -> None:
+        (theirs / item(4)).write_bytes(b"")
+        (theirs / "index").unlink()
+        (theirs / "failed" / f"{2:020d}.jsonl").unlink()
+        (theirs / "tmp" / "00000000000000ff-1.npy").unlink()
+        (theirs / "tmp").rmdir()
+        theirs.chmod(0o777)
+        found = fsck(theirs, repair=True)
+        assert found.clean
+        assert {problem.kind for problem in found.problems} == {
+            "mode",
+            "directory",
+            "index",
+            "item",
+            "failed",
+        }
+        assert stat(theirs).failed == 3
+
+    def test_does_not_open_it_as_a_reader_or_writer(self, theirs: Path) -> None:
+        refused(theirs, UnsafeSpool, "belongs to another user; use a path of your own", only=USERS)
+        assert stat(theirs).depth == 3
+
+    @pytest.mark.damaged
+    def test_touches_nothing_of_its_own_that_a_user_has_linked_into_a_spool(
+        self, theirs: Path, tmp_path: Path
+    ) -> None:
+        mine = tmp_path / "mine"
+        mine.write_bytes(b"root's own")
+        mine.chmod(0o4755)
+        os.link(mine, theirs / "items" / f"{7:020d}.npy")
+        fsck(theirs, repair=True)
+        gc(theirs)
+        status = mine.stat()
+        assert (status.st_uid, status.st_mode & 0o7777, mine.read_bytes()) == (0, 0o4755, b"root's own")
+        for place in theirs.rglob(f"{7:020d}.npy"):
+            place.unlink()
+        mine.unlink()
+        fsck(theirs, repair=True)
+
+    def test_is_itself_again_afterwards(self, theirs: Path, tmp_path: Path) -> None:
+        stat(theirs)
+        with pytest.raises(NoSuchItem):
+            failed_show(theirs, 99)
+        with pytest.raises(NotASpool):
+            stat(tmp_path / "none")
+        (tmp_path / "made").touch()
+        assert (tmp_path / "made").stat().st_uid == 0
+
+
+@pytest.mark.parametrize("mode", [0o2770, 0o770])
+def test_a_spool_whose_group_an_orchestrator_changed_is_told_one_remedy_which_helps(
+    path: Path, mode: int
+) -> None:
+    for folder, _, files in os.walk(path):
+        os.chmod(folder, mode)
+        for name in files:
+            os.chmod(Path(folder, name), 0o660)
+    refused(path, UnsafeSpool, f"is open to others \\(mode {mode:o}\\); run: chmod -R go= {path}")
+    subprocess.run(["chmod", "-R", "go=", path], check=True)
+    assert fsck(path).problems == ()
+    with SpoolReader(path) as reader:
+        assert numbers(reader, 3) == [1, 2, 3]

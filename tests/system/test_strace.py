@@ -107,7 +107,12 @@ ONE = {
     "watch_add": "inotify_add_watch",
 }
 """The names at the door that are one call of the kernel; of the others, all up to their end is theirs."""
-PYTHON = {"futex", "brk", "madvise", "munmap", "getrandom", "getpid", "gettid", "rt_sigreturn", "geteuid"}
+PYTHON = {"futex", "brk", "madvise", "munmap", "getrandom", "getpid", "gettid", "rt_sigreturn"} | {
+    "setfsuid",
+    "setfsgid",
+    "geteuid",
+    "getegid",
+}
 LATER = {"close", "getdents64", "lseek", "mmap", "mremap"}
 """What ends a mapping or reads on in a listing, when Python sees fit, and memory."""
 LINE = re.compile(r'(\d+) +(\w+)\((?:.*"/(call|done|end)(?: (\w+))?")?(.*)')

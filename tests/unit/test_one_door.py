@@ -17,7 +17,7 @@ EXEMPT = (DOOR, "cli/bench.py", "cli/main.py", "testing.py")
 """The door, and what is no part of the engine: what measures it, the suite, and the end of a broken pipe to stdout."""
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 PURE = frozenset(
-    "path sysconf fspath fsdecode fsencode getpid geteuid environ register_at_fork stat_result PathLike sep"
+    "path sysconf fspath fsdecode fsencode getpid geteuid getegid environ register_at_fork stat_result PathLike sep"
     " strerror urandom".split()
 )
 """Names of `os` that touch nothing of the spool: text, this process and machine, random bytes."""
