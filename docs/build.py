@@ -1,4 +1,7 @@
-"""Write docs/reference.md from the docstrings of what spoolipc exports; with --check, say whether it is current."""
+"""Write docs/reference.md from what spoolipc exports, the commands and the protocols of an engine.
+
+With --check, say whether it is current.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import spoolipc
+import spoolipc.engine
+import spoolipc.testing
+from spoolipc.cli.main import _parser
 
 TARGET = Path(__file__).with_name("reference.md")
 SECTIONS: dict[str, list[str]] = {
@@ -31,9 +37,28 @@ SECTIONS: dict[str, list[str]] = {
 OTHER, ERRORS = "What these return", "Errors"
 INTRODUCTION = """# Reference
 
-Everything `import spoolipc` gives; made from the docstrings by `make docs`. Times are in seconds, sizes in
-bytes. How the parts are meant to be used is in the [tutorial](tutorial.md) and in [delivery](delivery.md).
+Everything `import spoolipc` gives, the [commands](#commands), and what [an engine of one's
+own](#an-engine-of-ones-own) is; made from the docstrings by `make docs`. Times are in seconds, sizes in bytes. How the
+parts are meant to be used is in the [tutorial](tutorial.md) and in [delivery](delivery.md).
 """
+ENGINE = """## An engine of one's own
+
+`spoolipc.connect` takes a path or URL to an engine, which keeps the protocols of `spoolipc.engine`: those of both sides
+and of administration, and as many of the capabilities (`Lender`, `Preallocator`, `Watchable`) as it can. The values
+that cross them are in `spoolipc.message`.
+"""
+PROTOCOLS = [
+    "Engine",
+    "Session",
+    "Producer",
+    "Consumer",
+    "Admin",
+    "Lender",
+    "Loan",
+    "Preallocator",
+    "Watchable",
+    "Watch",
+]
 
 
 def reference() -> str:
@@ -50,7 +75,41 @@ def reference() -> str:
     parts.append(f"## {ERRORS}\n")
     parts.append("| error | is also | raised when |\n|---|---|---|")
     parts += [_error(name, thing) for name, thing in sorted(errors.items())]
+    parts += ["\n## Commands\n", *map(_command, _commands(_parser())), ENGINE]
+    parts += [_protocol(name, getattr(spoolipc.engine, name)) for name in PROTOCOLS]
+    parts.append(f"### `spoolipc.testing`\n\n{_doc(spoolipc.testing)}")
     return "\n".join(parts) + "\n"
+
+
+def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of all commands that are no groups of others."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return [found for each in action.choices.values() for found in _commands(each)]
+    return [parser]
+
+
+def _command(parser: argparse.ArgumentParser) -> str:
+    """A command, not as argparse formats it, which differs between versions of Python."""
+    asked = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    words = [_word(action) for action in sorted(asked, key=lambda action: bool(action.option_strings))]
+    parts = [f"### `{' '.join([parser.prog, *words])}`\n", f"{parser.description}\n"]
+    parts += [f"- `{_word(action).strip('[]')}`: {action.help}" for action in asked]
+    examples = (parser.epilog or "").replace("%(prog)s", parser.prog)
+    return "\n".join([*parts, f"\n```text\n{examples}\n```\n"])
+
+
+def _word(action: argparse.Action) -> str:
+    if action.option_strings:
+        return f"[{action.option_strings[0]}]"
+    return {"?": f"[{action.metavar}]", "*": f"[{action.metavar} ...]"}.get(
+        str(action.nargs), str(action.metavar)
+    )
+
+
+def _protocol(name: str, thing: type) -> str:
+    members = [said for member, what in _members(thing).items() if (said := _member(member, what))]
+    return "\n".join([f"### `spoolipc.engine.{name}`\n", _doc(thing) + "\n", *members])
 
 
 def _is_error(thing: object) -> bool:

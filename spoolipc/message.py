@@ -99,7 +99,8 @@ def numbers_of(seqs: Iterable[int]) -> list[int]:
 class Limits:
     """The limits of a spool. None where nobody has asked for one yet; the first who does decides it.
 
-    maxsize: items waiting, 0 for no limit. max_bytes: bytes of items waiting or in flight, 0 for no limit.
+    maxsize: items waiting, 0 for no limit. max_bytes: bytes of items waiting or in flight, each counted as its whole
+    file, 0 for no limit.
     recycle_bytes: bytes of consumed files kept to be written again, 0 to keep none; more are kept for some
     seconds where more were waiting. max_attempts: deliveries before an item is a dead letter, 0 for no limit.
     mode: 0o700, or 0o770 to share the spool with the group of its directory; other users of it must ask for 0o770 as

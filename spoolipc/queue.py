@@ -99,7 +99,10 @@ class SpoolWriter(_Face):
     of this process alone.
     limits: the spool's limits; each may as well be given by its name beside it.
     maxsize: most items waiting, 0 for no limit; None takes what the spool has, or 0 for a new one.
-    max_bytes: most bytes of items waiting or in flight; likewise.
+    max_bytes: most bytes of items waiting or in flight, each counted as its whole file, in pages of 4 KB; likewise.
+    recycle_bytes: most bytes of consumed files kept to be written again, 0 for none; likewise, or 1 GiB for a new one.
+    max_attempts: deliveries after which an item that fails again is a dead letter, 0 for no limit; likewise, or 5.
+    mode: 0o700, or 0o770 to share the spool with the group of its directory; likewise, or 0o700.
     durability: "none", what was put survives the crash of any process; "fsync", also the loss of power.
     reopen: take puts again if the spool was shut down.
     fresh: begin with an empty spool, as if it were new: what waits is removed, it takes puts again, and limits given
@@ -190,8 +193,8 @@ class SpoolWriter(_Face):
         """Put several arrays, up to 64 in one step; returns their sequence numbers in order.
 
         metas: one for each array. Other parameters and errors are those of `put`; `timeout` is for all of
-        them together. Each item is put whole or not at all, and Full and ShutDown tell in their `seqs` which
-        were.
+        them together. Each item is put whole or not at all, and an error tells in its `seqs` which were before it:
+        that an array is TooLarge is found when its turn comes.
         """
         until = deadline_of(block, timeout)
         several = list(arrays)

@@ -35,6 +35,14 @@ def test_reference_holds_every_public_name() -> None:
     assert [name for name in names if not re.search(rf"`{name}\b", text)] == []
 
 
+def test_reference_holds_the_commands_and_what_an_engine_is() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    for command in ("gc DIR", "stat DIR", "fsck DIR", "set DIR", "bench", "failed retry DIR [SEQ ...]"):
+        assert f"### `spoolipc {command}" in text
+    for name in ("engine.Watchable", "engine.Consumer", "testing"):
+        assert f"### `spoolipc.{name}`" in text
+
+
 def test_what_the_tutorial_shows_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
     program = tmp_path / "tutorial.py"
