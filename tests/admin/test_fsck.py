@@ -13,12 +13,11 @@ from support.damage import crash, cut, item, item_name, link_out, picture, pipe
 from support.peek import peek_table, poke
 
 from spoolipc import Empty, FsckReport, SpoolError, SpoolReader, SpoolWriter, failed_show, fsck, stat
+from spoolipc.directory import check
 
 BIG = np.arange(10_000)
 COUNT = 5
 ALL = list(range(COUNT))
-MOST_NAMED = 10_000
-"""Problems of one kind that a report names; more are counted."""
 
 
 @pytest.fixture
@@ -230,18 +229,22 @@ def test_foreign_files_and_linked_items_are_named_and_left_alone(path: Path, tmp
     assert int(np.load(tmp_path / "mine.npy")[0]) == 1
 
 
-def test_very_many_problems_of_a_kind_are_counted_and_all_repaired(path: Path) -> None:
-    for number in range(100, 100 + MOST_NAMED + 50):
+def test_very_many_problems_of_a_kind_are_counted_and_all_repaired(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 200
+    monkeypatch.setattr(check, "_MOST_OF_A_KIND", most)
+    for number in range(100, 100 + most + 50):
         os.close(os.open(path / item(number), os.O_CREAT, 0o600))
     (path / item(4)).unlink()
     report = fsck(path)
     assert {(p.kind, p.what) for p in report.problems if p.where == "."} == {
         (kind, "50 more of this kind") for kind in ("unknown", "item")
     }
-    assert len(report.problems) == 2 * (MOST_NAMED + 1) + 1
+    assert len(report.problems) == 2 * (most + 1) + 1
     assert fsck(path, repair=True).clean
     assert rest(path) == [0, 2, 3, 4]
-    assert stat(path).failed == 1 + MOST_NAMED + 50
+    assert stat(path).failed == 1 + most + 50
 
 
 @pytest.mark.parametrize("said", [None, b"torn{"])

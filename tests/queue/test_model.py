@@ -543,7 +543,7 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def dead_letters_tell_their_history(self) -> None:
-        if not self.path.exists():
+        if not self.path.exists() or not self.model.dead:
             return
         letters = {letter.seq: letter for letter in spoolipc.failed_list(self.path)}
         assert set(letters) == set(self.model.dead)
@@ -555,12 +555,15 @@ class SpoolMachine(RuleBasedStateMachine):
             assert (letters[seq].attempts, letters[seq].meta) == (entry.attempt, entry.meta)
 
 
-def test_any_sequence_of_calls_does_what_it_does_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.exhaustive)])
+def test_any_sequence_of_calls_does_what_it_does_to_the_model(
+    monkeypatch: pytest.MonkeyPatch, examples: int
+) -> None:
     monkeypatch.setenv("SPOOLIPC_WATCH", "polling")  # nobody waits, and `stat` need not try how one would
     run_state_machine_as_test(
         SpoolMachine,
         settings=settings(
-            max_examples=int(os.environ.get("SPOOLIPC_EXAMPLES", "150")),
+            max_examples=examples,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -40,7 +40,7 @@ def full_of(number: float) -> Array:
     return np.full(SIZE, number)
 
 
-def traffic(writer: SpoolWriter, reader: SpoolReader, rounds: int = 30) -> None:
+def traffic(writer: SpoolWriter, reader: SpoolReader, rounds: int = 12) -> None:
     """Puts and gets of the same size, so that every file that may be written again is."""
     gc.collect()
     for number in range(rounds):

@@ -27,28 +27,22 @@ ROOT = Path(__file__).parents[2]
 TINY = 8_000
 
 
-@pytest.mark.parametrize("as_json", [False, True])
 def test_the_command_measures_all_three_both_ways(
-    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_bench, "SIZES", (TINY,))
-    assert cli.main(["bench", str(tmp_path), "--quick", *(["--json"] if as_json else [])]) == 0
-    said = capsys.readouterr().out
-    if as_json:
-        found = json.loads(said)
-        assert found["machine"]["numpy"] == np.__version__
-        assert {(one["kind"], one["nbytes"]) for one in found["results"]} == {
-            ("one way", TINY),
-            ("round trip", TINY),
-        }
-        assert {one["carrier"] for one in found["results"]} == set(cli_bench.CARRIERS)
-        assert all(len(one["seconds"]) == 2 and min(one["seconds"]) > 0 for one in found["results"])
-    else:
-        assert [line.split(" | ")[:2] for line in said.splitlines()[2:]] == [
-            ["| one way", "8"],
-            ["| round trip", "8"],
-        ]
+    monkeypatch.setattr(cli_bench, "SIZES", (10**6,))
+    assert cli.main(["bench", str(tmp_path), "--quick", "--json"]) == 0
     assert not list(tmp_path.iterdir()), "it left something behind"
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["numpy"] == np.__version__
+    assert [(one["kind"], one["carrier"], one["nbytes"]) for one in found["results"]] == [
+        (kind, carrier, 10**6) for kind in ("one way", "round trip") for carrier in cli_bench.CARRIERS
+    ]
+    assert all(len(one["seconds"]) == 2 and min(one["seconds"]) > 0 for one in found["results"])
+    monkeypatch.setattr(cli_bench, "bench", lambda *_, **options: found)
+    assert cli.main(["bench", "--quick"]) == 0
+    rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["| one way", "1,000"], ["| round trip", "1,000"]]
 
 
 class FalseRing(cli_bench.Ring):
@@ -177,12 +171,22 @@ def test_the_small_measures_have_their_figures(tmp_path: Path) -> None:
     assert memory(tmp_path, 20, 100_000)["last"]["producer resident"] > 0
 
 
+def test_every_measurement_has_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"BATCH": 0.001, "WAKES": 3, "WRITERS": 2, "READERS": 2, "EACH": 9}
+    for name, value in few.items():
+        monkeypatch.setattr(measures, name, value)
+    for number, name in enumerate(measures.NAMES):
+        if "54 MB" not in name:
+            with measures.measurement(name, str(tmp_path / str(number))) as batch:
+                assert min(batch()) > 0
+
+
 def test_two_trees_are_compared_by_the_same_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "STARTS", 1)
-    names = [name for name in measures.NAMES if "54 MB" not in name]
+    names = [measures.NAMES[0], measures.WAKE]
     rows = trees.compare((ROOT, ROOT), names, rounds=2)
     assert [row["name"] for row in rows if "error" in row or row["ratio"] <= 0] == []
-    assert {row["name"] for row in rows} > set(names)
+    assert [row["name"] for row in rows] == [*names, f"{measures.WAKE}, p99"]
     assert all(len(row["rounds"][0]) == 2 for row in rows if "rounds" in row)
 
 

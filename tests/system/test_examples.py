@@ -53,10 +53,9 @@ def test_article_refuses_a_place_too_small_with_the_numbers() -> None:
     assert "/proc has 0.00 GB free, and 0.32 GB may be waiting" in ran.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("carrier", ["queue", "spool"])
+@pytest.mark.parametrize(("carrier", "number"), [("spool", signal.SIGINT), ("queue", signal.SIGTERM)])
 def test_article_interrupted_leaves_no_process_and_no_file(
-    tmp_path: Path, number: signal.Signals, carrier: str
+    tmp_path: Path, carrier: str, number: signal.Signals
 ) -> None:
     words = command(ARTICLE, "--workers=2", "--rounds=100000", f"--dir={tmp_path}", "--carriers", carrier)
     # In a process group of its own, so that the signal reaches the workers too, as Ctrl-C does.

@@ -392,7 +392,7 @@ def test_fork_while_another_thread_opens_the_spool_leaves_no_session_locked(spoo
     with ThreadPoolExecutor(2) as aside:
         running = [aside.submit(opening) for _ in range(2)]
         try:
-            for _ in range(300):
+            for _ in range(120):
                 assert Forked(work).ended() == 0
         finally:
             stop.set()

@@ -19,7 +19,7 @@ from spoolipc import SpoolReader, SpoolWriter
 
 WRITERS = 4
 READERS = 4
-ITEMS = 2000
+ITEMS = 1000
 """Of each writer."""
 SIZES = (1_000, 3_000, 12_000, 17_000, 40_000, 100_000, 200_000)
 """Bytes of the arrays, about; those below 16 KB are copied, the others views of the file."""

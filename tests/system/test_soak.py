@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from soak import Role, soak
 
-SECONDS = float(os.environ.get("SPOOLIPC_SOAK") or 20)
+SECONDS = float(os.environ.get("SPOOLIPC_SOAK") or 10)
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(SECONDS + 200)]
 

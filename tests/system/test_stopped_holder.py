@@ -13,6 +13,7 @@ from support.peer import Peer
 from support.waits import is_locked, polls, until
 
 from spoolipc import Full, LockTimeout, SpoolReader, SpoolWriter, stat
+from spoolipc.directory.lock import IndexLock
 
 STOP_INSIDE = """
 import os, signal
@@ -46,7 +47,11 @@ def stopped(peer: Peer, code: str) -> None:
     assert os.WIFSTOPPED(status)
 
 
-def test_others_are_told_who_holds_the_lock_and_it_finishes_when_it_goes_on(spool: Path, peer: Peer) -> None:
+def test_others_are_told_who_holds_the_lock_and_it_finishes_when_it_goes_on(
+    spool: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IndexLock.take, "__defaults__", (2.0,))  # of seconds
+
     def opening(side: type[SpoolReader] | type[SpoolWriter]) -> None:
         side(spool).close()
 

@@ -51,7 +51,7 @@ def none_is_late(seconds: list[float], count: int) -> None:
     assert [each for each in seconds if not 0 <= each < LATEST] == []
 
 
-@pytest.mark.parametrize(("times", "size", "lasting"), [(300, 1, True), (100, 5000, True), (100, 1, False)])
+@pytest.mark.parametrize(("times", "size", "lasting"), [(100, 1, True), (40, 5000, True), (40, 1, False)])
 def test_idle_reader_is_woken_by_each_item(
     spool: Path, peers: Peers, times: int, size: int, lasting: bool
 ) -> None:
@@ -72,7 +72,7 @@ def test_reader_is_woken_at_whatever_moment_an_item_comes(spool: Path, peers: Pe
     with SpoolWriter(spool) as writer:
         reader = reading(peers, spool)
         put = 0
-        for number in range(8000):
+        for number in range(3000):
             moment = time.monotonic() + number % 1000 * 1e-6
             while time.monotonic() < moment:
                 pass
@@ -92,7 +92,7 @@ def test_as_many_sleeping_readers_wake_as_items_come(spool: Path, peers: Peers) 
     with SpoolWriter(spool) as writer:
         readers = [reading(peers, spool) for _ in range(4)]
         put = 0
-        for count in (1, 2, 4, 7) * 12:
+        for count in (1, 2, 4, 7) * 4:
             for reader in readers:
                 until_asleep(reader.pid)
             for _ in range(count):
@@ -209,7 +209,7 @@ def test_waiter_that_ran_out_of_time_takes_no_wake_up_from_others(spool: Path, p
 
 
 def test_writer_that_waits_for_space_is_woken_by_each_free_place(spool: Path, peers: Peers) -> None:
-    times = 200
+    times = 60
     with SpoolWriter(spool, maxsize=1) as other, SpoolReader(spool) as reader:
         writer = peers.enter_context(Peer(spool))
         writer.run("writer = SpoolWriter(path); writer.put(np.zeros(1000))")
