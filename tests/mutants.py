@@ -46,11 +46,11 @@ finished | journal | test_gc half_done | words[position] = value ==> pass
 journal-astray | journal | test_index_damage astray | position >= words[W.CAPACITY] for ==> False for
 stores | journal | test_transitions | any(map(words.__setitem__, ==> all(map(words.__setitem__,
 # another session acts between any two system calls
-put-lost | producer | test_interleavings put_large and lose | not recycler.is_ours(file): ==> False:
-ahead | consumer | test_interleavings get and get | ahead and ahead[-1][0] == seq: ==> ahead:
+put-lost | producer | test_interleavings put-lose | not recycler.is_ours(file): ==> False:
+ahead | consumer | test_interleavings get-get | ahead and ahead[-1][0] == seq: ==> ahead:
 peeked | consumer | test_interleavings peek_tells | if fs.exists(items, name) ==> if True
 unlocked | session | test_processes every_item and spawn | not fs.lock(lock.fd): ==> False:
-lost-file | producer | test_interleavings put_large and lose_the_index | self._staging.write_new(lost) ==> pass
+lost-file | producer | test_interleavings put-lose | self._staging.write_new(lost) ==> pass
 # Ctrl-C wherever a signal can come
 claimed | consumer | test_interrupts in_flight | self.session.step(self._requeue, taken) ==> pass
 verified | consumer | test_interrupts in_flight | self.session.step(self._requeue, claimed) ==> pass

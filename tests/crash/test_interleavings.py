@@ -1,130 +1,283 @@
-"""Whatever another session does between two calls of an operation, nothing is lost, nothing is delivered twice.
+"""Whatever another process does between two calls of an operation, nothing is lost, nothing is delivered twice.
 
-Before each call of each operation another session acts, unless the lock keeps it out, as it would wait then.
+Of every pair of operations: one process is stopped before each of its system calls, and another, which has the spool
+open as well, does the second operation whole; unless the lock keeps it out, as it would wait then. The first goes on,
+both use what they have once more, and the account of what was put and what was delivered must be exact.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 from support.account import check_spool
-from support.faults import Event, Injector
+from support.faults import Event, Injector, forked
 from support.scenarios import arrays, value_of
 from support.waits import is_locked
 
 import spoolipc
-from spoolipc import Empty, LeaseExpired, SpoolReader, SpoolWriter
+from spoolipc import Empty, Item, LeaseExpired, ShutDown, SpoolReader, SpoolWriter
+
+GONE_ON: Final = (Empty, ShutDown, LeaseExpired)
+"""What an operation may say when the other came first; of a lost index too: the item is then delivered again."""
 
 
-class Book:
-    """A spool that has been in use, and what was put into it and got from it so far."""
+class Side:
+    """What one process does with a spool: its sessions, an item in flight, and the account of what it put and got."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, first: int) -> None:
         self.path = path
+        self.writer, self.reader = SpoolWriter(path), SpoolReader(path)
         self.put: list[int] = []
         self.got: list[int] = []
-        self.writer, self.reader = SpoolWriter(path), SpoolReader(path)
-        for kind in ("large", "small") * 3:
-            self.add(self.writer, kind)
-        self.take(self.reader)
-        self.take(self.reader)
+        self.shown: list[tuple[int, Any]] = []
+        self.values = itertools.count(first)
+        self.item: Item | None = None
+        self.met: list[str] = []  # the calls so far, where they are counted
 
-    def add(self, writer: SpoolWriter, *kinds: str) -> None:
-        values = [len(self.put) + number for number in range(len(kinds))]
-        self.put += values
-        writer.put_many([arrays(value, kind) for value, kind in zip(values, kinds, strict=True)])
+    def add(self, *kinds: str, writer: SpoolWriter | None = None) -> None:
+        for kind, value in zip(kinds, self.values, strict=False):
+            with suppress(ShutDown):
+                (writer or self.writer).put(arrays(value, kind), block=False)
+                self.put.append(value)
 
-    def take(self, reader: SpoolReader, limit: int = 1) -> None:
-        with suppress(Empty):
-            self.got += map(value_of, reader.get_many(limit, block=False))
+    def add_many(self) -> None:
+        values = list(itertools.islice(self.values, 4))
+        batch = [arrays(value, kind) for value, kind in zip(values, ("small", "large") * 2, strict=True)]
+        try:
+            seqs = self.writer.put_many(batch, block=False)
+        except ShutDown as error:
+            seqs = list(error.seqs)
+        self.put += values[: len(seqs)]
 
     def lend(self) -> None:
-        value = len(self.put)
-        self.put.append(value)
-        with self.writer.loan((100, 80), "f8") as array:
-            array[...] = value
+        value = next(self.values)
+        with suppress(ShutDown):
+            with self.writer.loan((100, 80), "f8", block=False) as array:
+                array[...] = value
+            self.put.append(value)
 
-    def receive(self, *, done: bool) -> None:
-        with suppress(LeaseExpired):  # when the index was lost: then it is delivered again
-            item = self.reader.receive(block=False)
-            value = value_of(item.array)
-            if done:
-                item.ack()
-                self.got.append(value)
-            else:
-                item.nack()
+    def show(self, *found: Any) -> None:
+        """What was got is whole, and kept."""
+        self.shown += [(value_of(array), array) for array in found]
+
+    def take(self, *limits: int, reader: SpoolReader | None = None) -> None:
+        """Get one for each limit of 0, and many for any other."""
+        reader = reader or self.reader
+        for limit in limits:
+            with suppress(*GONE_ON):
+                found = reader.get_many(limit, block=False) if limit else [reader.get_nowait()]
+                self.show(*found)
+                self.got += map(value_of, found)
+
+    def receive(self) -> None:
+        with suppress(*GONE_ON):
+            self.item = self.reader.receive(block=False)
+            self.show(self.item.array)
+
+    def ack(self) -> None:
+        assert self.item is not None
+        with suppress(*GONE_ON):
+            self.item.ack()
+            self.got.append(value_of(self.item.array))
+
+    def nack(self) -> None:
+        assert self.item is not None
+        with suppress(*GONE_ON):
+            self.item.nack()
+
+    def peek(self) -> None:
+        with suppress(*GONE_ON):
+            self.reader.peek(block=False)
+
+    def open(self) -> None:
+        with SpoolWriter(self.path) as writer, SpoolReader(self.path) as reader:
+            self.add("large", writer=writer)
+            self.take(0, reader=reader)
+            self.add("small", writer=writer)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+    def fork(self) -> None:
+        """A child puts and gets with what it inherited; its calls count as those of this process."""
+        ours, theirs = Pipe()
+
+        def work() -> None:
+            self.both()
+            theirs.send((self.put, self.got, next(self.values), self.met))
+
+        assert forked(work) == 0
+        self.put, self.got, value, met = ours.recv()
+        self.values = itertools.count(value)
+        self.met.extend(met[len(self.met) :])
+        self.both()
+
+    def both(self) -> None:
+        for kind in ("small", "large"):
+            self.add(kind)
+            self.take(0)
+
+    def lose_the_index(self) -> None:
+        with suppress(FileNotFoundError):
+            (self.path / "index").unlink()
+        SpoolReader(self.path).close()
+
+    def end(self) -> tuple[list[int], list[int]]:
+        """Go on, and close; returns what was put and got."""
+        with suppress(spoolipc.SpoolClosed):
+            self.both()
+        self.close()
+        for value, array in self.shown:
+            assert value_of(array) == value
+        return self.put, self.got
 
 
-def put(book: Book) -> None:
-    with SpoolWriter(book.path) as writer:
-        book.add(writer, "large")
-        book.add(writer, "small")
-
-
-def get(book: Book) -> None:
-    with SpoolReader(book.path) as reader:
-        book.take(reader)
-        book.take(reader)
-
-
-def collect(book: Book) -> None:
-    spoolipc.gc(book.path)
-
-
-def lose_the_index(book: Book) -> None:
-    (book.path / "index").unlink()
-    SpoolReader(book.path).close()
-
-
-OPERATIONS: dict[str, Callable[[Book], object]] = {
-    "put_small": lambda book: book.add(book.writer, "small"),
-    "put_large": lambda book: book.add(book.writer, "large"),
-    "put_a_batch": lambda book: book.add(book.writer, "small", "large", "small", "large"),
-    "loan": Book.lend,
-    "get": lambda book: book.take(book.reader),
-    "get_a_batch": lambda book: book.take(book.reader, 3),
-    "receive_and_acknowledge": lambda book: book.receive(done=True),
-    "receive_and_requeue": lambda book: book.receive(done=False),
-    "peek": lambda book: book.reader.peek(block=False),
-    "open": put,
-    "gc": collect,
-    "fsck": lambda book: spoolipc.fsck(book.path, repair=True),
+OPERATIONS: Final[dict[str, Callable[[Side], object]]] = {
+    "put": lambda side: side.add("small", "large"),
+    "put_many": Side.add_many,
+    "loan": Side.lend,
+    "get": lambda side: side.take(0, 0),
+    "get_many": lambda side: side.take(3),
+    "receive": Side.receive,
+    "ack": Side.ack,
+    "nack": Side.nack,
+    "peek": Side.peek,
+    "gc": lambda side: spoolipc.gc(side.path),
+    "fsck": lambda side: spoolipc.fsck(side.path, repair=True),
+    "open": Side.open,
+    "close": Side.close,
+    "shutdown": lambda side: side.writer.shutdown(),
+    "fork": Side.fork,
 }
+OTHERS: Final = OPERATIONS | {"lose_the_index": Side.lose_the_index}
 
 
-@pytest.mark.parametrize("other", [put, get, collect, lose_the_index])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_another_session_acts_between_any_two_calls(
-    place: Path, name: str, other: Callable[[Book], None]
-) -> None:
-    path, number, acted = place / "spool", 0, 0
+class Other:
+    """The other process: a server, warm since the test began."""
+
+    def __init__(self) -> None:
+        self._pipe, theirs = Pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            self._pipe.close()
+            try:
+                _serve(theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+
+    def ask(self, *asked: Any) -> Any:
+        """Have it begin, do an operation, or end."""
+        self._pipe.send(asked)
+        error, answer = self._pipe.recv()
+        assert not error, error
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()
+        os.waitpid(self._pid, 0)
+
+
+def _serve(pipe: Connection) -> None:
+    side: Any = None
     while True:
-        number += 1
-        book = Book(path)
+        name, *args = pipe.recv()
+        try:
+            answer = None
+            if name == "begin":
+                side = Side(*args)
+                side.receive()
+            elif name == "end":
+                answer, side = side.end(), None
+            else:
+                OTHERS[name](side)
+            pipe.send(("", answer))
+        except Exception:
+            pipe.send((traceback.format_exc(), None))
 
-        def act(event: Event, book: Book = book, number: int = number) -> None:
+
+@pytest.fixture
+def other() -> Iterator[Other]:
+    with closing(Other()) as other:
+        yield other
+
+
+def begun(path: Path, other: Other) -> Side:
+    """A spool in use: four items wait, each side has one in flight, and there are files to be written again."""
+    side = Side(path, 0)
+    side.add("large", "small", "large", "small")
+    side.take(4)
+    side.shown.clear()
+    side.add(*("large", "small") * 3)
+    side.receive()
+    other.ask("begin", path, 1000)
+    return side
+
+
+def settled(side: Side, other: Other) -> None:
+    """Both go on and leave; then what was put and what was delivered must be the same, and the rest in order."""
+    put, got = (mine + others for mine, others in zip(side.end(), other.ask("end"), strict=True))
+    fresh = []
+    with SpoolReader(side.path) as rest, suppress(Empty, ShutDown):
+        while True:
+            item = rest.receive(block=False)
+            got.append(value_of(item.array))
+            fresh += [item.seq] if item.attempt == 1 else []
+            item.ack()
+    assert sorted(got) == sorted(put)
+    assert fresh == sorted(fresh)
+    spoolipc.gc(side.path)
+    check_spool(side.path)
+
+
+CORE: Final = {
+    *((name, "get") for name in OPERATIONS.keys() - {"gc", "fsck", "open", "fork"}),
+    *(("put", "lose_the_index"), ("loan", "gc"), ("get", "put_many"), ("get_many", "close")),
+}
+PAIRS: Final = [
+    pytest.param(*pair, marks=[] if pair in CORE else pytest.mark.exhaustive)
+    for pair in itertools.product(OPERATIONS, OTHERS)
+]
+"""Those beyond the core are for who has minutes."""
+
+
+@pytest.mark.parametrize(("name", "then"), PAIRS)
+def test_another_process_acts_between_any_two_calls(place: Path, name: str, then: str, other: Other) -> None:
+    path, number, acted, locked = place / "spool", 0, 0, set()
+    while True:
+        side = begun(path, other)
+
+        def act(event: Event, number: int = number) -> None:
             nonlocal acted
-            if event.number == number and not is_locked(path):
+            if not number and is_locked(path):
+                locked.add(event.number)
+            elif event.number == number and not is_locked(path):
                 acted += 1
-                other(book)
+                other.ask(then)
 
-        with Injector(act) as injector:
-            OPERATIONS[name](book)
-        with SpoolReader(path) as rest:
-            while rest.qsize():
-                book.take(rest)
-        assert sorted(book.got) == book.put, f"at call {number}"
-        book.writer.close()
-        book.reader.close()
-        spoolipc.gc(path)
-        check_spool(path)
+        try:
+            with Injector(act) as injector:
+                side.met = injector.met
+                OPERATIONS[name](side)
+            settled(side, other)
+        except BaseException as failure:
+            failure.add_note(f"{name}: {then} before call {number}")
+            raise
         shutil.rmtree(path)
         if number > len(injector.met):
             break
+        number = next(n for n in itertools.count(number + 1) if n not in locked)
     assert acted
 
 
