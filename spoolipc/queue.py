@@ -110,7 +110,8 @@ class SpoolWriter(_Face):
     checksum: store a CRC-32 with every item, for `SpoolReader(verify=True)` and `spoolipc fsck`; it costs about three
     times what writing a large array does.
     preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of
-    `nbytes` bytes, so that the first puts are as fast as the later ones.
+    `nbytes` bytes, so that the first puts are as fast as the later ones. They take half of what the file system has
+    free at most, and go when the last session leaves.
 
     Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork,
     unless its spool is in memory.

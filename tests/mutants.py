@@ -130,9 +130,21 @@ hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(f
 hole-index | journal | test_order_of_calls index | fs.allocate(fd, 0, ==> fs.truncate(fd,
 hole-grown | journal | test_full_disk grow | fs.allocate(self._fd, 0, ==> fs.truncate(self._fd,
 full-take | receiving | test_errors no_block | not keep or not fs.is_shortage(error): ==> True:
-gives-way | staging | test_limits give_way | self.recycler.fits(size) and ==> self.recycler.fits(size) or
+gives-way | staging | test_limits give_way | not session.step(recycler.make_room, lacking): ==> True:
 half-saved | fs | test_order_of_calls hole | written < end: ==> False:
 full-history | quarantine | test_dead_letters cannot_be_written | except OSError ==> except TimeoutError
+# file system, quota or number of files used up, pooled files there
+evict-refused | staging | test_giving_way refused | if not session.step(recycler.make_room, size): ==> if True:
+evict-growing | producer | test_giving_way grow | is_shortage and recycler.make_room(1)[0]: ==> False:
+evict-opening | session | test_giving_way opens | with_room(place, journal, announce) ==> announce()
+place-left | fs | test_giving_way lacks | min(_FILES_LEFT, status.f_files >> 4) ==> 0
+share | pool | test_giving_way idle_spool | pooled + size > words[W.SHARE_BYTES] or ==>
+# a pooled file evicted while others map it, or look at its item
+emptied | pool | test_giving_way fits_again | fs.truncate(fd, 0) ==> pass
+looked-at | pool | test_giving_way stopped | and _nobody_looks(directories, journal): ==> :
+locked | pool | test_giving_way stopped | and fs.lock(fd) and ==> and
+crashed-looker | pool | test_giving_way crashed | if not has_crashed( ==> if True or not has_crashed(
+last-empties | session | test_giving_way last | while self.evict_if_alone()[0]: ==> while False:
 # an item larger than the file system or `max_bytes`
 larger-limit | producer | test_limits than_the_limit | (limit and need > limit) or ==>
 larger-disk | producer | test_limits than_the_file_system | or need > total ==>

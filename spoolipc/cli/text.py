@@ -23,6 +23,7 @@ _GC_LINES: Final = (
     ("crashed_sessions", "crashed session", "forgotten"),
     ("half_written", "half-written replacement", "of index or spool.json removed"),
     ("discarded_items", "item", "removed from a spool that was shut down at once"),
+    ("pooled_files", "consumed file", "removed that nobody is there to write again"),
 )
 
 

@@ -280,6 +280,10 @@ class _Look:
         name, size, said = item_name(number), 0, ""
         try:
             with ItemFile(self.directories.items, name) as file:
+                if not fs.lock(
+                    file.fd
+                ):  # so that it is not emptied when it is taken meanwhile: `pool.evict_one`
+                    return  # another fsck reads it
                 file.parse(whole=True)
                 size = file.size
         except FileNotFoundError:

@@ -41,6 +41,8 @@ CALLS: Final = tuple(
 CAREFUL: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Flags of every open: no link is followed, no FIFO waited for, nothing inherited."""
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILES_LEFT: Final = 16
+_MANY: Final = 1 << 62  # files, where a file system has no number of them
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _STATM: Final = Path("/proc/self/statm")
 _libc: Final = ctypes.CDLL(None)
@@ -345,6 +347,16 @@ def batches(directory: int, size: int = 256) -> Iterator[list[str]]:
                 yield names
     finally:
         close(fd)
+
+
+def room(directory: int) -> tuple[int, int]:
+    """How many bytes, and how many new files, the file system takes now.
+
+    A few files are left out, for those without whom no space would come back: a reader that starts makes one.
+    """
+    status = statvfs(directory)
+    files = max(0, status.f_favail - min(_FILES_LEFT, status.f_files >> 4)) if status.f_files else _MANY
+    return status.f_bavail * status.f_frsize, files
 
 
 def write_whole(fd: int, data: bytes) -> None:

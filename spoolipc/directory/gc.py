@@ -39,14 +39,15 @@ _FREE_BATCH: Final = 16384
 class GcReport:
     """What `gc` did, or would do where `dry_run` says so.
 
-    temporary_files: removed from `tmp/`, their writer having crashed. requeued_items: taken back from crashed readers,
-    to be delivered again. dead_lettered_items: likewise, but that was their last attempt; they are in `failed/`.
-    abandoned_files: consumed files that a crashed reader showed or a crashed writer was writing. orphaned_files: in
-    `free/` but unknown to the index. orphaned_histories: in `failed/`, of items that are no more. crashed_sessions:
-    removed from `alive/`. half_written: replacements of `index` and `spool.json` never finished. discarded_items:
-    items of a spool that was shut down at once, which nobody gets. index_rebuilt: the index was damaged. foreign_files:
-    names that are none of the spool's, left alone. bytes_freed: disk blocks that the files removed had (st_blocks *
-    512); what another process has open or mapped comes back when it lets go.
+    temporary_files: removed from `tmp/`, their writer having crashed. requeued_items: taken back from crashed
+    readers, to be delivered again. dead_lettered_items: likewise, but that was their last attempt; they are in
+    `failed/`. abandoned_files: consumed files that a crashed reader showed or a crashed writer was writing.
+    orphaned_files: in `free/` but unknown to the index. orphaned_histories: in `failed/`, of items that are no
+    more. crashed_sessions: removed from `alive/`. half_written: replacements of `index` and `spool.json` never
+    finished. discarded_items: items of a spool that was shut down at once, which nobody gets. pooled_files:
+    consumed files kept to be written again, where no session is there that would. index_rebuilt: the index was
+    damaged. foreign_files: names that are none of the spool's, left alone. bytes_freed: disk blocks that the files
+    removed had (st_blocks * 512); what another process has open or mapped comes back when it lets go.
     """
 
     path: str
@@ -60,6 +61,7 @@ class GcReport:
     crashed_sessions: int = 0
     half_written: int = 0
     discarded_items: int = 0
+    pooled_files: int = 0
     index_rebuilt: bool = False
     foreign_files: int = 0
     bytes_freed: int = 0
@@ -114,6 +116,7 @@ class _Sweep:
         self._free_files()
         self._histories()
         self._sessions()
+        self._pool()
         self.counts["foreign_files"] += len(foreign_at_top(self.spool.directories))
         for names in fs.batches(self.spool.directories.items):
             self._looked_at(names, sum(item_number(name) is None for name in names))
@@ -285,3 +288,25 @@ class _Sweep:
             for token in self._crashed(tokens):
                 self._remove(directory, liveness.token_name(token), "crashed_sessions")
             self._looked_at(names, len(names) - len(tokens))
+
+    def _pool(self) -> None:
+        """Who crashed last has left what nobody writes again."""
+        while self._step(self._evict_some):
+            pass
+
+    def _evict_some(self) -> int:
+        journal, session = self.spool.journal, self.session
+        if journal is None:
+            return 0
+        words, alive = journal.words, self.spool.directories.alive
+        count, size = words[W.POOL_COUNT], words[W.POOL_BYTES]
+        if session is not None:
+            more, _, _ = session.evict_if_alone()
+            count, size = count - words[W.POOL_COUNT], size - words[W.POOL_BYTES]
+        elif not liveness.is_alone(alive, 0):
+            return 0
+        else:
+            more = 0
+        self.counts["pooled_files"] += count
+        self.counts["bytes_freed"] += size
+        return more

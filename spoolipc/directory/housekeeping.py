@@ -21,8 +21,7 @@ from .table import IndexDamaged, active
 _NAMES: Final = 64  # of tmp/ looked at in one round
 _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
 _DISCARDED_AT_ONCE: Final = 64
-_TRIM_FILES: Final = 500  # pooled files unlinked in one round: about 10 ms
-_TRIM_BYTES: Final = 1 << 28
+_TRIM_BYTES: Final = 1 << 28  # evicted in one round, above the files that must go
 
 
 # Settling one record, in a locked step
@@ -136,15 +135,12 @@ def _settle_round(session: Session, crashed: _Crashed, now: int) -> tuple[int, i
 
 
 def _trim(session: Session) -> None:
-    """Unlink pooled files that a backlog, now gone, had left: some in each round. A step."""
-    journal = session.journal
-    count = size = 0
-    while pool.must_trim(journal.words) and count < _TRIM_FILES and size < _TRIM_BYTES:
-        record, link = pool.largest_pooled(journal.words)
-        if not record:
-            break
-        count, size = count + 1, size + journal.words[record + W.BYTES]
-        journal.commit(transitions.evict(journal.words, record, link))
+    """Evict pooled files that a backlog, now gone, had left, or for which the file system has no room any more: some in
+    each round. A step."""
+    directories, words = session.directories, session.journal.words
+    pool.share(words, fs.room(directories.root))
+    size, files = pool.surplus(words)
+    pool.evict(directories, session.journal, min(size, _TRIM_BYTES), files)
 
 
 def discard_if_shut_down(session: Session) -> tuple[int, int, int]:

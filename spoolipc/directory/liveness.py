@@ -81,6 +81,12 @@ def has_crashed(alive: int, token: int) -> bool:
         fs.close(fd)
 
 
+def is_alone(alive: int, token: int) -> bool:
+    """Whether no session but that of `token` is alive; the caller holds the index lock."""
+    others = {token_of(name) for name in fs.list_names(alive)} - {0, token}
+    return all(has_crashed(alive, other) for other in others)
+
+
 def crashed_among(alive: int, tokens: set[int]) -> set[int]:
     """Which of `tokens` are of sessions that have crashed, for good; the caller holds the index lock."""
     return {token for token in tokens if has_crashed(alive, token)}

@@ -1,12 +1,26 @@
-"""Room, and what the pool may hold: decisions, from the words of the table alone."""
+"""Room, what the pool may hold, and how it gives way.
+
+The pool is a convenience: it holds no more than half of what the file system would have free without it, and pooled
+files are evicted before anybody waits for space.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Final
+import os
+from collections.abc import Callable, Container
+from typing import Final, TypeVar
 
+from . import fs, transitions
 from . import table as W
+from .journal import Journal
+from .layout import Directories, item_name
+from .liveness import has_crashed
 from .table import Words, bucket, record_in
+
+T = TypeVar("T")
+MOST_EVICTED: Final = 500
+"""Files evicted in one step: about 10 ms."""
+_PATIENCE: Final = 200  # times the core is given to a reader that looks at an item: some 100 us
 
 LARGE: Final = 1 << 18
 """Bytes from which mapping a file's pages costs more than looking for one already mapped."""
@@ -56,19 +70,29 @@ def is_worth_waking(words: Words) -> bool:
 
 
 def may_pool(words: Words, size: int) -> bool:
-    """Whether the pool may hold a file of `size` bytes more: up to `recycle_bytes`, or what a backlog of late took.
+    """Whether the pool may hold a file of `size` bytes more: up to `recycle_bytes`, or what a backlog of late took, but
+    no more than its share of the file system.
 
     A backlog that comes and goes would otherwise have its files unlinked and made again, which takes 16 writers of
     54 MB, with up to 100 items waiting, twice as long.
     """
     limit, pooled, items = words[W.RECYCLE_BYTES], words[W.POOL_BYTES], words[W.ITEM_BYTES]
-    return limit > 0 and (pooled + size <= limit or pooled + items <= max(words[W.PEAK_BYTES], items))
+    if not limit or pooled + size > words[W.SHARE_BYTES] or words[W.POOL_COUNT] >= words[W.SHARE_FILES]:
+        return False
+    return pooled + size <= limit or pooled + items <= max(words[W.PEAK_BYTES], items)
 
 
-def must_trim(words: Words) -> bool:
-    """Whether the pool holds more than it may."""
-    pooled = words[W.POOL_BYTES]
-    return pooled > words[W.RECYCLE_BYTES] and pooled + words[W.ITEM_BYTES] > words[W.PEAK_BYTES]
+def share(words: Words, free: tuple[int, int]) -> None:
+    """Note how much the pool may take of a file system that has so many bytes and files `free`."""
+    words[W.SHARE_BYTES] = (free[0] + words[W.POOL_BYTES]) >> 1
+    words[W.SHARE_FILES] = (free[1] + words[W.POOL_COUNT]) >> 1
+
+
+def surplus(words: Words) -> tuple[int, int]:
+    """How many bytes, and how many files, the pool holds more than it may."""
+    pooled, backlog = words[W.POOL_BYTES], words[W.PEAK_BYTES] - words[W.ITEM_BYTES]
+    most = min(max(words[W.RECYCLE_BYTES], backlog), words[W.SHARE_BYTES])
+    return max(0, pooled - most), max(0, words[W.POOL_COUNT] - words[W.SHARE_FILES])
 
 
 def lower_peak(words: Words) -> int:
@@ -119,3 +143,69 @@ def largest_pooled(words: Words) -> tuple[int, int]:
             if words[head]:
                 return record_in(words, words[head], W.POOLED), head
     return 0, 0
+
+
+# Giving way
+
+
+def evict(directories: Directories, journal: Journal, size: int, files: int = 1) -> int:
+    """Evict pooled files, the largest first, until they had `size` bytes together and are `files` at least, or there is
+    none left; at most MOST_EVICTED. How many. A step."""
+    count = 0
+    while count < MOST_EVICTED and (size > 0 or count < files):
+        record, link = largest_pooled(journal.words)
+        if not record:
+            break
+        size -= journal.words[record + W.BYTES]
+        evict_one(directories, journal, record, link)
+        count += 1
+    return count
+
+
+def evict_one(directories: Directories, journal: Journal, record: int, link: int) -> None:
+    """Unlink a pooled file, and empty it: whoever still maps it would else keep its blocks. A step.
+
+    No array shows a pooled file and nobody writes it. But a reader looks at items before it takes the lock: one that
+    was stopped there might go on long after the item was taken by another, and would be ended by SIGBUS. It says so in
+    LOOKS while it does; as the file has lost its name, nobody begins to look at it any more. A file that somebody
+    locked, as `fsck` does while it reads one, or that has another name, is not emptied either.
+    """
+    name = item_name(journal.words[record + W.FILE])
+    try:
+        fd = fs.open_at(name, os.O_WRONLY | fs.CAREFUL, dir_fd=directories.free)
+    except OSError:
+        fd = -1
+    try:
+        journal.commit(transitions.evict(journal.words, record, link))
+        if fd >= 0 and not fs.fstat(fd).st_nlink and fs.lock(fd) and _nobody_looks(directories, journal):
+            fs.truncate(fd, 0)
+    finally:
+        if fd >= 0:
+            fs.close(fd)
+
+
+def _nobody_looks(directories: Directories, journal: Journal) -> bool:
+    """Whether all looks at items that began before this call have ended. A step."""
+    words = journal.words
+    if journal.map[W.LOOKS_BYTES] == W.NOBODY:
+        return True
+    for place, waiter in enumerate(W.WAITERS):
+        patience = _PATIENCE
+        while words[W.LOOKS + place]:
+            if not patience:
+                if not has_crashed(directories.alive, words[waiter.token]):
+                    return False
+                words[W.LOOKS + place] = 0
+            patience -= 1
+            fs.yield_core()
+    return True
+
+
+def with_room(directories: Directories, journal: Journal, work: Callable[[], T]) -> T:
+    """What `work` returns, pooled files evicted while the file system has no room for it. A step."""
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if not fs.is_shortage(error) or not evict(directories, journal, 1):
+                raise

@@ -21,7 +21,7 @@ from ..errors import AlreadySettled, Full, ShutDown, SpoolClosed, SpoolError, St
 from ..format import footer
 from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Limits, Message
-from . import fs, housekeeping, reset, transitions
+from . import fs, housekeeping, pool, reset, transitions
 from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
@@ -178,7 +178,7 @@ class DirectoryProducer(Side):
                 return True
             if before is not None:
                 return before != self._staging.space(words)
-            return has_room(words, need) and (self._recycler.fits(need) or bool(words[W.POOL_COUNT]))
+            return has_room(words, need) and (bool(words[W.POOL_COUNT]) or not self._recycler.lacking(need))
 
         soon = until
         if before is not None:
@@ -204,24 +204,26 @@ class DirectoryProducer(Side):
             raise self._shut_down()
         if recycler.pins.pending:
             recycler.reclaim()
-        try:
-            while staged:
+        while staged:
+            try:
                 seq = self._commit(staged[0])
-                if seq is None:
-                    return True, put, 0
-                if seq == 0:
-                    break
-                seqs.append(seq)
-                del staged[0]
-                put += 1
-        except OSError as error:
-            if put:
-                pass  # those are put; what stands in the way of the next is told when it is tried again
-            elif fs.is_shortage(error):
-                self._staging.no_space = self._staging.space(words)
-                raise Full(f"the file system of {self.path} is full: {error.strerror}") from error
-            else:
+            except OSError as error:
+                is_shortage = fs.is_shortage(error)
+                if is_shortage and recycler.make_room(1)[0]:
+                    continue
+                if put:
+                    break  # those are put; what stands in the way of the next is told when it is tried again
+                if is_shortage:
+                    self._staging.no_space = self._staging.space(words)
+                    raise Full(f"the file system of {self.path} is full: {error.strerror}") from error
                 raise
+            if seq is None:
+                return True, put, 0
+            if seq == 0:
+                break
+            seqs.append(seq)
+            del staged[0]
+            put += 1
         words = journal.words
         if words[W.MAXSIZE] or words[W.MAX_BYTES]:
             self._places = places(words, staged[0].size if staged else self._last_size)
@@ -242,6 +244,7 @@ class DirectoryProducer(Side):
         if file is None:
             record = journal.unused_record()
             words = journal.words
+            pool.share(words, fs.room(session.directories.root))
         else:
             record = file.record
             if not recycler.is_ours(file):
@@ -357,7 +360,7 @@ class DirectoryProducer(Side):
     def preallocate(self, count: int, nbytes: int) -> None:
         """Fill the pool up to `count` files that each hold an array of `nbytes` bytes, their pages entered.
 
-        Raises Full when the file system is full, ValueError when the pool may not hold so much.
+        Raises Full when the file system has too little free, ValueError when the pool may not hold so much.
         """
         if count < 0 or nbytes < 0:
             raise ValueError(f"preallocate takes a count and a number of bytes, not ({count!r}, {nbytes!r})")
@@ -378,8 +381,11 @@ class DirectoryProducer(Side):
             self._recycler.mappings.keep(buffer, status, number, record)
 
     def _donate(self, name: str, size: int) -> tuple[tuple[int, int], int, int]:
-        """The file goes to `free/` under a number of its own, and into the pool. A step."""
-        journal = self.session.journal
+        """The file goes to `free/` under a number of its own, and into the pool. Raises Full. A step."""
+        journal, directories = self.session.journal, self.session.directories
+        pool.share(journal.words, fs.room(directories.root))
+        if not pool.may_pool(journal.words, size):
+            raise Full(f"the pool of {self.path} may take half of what the file system has free, and has it")
         number = W.FIRST_DONATED + secrets.randbits(62)
         record = journal.unused_record()
         journal.commit(transitions.donate(journal.words, record, number, size, name))

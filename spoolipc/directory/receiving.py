@@ -52,13 +52,14 @@ class Receiver(Side):
         self.verify = options.verify
         self._own = 0  # items in flight here, as they were last counted
         self.recycler = Recycler(self.session, writable=False)
+        self._places: list[int] = []
         self._table: object = self.session.journal.identity
         # Of claims that outlived the table they were made in: its identity, by sequence number.
         self.kept: dict[int, object] = {}
         self.session.on_adopt = self._adopt
         try:
             with self.session.explaining():
-                self.session.step(housekeeping.round_of, self.session, True)
+                self.session.step(self._enter)
         except BaseException:
             self.close()
             raise
@@ -68,12 +69,24 @@ class Receiver(Side):
         self.recycler.forget(journal)
         before, kept = self._table, self.kept
         self.kept = {}
+        self._places = []
         if journal is not None:
+            self._take_place()
             words, token, self._table = journal.words, self.session.token, journal.identity
             for record in active(words):
                 if words[record + W.STATE] == W.IN_FLIGHT and words[record + W.OWNER] == token:
                     seq = words[record + W.SEQ]
                     self.kept[seq] = kept.get(seq, before)
+
+    def _enter(self) -> tuple[None, int, int]:
+        """The first step."""
+        self._take_place()
+        return housekeeping.round_of(self.session, True)
+
+    def _take_place(self) -> None:
+        """Where this session says that it looks at items without the lock. A step."""
+        place, _, _ = self.session.place_of(W.FOR_ITEMS)
+        self._places = [W.LOOKS + place] if place >= 0 else []
 
     def nothing(self, ended: bool) -> Empty | ShutDown:
         """The error for a step that found no item. ended: nothing can come any more."""
@@ -82,20 +95,31 @@ class Receiver(Side):
         return Empty(f"no item waits in {self.path}")
 
     def look_ahead(self, words: Words, limit: int, writable: bool) -> list[Opened]:
-        """Open up to `limit` items that seem to be the next, without the lock; the first comes last."""
+        """Open up to `limit` items that seem to be the next, without the lock; the first comes last. One thread of a
+        session does it at a time; the others open theirs under the lock."""
         found: list[Opened] = []
         if not 0 <= time.monotonic_ns() - keeper.now < SECOND:
             self.recycler.mappings.sweep(words)
         record = words[W.REDELIVERY_HEAD] or words[W.READY_HEAD]
         top = min(words[W.CAPACITY], len(words)) - W.RECORD  # the file may have grown beyond what is mapped
-        while W.HEADER <= record <= top:
-            try:
-                found.append(self.open(words, record, words[record + W.SEQ], writable))
-            except (BadItem, OSError):
-                break  # gone meanwhile, or damaged: the locked step will see which
-            if len(found) == limit or len(found) == _AHEAD:
-                break
-            record = words[record + W.NEXT]
+        places = self._places
+        try:
+            place = places.pop()
+        except IndexError:
+            return found  # another thread looks, or there is no place to say that we do
+        try:
+            words[place] = 1  # nobody empties a file under our eyes: `pool.evict_one`
+            while W.HEADER <= record <= top:
+                try:
+                    found.append(self.open(words, record, words[record + W.SEQ], writable))
+                except (BadItem, OSError):
+                    break  # gone meanwhile, or damaged: the locked step will see which
+                if len(found) == limit or len(found) == _AHEAD:
+                    break
+                record = words[record + W.NEXT]
+        finally:
+            words[place] = 0
+            places.append(place)
         found.reverse()
         return found
 
@@ -177,7 +201,7 @@ class Receiver(Side):
             single
             and attempt == before
             and not words[record + W.FLAGS] & W.NEVER_AGAIN
-            and may_pool(words, words[record + W.BYTES])
+            and (words[W.RECYCLE_BYTES] > 0 if pin is not None else may_pool(words, words[record + W.BYTES]))
         )
         if not keep:
             recycler.mappings.forget(words[record + W.GENERATION])

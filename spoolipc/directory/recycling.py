@@ -21,10 +21,10 @@ from operator import itemgetter
 from typing import Any, Final
 
 from ..errors import BadItem
-from . import fs, transitions
+from . import fs, pool, transitions
 from . import table as W
 from .itemfile import ItemFile
-from .pool import find_pooled, largest_pooled, may_pool
+from .pool import find_pooled, may_pool
 from .session import Session
 from .table import Words, bucket
 
@@ -314,14 +314,19 @@ class Recycler:
             if words[record + W.LOAN] == token:
                 journal.commit(transitions.end_loan(words, record, shared=not pin.alone))
             elif words[record + W.STATE] == W.PINNED and words[record + W.OWNER] == token:
+                size = words[record + W.BYTES]
+                has_room = may_pool(words, size)
                 shared = not pin.alone or words[record + W.FLAGS] & W.NEVER_AGAIN
-                if shared or not may_pool(words, words[record + W.BYTES]):
+                if not has_room:
                     self.mappings.forget(words[record + W.GENERATION])
+                if shared or (words[record + W.LOAN] and not has_room):
                     journal.commit(transitions.drop(words, record))
                 elif words[record + W.LOAN]:
                     journal.commit(transitions.pass_to_lender(words, record))
                 else:
                     journal.commit(transitions.release(words, record))
+                    if not has_room:
+                        pool.evict_one(self.session.directories, journal, record, bucket(size))
 
     def reserve(self, need: int, most: int) -> Reserved | None:
         """Reserve a pooled file of `need` to `most` bytes, if there is one. A step."""
@@ -366,21 +371,21 @@ class Recycler:
                 journal.commit(transitions.release(journal.words, file.record))
 
     def make_room(self, need: int) -> tuple[bool, int, int]:
-        """Evict pooled files until the file system has `need` bytes; false when that is not enough. A step."""
-        journal = self.session.journal
-        while not self.fits(need):
-            record, link = largest_pooled(journal.words)
-            if not record:
-                return False, 0, 0
-            journal.commit(transitions.evict(journal.words, record, link))
-        return True, 0, 0
+        """Evict pooled files of `need` bytes, one at least, and then what is reserved here; false when there is none.
+        A step."""
+        session = self.session
+        found = pool.evict(session.directories, session.journal, need)
+        if not found and self.reserved:
+            self.release_all()
+            found = pool.evict(session.directories, session.journal, need)
+        return bool(found), 0, 0
 
     # Without the lock
 
-    def fits(self, need: int) -> bool:
-        """Whether the file system has `need` bytes free."""
-        status = fs.statvfs(self.session.directories.root)
-        return need <= status.f_bavail * status.f_frsize
+    def lacking(self, need: int) -> int:
+        """Bytes that the file system lacks for a new file of `need`; one where it takes no file."""
+        size, files = fs.room(self.session.directories.root)
+        return max(need - size, not files)
 
     def fell_short(self, need: int) -> None:
         """A commit found no file to reserve for the next put: let there be one more, where that is cheap."""
@@ -403,7 +408,7 @@ class Recycler:
                     return file
         kind = bucket(need)
         short = self._short.get(kind, 0)
-        if short:
+        if short and not self.lacking(need):
             # One file more in circulation, so that the next commit finds one to reserve in the same step.
             self._short[kind] = short - 1
             return None

@@ -27,7 +27,7 @@ from .doorbell import Doorbell
 from .journal import Journal, holder, set_limits
 from .layout import Directories, agree, open_directories
 from .lock import IndexLock, no_fork
-from .pool import is_worth_waking, waiting
+from .pool import MOST_EVICTED, evict, is_worth_waking, waiting, with_room
 from .rebuild import rebuild
 from .table import IndexDamaged, Token, Words
 
@@ -142,11 +142,14 @@ class Session:
             raise
 
     def _join(self, asked: Limits) -> tuple[None, int, int]:
-        set_limits(self.journal.words, agree(self.directories, asked))
-        with no_fork:  # a child that has the locked file unawares would hide our death
-            fd = liveness.announce(self.directories.alive, self.token, self._role, self.directories.file_mode)
-            self._held.append(fd)
-        return None, 0, 0
+        place, journal = self.directories, self.journal
+
+        def announce() -> None:
+            set_limits(journal.words, agree(place, asked))
+            with no_fork:  # a child that has the locked file unawares would hide our death
+                self._held.append(liveness.announce(place.alive, self.token, self._role, place.file_mode))
+
+        return with_room(place, journal, announce), 0, 0
 
     def _holder(self) -> str:
         token = holder(self.directories)
@@ -299,9 +302,10 @@ class Session:
 
     def take_place(self, kind: int) -> int:
         """A place among those who wait, -1 where there is none."""
-        return self.step(self._take_place, kind)
+        return self.step(self.place_of, kind)
 
-    def _take_place(self, kind: int) -> tuple[int, int, int]:
+    def place_of(self, kind: int) -> tuple[int, int, int]:
+        """As `take_place`, within a step."""
         words = self.journal.words
         free = -1
         for place, waiter in enumerate(W.WAITERS):
@@ -315,7 +319,7 @@ class Session:
             places = [place for place, waiter in enumerate(W.WAITERS) if words[waiter.token] in crashed]
             free = places[0] if places else -1
         if free >= 0:
-            words[W.WAITERS[free].since] = 0
+            words[W.WAITERS[free].since] = words[W.LOOKS + free] = 0
             words[W.WAITERS[free].kind] = kind
             words[W.WAITERS[free].token] = self.token
         return free, 0, 0
@@ -388,6 +392,8 @@ class Session:
         try:
             with contextlib.suppress(SpoolGone, SpoolClosed):
                 try:
+                    while self.step(self.evict_if_alone):
+                        pass
                     self.step(self._leave, last)
                 except OSError as error:
                     raise self.explained(error) from error
@@ -406,11 +412,22 @@ class Session:
         self._end()
 
     def _leave(self, last: Callable[[], tuple[None, int, int]]) -> tuple[None, int, int]:
-        words = self.journal.words
-        for waiter in W.WAITERS:
-            if words[waiter.token] == self.token:
-                words[waiter.since] = words[waiter.token] = 0
-        return last()
+        done = last()
+        while self.evict_if_alone()[0]:
+            pass  # what `last` released, and two who leave at once take each other for company
+        if not self.users:  # else another thread may look at an item, and is alive until it is done
+            words = self.journal.words
+            for waiter in W.WAITERS:
+                if words[waiter.token] == self.token:
+                    words[waiter.since] = words[waiter.token] = 0
+            with contextlib.suppress(OSError):  # now, so that whoever leaves next knows to be the last
+                fs.unlink_missing_ok(self.directories.alive, liveness.token_name(self.token))
+        return done
+
+    def evict_if_alone(self) -> tuple[int, int, int]:
+        """Evict pooled files, where no other session is there that would write them; how many. A step."""
+        alone = liveness.is_alone(self.directories.alive, self.token)
+        return evict(self.directories, self.journal, 0, MOST_EVICTED) if alone else 0, 0, 0
 
     def forked(self) -> None:
         """In a forked child: close what was inherited, so that the parent's death is not hidden by it."""

@@ -23,7 +23,7 @@ from .itemfile import ItemFile, check_regular
 from .liveness import token_name
 from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, keeper, rounded
 from .session import Session
-from .table import DELIVERED_TOTAL, HAS_METADATA, Words
+from .table import DELIVERED_TOTAL, HAS_METADATA, POOL_COUNT, Words
 
 T = TypeVar("T")
 
@@ -66,16 +66,16 @@ class Staging:
         self.durable = durable
         self.checksum = checksum
         self.limits_bytes = False
-        self.no_space: tuple[int, int] | None = None
+        self.no_space: tuple[int, ...] | None = None
         self._numbers = itertools.count()
 
     def most(self, need: int) -> int:
         """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
         return rounded(need) if self.limits_bytes else max(PAGE, 2 * need)
 
-    def space(self, words: Words) -> tuple[int, int]:
+    def space(self, words: Words) -> tuple[int, ...]:
         """What a full file system is like: another answer later is a reason to try again."""
-        return words[DELIVERED_TOTAL], fs.statvfs(self.session.directories.root).f_bavail
+        return words[DELIVERED_TOTAL], words[POOL_COUNT], *fs.room(self.session.directories.root)
 
     def stage(self, message: Message) -> Staged:
         """Write a message to a file that nobody sees yet. Raises Full when the file system is full."""
@@ -176,28 +176,32 @@ class Staging:
         directories = self.session.directories
         name = f"{token_name(self.session.token)}-{next(self._numbers)}.npy"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | fs.CAREFUL
-        if not self.recycler.fits(size) and not self.session.step(self.recycler.make_room, size):
-            raise Full(f"the file system of {self.session.path} has not {size} bytes free now")
-        try:
-            fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
+        recycler, session = self.recycler, self.session
+        while True:
+            while lacking := recycler.lacking(size):
+                if not session.step(recycler.make_room, lacking):
+                    raise Full(f"the file system of {session.path} has not {size} bytes free now")
             try:
-                if directories.file_mode != 0o600:
-                    fs.fchmod(fd, directories.file_mode)
-                return name, fill(fd)
-            except BaseException:
-                fs.unlink_missing_ok(directories.tmp, name)
-                raise
-            finally:
-                fs.close(fd)
-        except OSError as error:
-            if fs.is_shortage(error):
-                self.session.step(self.recycler.make_room, size)
-                self.no_space = self.space(self.session.look())
-                what = f"the file system of {self.session.path} is full: {size} bytes do not fit now"
-                raise Full(what) from error
-            self.session.check_present()
-            where = str(directories.path / "tmp" / name)
-            raise fs.storage_error(error, where) from error
+                fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
+                try:
+                    if directories.file_mode != 0o600:
+                        fs.fchmod(fd, directories.file_mode)
+                    return name, fill(fd)
+                except BaseException:
+                    fs.unlink_missing_ok(directories.tmp, name)
+                    raise
+                finally:
+                    fs.close(fd)
+            except OSError as error:
+                if not fs.is_shortage(error):
+                    session.check_present()
+                    where = str(directories.path / "tmp" / name)
+                    raise fs.storage_error(error, where) from error
+                # Whatever statvfs says: a quota may be used up, and others may have been faster.
+                if not session.step(recycler.make_room, size):
+                    self.no_space = self.space(session.look())
+                    what = f"the file system of {session.path} is full: {size} bytes do not fit now"
+                    raise Full(what) from error
 
     def make_mapped(self, size: int) -> tuple[str, mmap.mmap, os.stat_result]:
         """A new file of `size` bytes in `tmp/`, mapped to be written. Raises what `_make_file` does.

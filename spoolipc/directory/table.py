@@ -100,7 +100,7 @@ MAX_BYTES: Final = _at()
 RECYCLE_BYTES: Final = _at()
 MAX_ATTEMPTS: Final = _at()
 GROUPS: Final = _at(16)  # room for groups of readers
-# Header: who waits, the pool, the journal
+# Header: who waits, the pool, the journal, who looks
 MOST_WAITERS: Final = 32
 TOKENS: Final = _at(MOST_WAITERS)
 KINDS: Final = _at(MOST_WAITERS)
@@ -115,6 +115,12 @@ JOURNAL_ROOM: Final = 64  # stores of one transition
 SUBJECT: Final = _at()  # number of the file that the transition moves
 STORES: Final = _at()  # how many stores the journal holds
 JOURNAL: Final = _at(2 * JOURNAL_ROOM)  # positions, then their values
+LOOKS: Final = _at(MOST_WAITERS)  # by place: 1 while that reader looks at an item that is not in flight at it
+LOOKS_BYTES: Final = slice(LOOKS * WORD, (LOOKS + MOST_WAITERS) * WORD)
+SHARE_BYTES: Final = (
+    _at()
+)  # what the pool may hold of the file system, as of late: half of what is free without it
+SHARE_FILES: Final = _at()
 assert _at.next <= HEADER
 
 # Record

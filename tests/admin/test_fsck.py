@@ -11,6 +11,7 @@ import pytest
 from support.account import check_spool
 from support.damage import crash, cut, item, item_name, link_out, picture, pipe
 from support.peek import peek_table, poke
+from support.peer import Peer
 
 from spoolipc import Empty, FsckReport, SpoolError, SpoolReader, SpoolWriter, failed_show, fsck, stat
 from spoolipc.directory import check
@@ -23,11 +24,14 @@ ALL = list(range(COUNT))
 @pytest.fixture
 def path(spool: Path) -> Path:
     """A spool with items 3 to 7 waiting, one consumed file in the pool and item 2 a dead letter."""
-    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
-        for number in range(-2, COUNT):
-            writer.put(BIG + number)
-        reader.get()
-        reader.receive().reject("unwanted")
+    with Peer(spool) as peer:
+        peer.run("last = SpoolReader(path)")  # who empties the pool when it leaves; but it is killed
+        with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+            for number in range(-2, COUNT):
+                writer.put(BIG + number)
+            reader.get()
+            reader.receive().reject("unwanted")
+        peer.kill()
     assert fsck(spool).problems == ()
     return spool
 

@@ -1,0 +1,315 @@
+"""What is kept gives way: consumed files never keep a put waiting, on however small a file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.account import check_spool
+from support.arrays import Array
+from support.calls import Call
+from support.damage import crash
+from support.faults import Event, Injector
+from support.mounts import tmpfs
+from support.peer import Peer
+
+from spoolipc import Empty, Full, SpoolReader, SpoolWriter, fsck, gc, stat
+
+MIB = 1 << 20
+LITTLE = MIB  # what a spool without items may take: its table
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs as large as a container's `/dev/shm`."""
+    with tmpfs(tmp_path / "disk", "64m") as place:
+        yield place
+
+
+@pytest.fixture
+def few_files(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs that takes 120 files."""
+    with tmpfs(tmp_path / "disk", "64m,nr_inodes=120") as place:
+        yield place
+
+
+def used(disk: Path) -> int:
+    status = os.statvfs(disk)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def frame(mib: int | float) -> Array:
+    return np.ones(int(mib * MIB) - 1024, "u1")
+
+
+def put_until_full(writer: SpoolWriter, array: Array) -> int:
+    count = 0
+    while True:
+        try:
+            writer.put_nowait(array)
+        except Full:
+            return count
+        count += 1
+
+
+def read_all(reader: SpoolReader) -> None:
+    """Get all there is, and let go of it."""
+    while True:
+        try:
+            reader.get_nowait()
+        except Empty:
+            return
+
+
+@pytest.mark.parametrize("size", [0.01, 1, 6, 20])
+def test_after_all_is_read_a_put_of_any_size_fits_again(disk: Path, size: float) -> None:
+    """While the others that have the files mapped do nothing."""
+    path = disk / "spool"
+    with Peer(path) as peer, SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        peer.run("idle = SpoolReader(path), SpoolWriter(path)")
+        for _ in range(3):  # the files come round, so that all have them mapped
+            assert put_until_full(writer, frame(size)) >= 3
+            peer.run("idle[0].get(); idle[0].get(); idle[1].put(np.ones(9_000, 'u1'), timeout=10)")
+            read_all(reader)
+            peer.run("try: idle[0].get_nowait()\nexcept Empty: pass")  # and lets go of what it got
+        for other in (size, 1.9 * size, size / 3, 40):
+            writer.put_nowait(frame(other))
+            reader.get_nowait()
+        check_spool(path)
+
+
+def test_an_idle_spool_leaves_room_for_another_and_for_other_programs(disk: Path) -> None:
+    with SpoolWriter(disk / "a") as writer, SpoolReader(disk / "a") as reader:
+        for _ in range(10):
+            writer.put_nowait(frame(6))
+        read_all(reader)
+        with SpoolWriter(disk / "b") as other:
+            other.put_nowait(frame(6))
+        np.save(disk / "array.npy", frame(24))
+
+
+def test_an_idle_spool_keeps_less_than_is_free(disk: Path) -> None:
+    with SpoolWriter(disk / "a") as writer, SpoolReader(disk / "a") as reader:
+        for _ in range(4):
+            writer.put_nowait(frame(12))
+            writer.put_nowait(frame(2))
+            read_all(reader)
+        status = os.statvfs(disk)
+        assert stat(disk / "a").free_bytes <= status.f_bavail * status.f_frsize
+
+
+@pytest.mark.parametrize("error", [errno.EDQUOT, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["open_at", "save", "allocate", "write"])
+def test_a_refused_write_evicts_whatever_statvfs_says(spool: Path, error: int, call: str) -> None:
+    size = 0.004 if call == "write" else 1
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put_many([frame(size)] * 5)
+        read_all(reader)
+        assert stat(spool).free_files == 5
+
+        def refuse(event: Event) -> None:
+            makes = event.name == call and (call != "open_at" or event.args[1] & os.O_CREAT)
+            if makes and stat(spool).free_files > 2:
+                raise OSError(error, os.strerror(error))
+
+        with SpoolWriter(spool) as other, Injector(refuse):
+            if call == "allocate":
+                with other.loan(3 * MIB, "u1", timeout=0) as lent:
+                    lent[:] = 1
+            else:
+                other.put_nowait(frame(3 * size))
+        assert stat(spool).free_files <= 2
+
+
+def test_a_table_that_cannot_grow_evicts(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put_many([frame(1)] * 5)
+        read_all(reader)
+        small = np.zeros(1)
+
+        def refuse(event: Event) -> None:
+            if event.name == "allocate" and stat(spool).free_files:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with Injector(refuse):
+            for _ in range(300):
+                writer.put_nowait(small)
+        assert stat(spool).free_files == 0
+
+
+def test_files_that_the_file_system_lacks_are_taken_from_the_pool(few_files: Path) -> None:
+    path = few_files / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        assert put_until_full(writer, np.zeros(10)) > 80
+        read_all(reader)
+        writer.put_nowait(np.zeros(10_000))
+        with SpoolReader(path) as other:
+            assert len(other.get_nowait()) == 10_000
+        put_until_full(writer, np.zeros(10))
+        with SpoolReader(path) as other:  # all that wait leave a place for who takes them
+            read_all(other)
+        check_spool(path)
+
+
+def test_who_opens_a_spool_evicts_for_the_file_he_needs(few_files: Path) -> None:
+    path = few_files / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        writer.put_many([np.zeros(10)] * 20)
+        read_all(reader)
+        assert stat(path).free_files > 10
+        made = 0
+        while os.statvfs(few_files).f_favail:
+            (few_files / str(made)).touch()
+            made += 1
+        with SpoolReader(path), SpoolWriter(path, maxsize=100):
+            assert gc(path).crashed_sessions == 0
+
+
+def test_frames_through_a_small_file_system_take_no_longer_than_without_recycling(disk: Path) -> None:
+    def seconds(name: str, recycle_bytes: int | None) -> float:
+        path = disk / name
+        with SpoolWriter(path, maxsize=8, recycle_bytes=recycle_bytes) as writer, SpoolReader(path) as reader:
+            began = time.monotonic()
+            for _ in range(4):
+                putting = Call(writer.put_many, [frame(20)] * 5)
+                for _ in range(5):
+                    reader.get(timeout=20)
+                putting.result()
+            return time.monotonic() - began
+
+    assert seconds("recycling", None) < 5 * seconds("not", 0)
+
+
+# Leaving
+
+
+@pytest.mark.parametrize("first", ["writer", "reader"])
+def test_the_last_session_to_leave_empties_the_pool(disk: Path, first: str) -> None:
+    path = disk / "spool"
+    writer, reader = SpoolWriter(path, preallocate=(3, MIB)), SpoolReader(path)
+    writer.put(frame(4))
+    reader.get()
+    sessions = [writer, reader] if first == "writer" else [reader, writer]
+    sessions[0].close()
+    assert stat(path).free_files >= 3
+    sessions[1].close()
+    assert stat(path).free_files == 0
+    assert list((path / "free").iterdir()) == []
+    assert used(disk) < LITTLE
+    check_spool(path)
+
+
+def test_of_sessions_that_leave_at_once_one_empties_the_pool(spool: Path) -> None:
+    for _ in range(10):
+        sessions = [SpoolWriter(spool, preallocate=(3, 1000)), *[SpoolReader(spool) for _ in range(3)]]
+        for call in [Call(session.close) for session in sessions]:
+            call.result()
+        assert list((spool / "free").iterdir()) == []
+
+
+def test_gc_empties_the_pool_where_no_session_is_there(disk: Path) -> None:
+    path = disk / "spool"
+    crash(path, f"writer = SpoolWriter(path, preallocate=(3, {MIB}))")
+    with SpoolReader(path):
+        assert (gc(path).pooled_files, gc(path, dry_run=True).pooled_files) == (0, 0)
+        crash(path, "reader = SpoolReader(path)")
+    crash(path, f"writer = SpoolWriter(path, preallocate=(3, {MIB}))")
+    would = gc(path, dry_run=True)
+    assert (would.pooled_files, would.bytes_freed >= 3 * MIB) == (3, True)
+    did = gc(path)
+    assert (did.pooled_files, did.bytes_freed) == (3, would.bytes_freed)
+    assert used(disk) < LITTLE
+
+
+# An emptied file is a SIGBUS for who looks at its pages
+
+STOP_IN_A_LOOK = """
+import os, signal
+from spoolipc.directory import itemfile, receiving
+def stopping(*args, real=receiving.parse):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*args)
+receiving.parse = itemfile.parse = stopping
+"""
+
+
+def stop_in(peer: Peer, code: str) -> None:
+    peer.start("ask", code)
+    os.waitpid(peer.pid, os.WUNTRACED)
+
+
+@pytest.mark.parametrize("looker", ["reader.get_nowait().sum()", "fsck(path).items"])
+def test_who_was_stopped_looking_at_an_item_lives_on_when_it_is_taken_and_evicted(
+    disk: Path, looker: str
+) -> None:
+    path = disk / "spool"
+    with Peer(path) as peer, SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        peer.run("reader = SpoolReader(path)")
+        peer.run(STOP_IN_A_LOOK)
+        writer.put(frame(20))
+        stop_in(peer, f"int({looker})")
+        read_all(reader)
+        assert stat(path).free_files == 1
+        with pytest.raises(Full):
+            writer.put_nowait(frame(50))  # evicts it, though that does not help yet
+        assert stat(path).free_files == 0
+        writer.put_nowait(np.ones(1000, "u1"))
+        peer.go()
+        if looker.startswith("reader"):
+            os.waitpid(peer.pid, os.WUNTRACED)  # the next item is now another, and it looks at that
+            peer.go()
+        assert peer.answer() >= 0
+        peer.run("reader.close()")
+        putting = Call(writer.put, frame(50))
+        for _ in range(2 - looker.startswith("reader")):
+            reader.get(timeout=20)  # and lets go of what is no more
+        putting.result()
+        assert fsck(path).clean
+
+
+def test_who_crashed_looking_at_an_item_keeps_nothing(disk: Path) -> None:
+    path = disk / "spool"
+    with Peer(path) as peer, SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        peer.run("reader = SpoolReader(path)")
+        peer.run(STOP_IN_A_LOOK)
+        writer.put(frame(20))
+        stop_in(peer, "int(reader.get_nowait().sum())")
+        peer.kill()
+        with Peer(path) as idle:
+            idle.run("reader = SpoolReader(path); reader.get(); writer = SpoolWriter(path)")
+            idle.run("writer.put(np.ones(1000, 'u1')); reader.get()")
+            writer.put_nowait(frame(60))
+            read_all(reader)
+
+
+def test_readers_and_writers_live_through_evictions_under_their_eyes(disk: Path) -> None:
+    """Two readers look at the same items, and each put evicts what the one before left."""
+    path, count = disk / "spool", 300
+    read = """
+def read():
+    got = 0
+    with SpoolReader(path) as reader:
+        while True:
+            try:
+                array = reader.get(timeout=60)
+            except ShutDown:
+                return got
+            assert (array == array[0]).all()
+            got += 1
+"""
+    with Peer(path) as one, Peer(path) as other, SpoolWriter(path) as writer:
+        for peer in (one, other):
+            peer.run(read)
+            peer.start("ask", "read()")
+        for number in range(count):
+            writer.put(np.full((7 if number % 2 else 19) * MIB, number % 251, "u1"), timeout=60)
+        writer.shutdown()
+        assert one.answer() + other.answer() == count
+    assert fsck(path).clean
