@@ -14,14 +14,15 @@ own. Nothing is skipped; a test fails when a suite was left out that the engine'
 from __future__ import annotations
 
 import multiprocessing
+import os
 import select
+import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from multiprocessing.connection import Connection
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -40,8 +41,7 @@ DTYPES: list[Any] = ["?", "i1", "<f8", ">c16", "S5", "<U3", "M8[ns]", "V7", [("a
 SHAPES: list[tuple[int, ...]] = [(), (0,), (3, 4), (60, 70, 2)]
 SETTLED: list[Verdict] = [Ack(), Nack(0, ""), Reject("")]
 VERDICTS = pytest.mark.parametrize("verdict", SETTLED, ids=repr)
-Call = Callable[[], Any]
-_SPAWN: Any = multiprocessing.get_context("spawn")
+Call = Callable[..., Any]
 
 
 def message(number: float, size: int = 10, meta: Any = None) -> Message:
@@ -839,50 +839,44 @@ class ProcessSuite(Suite):
 
 
 class Remote:
-    """A consumer in a process of its own: what is asked of it is done there, by `serve`."""
+    """A consumer in a process of its own: what is asked of it is done there, by `served`."""
 
     def __init__(self, engine: Engine) -> None:
-        self._pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=serve, args=(engine, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.qsize()  # it is open now
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), serve, (engine,))
+        self._pid = self._process.submit(os.getpid).result(30)
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> Call:
         return partial(self._ask, name)
 
     def _ask(self, name: str, *args: Any) -> Any:
-        self._pipe.send((name, args))
-        assert self._pipe.poll(30), f"{name} did not return in the other process"
-        done, value = self._pipe.recv()
-        if not done:
-            raise value
-        return value
+        return self._process.submit(served, name, *args).result(30)
 
     def close(self) -> None:
         self._ask("close")
-        self._process.join(30)
+        self._process.shutdown()
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.join(30)
+        os.kill(self._pid, signal.SIGKILL)
+        self._process.shutdown()
 
 
-def serve(engine: Engine, pipe: Connection) -> None:
-    """Make the calls of a `Remote`. The handles of deliveries stay here."""
-    consumer = engine.consumer(engines.ConsumerOptions())
-    handles: dict[tuple[int, int], Any] = {}
-    name = ""
-    while name != "close":
-        name, args = pipe.recv()
-        if name in ("load", "describe", "settle"):
-            for each in args[0] if name == "settle" else args:
-                each.handle = handles[each.seq, each.attempt]
-        try:
-            done, value = True, getattr(consumer, name)(*args)
-        except Exception as error:
-            done, value = False, error
-        if done and name == "claim":
-            handles |= {(each.seq, each.attempt): each.handle for each in value}
-            value = [replace(each, handle=None) for each in value]
-        pipe.send((done, value))
+_there: dict[str, Any] = {}
+"""In the process of a `Remote`: its consumer, and the handles of its deliveries, which stay there."""
+
+
+def serve(engine: Engine) -> None:
+    """Open a consumer in this process."""
+    _there.update(consumer=engine.consumer(engines.ConsumerOptions()), handles={})
+
+
+def served(name: str, *args: Any) -> Any:
+    """What the consumer of this process returns."""
+    handles = _there["handles"]
+    for each in args[0] if name == "settle" else args:
+        if isinstance(each, Delivery):
+            each.handle = handles[each.seq, each.attempt]
+    found = getattr(_there["consumer"], name)(*args)
+    if name != "claim":
+        return found
+    handles.update({(each.seq, each.attempt): each.handle for each in found})
+    return [replace(each, handle=None) for each in found]

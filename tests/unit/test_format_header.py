@@ -156,6 +156,7 @@ LITERALS = st.recursive(
         | st.dictionaries(st.sampled_from(["descr", "fortran_order", "shape", ""]), inner, max_size=4)
         | st.lists(st.tuples(st.sampled_from(["", "a", "b", ("t", "a"), 3]), inner), max_size=3)
         | st.lists(st.tuples(st.just("a"), inner, st.tuples(st.integers(-1, 3))), max_size=2)
+        | st.tuples(inner, st.tuples(st.integers(-1, 3)))
     ),
     max_leaves=12,
 )
