@@ -155,8 +155,12 @@ class _Spool:
         most = self.limits.max_bytes or math.inf
         if size > most:
             raise errors.TooLarge(f"{size} bytes can never fit into {self.path}: max_bytes is {most}")
-        if self.full() or self.bytes + size > most:
-            raise errors.Full(f"{self.path} had no room in time")
+        if self.full():
+            raise errors.Full(f"{self.path} is full: maxsize={self.limits.maxsize} items wait")
+        if self.bytes + size > most:
+            raise errors.Full(
+                f"{self.path} is full: {self.bytes} of max_bytes={most} are taken, {size} are needed"
+            )
 
     def append(self, item: _Item) -> int:
         """Make it the last item."""
