@@ -161,7 +161,7 @@ def test_arguments_that_mean_nothing_are_refused_and_the_item_stays_in_flight(
         with pytest.raises(ValueError, match="delay"):
             item.nack(bad)
     for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="lease"):
+        with pytest.raises(ValueError, match="seconds"):
             item.extend(bad)
         with pytest.raises(ValueError, match="lease"):
             SpoolReader(spool, lease=bad)
