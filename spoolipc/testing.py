@@ -102,6 +102,7 @@ class Suite:
     @pytest.fixture(autouse=True)
     def _opened(self, tmp_path: Any) -> Iterator[None]:
         self.place = str(tmp_path / "spool")
+        self.held: list[Delivery] = []
         with ThreadPoolExecutor() as self.threads, ExitStack() as self.opened:
             yield
 
@@ -141,8 +142,9 @@ class Suite:
         return list(map(number_of, self.consumer.take(limit, until)))
 
     def claim(self, lease: float | None = None) -> Delivery:
-        """The next item in flight, waiting for it."""
-        return self.consumer.claim(1, lease, soon())[0]
+        """The next item in flight, waiting for it; held until the end of the test."""
+        self.held += (claimed := self.consumer.claim(1, lease, soon()))
+        return claimed[0]
 
     def load(self, *deliveries: Delivery) -> list[float]:
         """The numbers of what is in flight."""
@@ -173,8 +175,9 @@ class SharedSuite(Suite):
         return self.open_consumer()
 
     def claim_other(self) -> Delivery:
-        """The next item in flight there, waiting for it without a deadline."""
-        return self.other.claim(1, None, None)[0]
+        """The next item in flight there, waiting for it without a deadline; held as well."""
+        self.held += (claimed := self.other.claim(1, None, None))
+        return claimed[0]
 
     def test_items_in_flight_are_no_one_elses_and_are_acknowledged_at_once(self) -> None:
         seqs = [*self.put(0, 1, size=LARGE), *self.put(2)]
@@ -228,7 +231,8 @@ class SharedSuite(Suite):
 
     def test_items_in_flight_are_redelivered_when_their_consumer_closes(self) -> None:
         seqs = self.put(0, 1, 2, size=LARGE)
-        view = self.consumer.load(self.consumer.claim(2, None, NOW)[0])
+        deliveries = self.consumer.claim(2, None, NOW)
+        view = self.consumer.load(deliveries[0])
         self.consumer.close()
         again = self.other.claim(9, None, NOW)
         assert [(each.seq, each.attempt) for each in again] == list(zip(seqs, (2, 2, 1), strict=True))
