@@ -19,6 +19,8 @@ import math
 import os
 import threading
 import time
+import warnings
+import weakref
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +44,7 @@ _MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 @dataclass(slots=True, eq=False)
 class _Item:
     """An item. image: the bytes of its file. owner: at whom it was in flight last. due: monotonic seconds when its
-    lease ends, or when it is to be delivered again."""
+    lease ends, or when it is to be delivered again. given: tells when nobody can settle it any more."""
 
     image: bytes | bytearray
     put_time: int
@@ -51,6 +53,7 @@ class _Item:
     owner: Consumer | None = None
     due: float = 0.0
     history: list[values.Failure] = field(default_factory=list)
+    given: weakref.ref[Delivery] | None = None
 
     def message(self, writable: bool = False) -> Message:
         """What is in it, the arrays as read-only views, or as copies."""
@@ -100,12 +103,21 @@ class _Spool:
             yield self
 
     def look(self, session: _Session | None) -> None:
-        """See which leases have ended, and whether the session that asks has. Raises SpoolClosed."""
+        """See which leases have ended, what was dropped, and whether the session that asks has ended. Raises
+        SpoolClosed."""
         self.now = time.monotonic()
         for item in [item for item in self.in_flight.values() if item.due <= self.now]:
             self.fail(item, "its lease ended")
-        if session is not None and session not in self.sessions:
+        if session is None:
+            return
+        if session not in self.sessions:
             raise errors.SpoolClosed(f"this session of {self.path} was closed")
+        while session.dropped:
+            item, attempt = session.dropped.popleft()
+            if self.in_flight.get(item.seq) is item and item.attempt == attempt:
+                self.fail(item, "it was dropped unsettled")
+                what = f"item {item.seq} of {self.path} was dropped unsettled; it is redelivered"
+                warnings.warn(f"{what}. Use: with reader.receive()", ResourceWarning, stacklevel=1)
 
     def agree(self, asked: Limits) -> None:
         """Let limits be decided by who asks first. Raises LimitMismatch."""
@@ -276,6 +288,7 @@ class _Session:
 
     def __init__(self, spool: _Spool, limits: Limits, reopen: bool = False, fresh: bool = False) -> None:
         self._spool, self.path = spool, spool.path
+        self.dropped = deque[tuple[_Item, int]]()  # of deliveries that are gone: the item, and its attempt
         with spool.step():
             if fresh:
                 spool.begin_anew(limits)
@@ -392,7 +405,15 @@ class Consumer(_Session):
         seconds = math.inf if lease is None else lease
         with self._spool.step(self) as spool:
             found = retry(lambda: spool.claim(self, limit, seconds), self._wait, until)
-            return [Delivery(item.seq, item.attempt, item.put_time, len(item.image), None) for item in found]
+            return [self._delivery(item) for item in found]
+
+    def _delivery(self, item: _Item) -> Delivery:
+        delivery = Delivery(item.seq, item.attempt, item.put_time, len(item.image), None)
+        what, dropped = (item, item.attempt), self.dropped
+        item.given = weakref.ref(
+            delivery, lambda _: dropped.append(what)
+        )  # at any moment: it only takes note
+        return delivery
 
     def peek(self, until: Deadline) -> values.Peeked:
         with self._spool.step(self) as spool:

@@ -163,7 +163,7 @@ class Contents(NamedTuple):
     id: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Delivery:
     """An item in flight at this session.
 

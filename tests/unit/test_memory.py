@@ -58,6 +58,18 @@ def test_delivered_array_is_the_memory_lent_and_read_only(engine: MemoryEngine) 
     assert array.tolist() == [7, 7, 7]
 
 
+def test_item_dropped_unsettled_is_redelivered_by_the_next_call_of_its_reader(engine: MemoryEngine) -> None:
+    producer, consumer = engine.producer(ProducerOptions()), engine.consumer(ConsumerOptions())
+    producer.put([Message((np.zeros(1),))] * 2, NOW)
+    consumer.settle(consumer.claim(1, None, NOW), Ack())
+    consumer.claim(1, None, NOW)
+    assert producer.qsize() == 0
+    with pytest.warns(ResourceWarning, match="item 2 of memory://unit was dropped unsettled"):
+        assert consumer.qsize() == 1
+    (delivery,) = consumer.claim(1, None, NOW)
+    assert (delivery.seq, delivery.attempt) == (2, 2)
+
+
 def test_stat_tells_the_age_of_the_next_item_and_no_files(engine: MemoryEngine) -> None:
     engine.producer(ProducerOptions()).put([Message((np.zeros(1),))], NOW)
     time.sleep(0.01)
