@@ -24,7 +24,7 @@ from .journal import Journal
 from .layout import FILES, PARTS, Directories, item_name, item_number, temporary_owner
 from .quarantine import history_number
 from .session import Session, administration
-from .table import Rows, active, rows
+from .table import Rows, owned, rows
 from .visitor import AnySpool, Visitor
 
 T = TypeVar("T")
@@ -174,9 +174,9 @@ class _Sweep:
         if journal is None:
             return None, []
         words = journal.words
-        owned = [(record, words[record + W.OWNER]) for record in reversed(active(words))]
-        crashed = liveness.crashed_among(self.spool.directories.alive, {owner for _, owner in owned if owner})
-        return journal, [(record, owner) for record, owner in owned if owner in crashed]
+        owners = set(np.unique(rows(words)[:, W.OWNER]).tolist()) - {0}
+        crashed = liveness.crashed_among(self.spool.directories.alive, owners)
+        return journal, [(record, words[record + W.OWNER]) for record in owned(words, crashed)]
 
     def _count(self, journal: Journal, record: int) -> None:
         words = journal.words

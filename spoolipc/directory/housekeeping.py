@@ -1,13 +1,14 @@
 """Housekeeping: what ended leases, ended delays and crashed sessions left is requeued or removed.
 
 `round_of` is a bounded round in one locked step, once a second, by whoever is around: however large the backlog, only
-active records and a bounded number of names are looked at, and what is more than one step should do is left to the
-next. `gc` (`gc.py`) does the same without the bound.
+active records and a bounded number of names are looked at, and every record only when a session has crashed. What is
+more than one step should do is left to the next. `gc` (`gc.py`) does the same without the bound.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from typing import Final
 
@@ -16,9 +17,10 @@ from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
 from .session import MEMBERS, Session, is_due
-from .table import IndexDamaged, active
+from .table import IndexDamaged, active, owned
 
 _NAMES: Final = 64  # of tmp/ looked at in one round
+_SESSIONS: Final = 256  # of alive/
 _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
 _DISCARDED_AT_ONCE: Final = 64
 _TRIM_BYTES: Final = 1 << 28  # evicted in one round, above the files that must go
@@ -73,63 +75,62 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
         return None, 0, 0
     now = time.monotonic_ns()
     session.check_present()  # who holds the lock on a directory that was removed is alone with it
-    crashed = _Crashed(session)
-    items, space = _settle_round(session, crashed, now)
+    crashed = _crashed(session)
+    items, space, left = _settle_crashed(session, crashed)
+    more, room = _settle_due(session, now, left)
     words = session.journal.words
     words[W.HOUSEKEPT] = now
     with fs.scan(session.directories.tmp) as entries:
         for entry in itertools.islice(entries, _NAMES):
-            token = temporary_owner(entry.name)
-            if token and crashed.has(token):
+            if temporary_owner(entry.name) in crashed:
                 fs.unlink_missing_ok(session.directories.tmp, entry.name)
+        left |= next(entries, None) is not None
     for waiter in W.WAITERS:
-        if words[waiter.token] and words[waiter.since] and crashed.has(words[waiter.token]):
+        if words[waiter.token] in crashed:
             words[waiter.since] = words[waiter.token] = 0
-    for token in crashed.found():
+    for token in () if left else crashed:
         fs.unlink_missing_ok(session.directories.alive, liveness.token_name(token))
     words[W.PEAK_BYTES] = pool.lower_peak(words)
     _trim(session)
     if words[W.SHUTDOWN] == W.DISCARDED:
         discard_if_shut_down(session)  # what its maker did not live to remove, or a reader requeued since
-    return None, items, space
+    return None, items + more, space + room
 
 
-class _Crashed:
-    """Which sessions have crashed, asking the kernel once for each. Of a step."""
-
-    def __init__(self, session: Session) -> None:
-        self._alive = session.directories.alive
-        self._known: dict[int, bool] = {session.token: False}
-
-    def has(self, token: int) -> bool:
-        """Whether the session of `token` has."""
-        if token not in self._known:
-            self._known[token] = liveness.has_crashed(self._alive, token)
-        return self._known[token]
-
-    def found(self) -> list[int]:
-        """Those that were asked for and have."""
-        return [token for token, crashed in self._known.items() if crashed]
+def _crashed(session: Session) -> set[int]:
+    """Sessions of a file in `alive/` that have crashed; of very many names, some are looked at. A step."""
+    alive = session.directories.alive
+    names = fs.list_names(alive)
+    if len(names) > _SESSIONS:
+        names = random.sample(names, _SESSIONS)
+    return liveness.crashed_among(alive, set(map(liveness.token_of, names)) - {0, session.token})
 
 
-def _settle_round(session: Session, crashed: _Crashed, now: int) -> tuple[int, int]:
+def _settle_crashed(session: Session, crashed: set[int]) -> tuple[int, int, bool]:
+    """Put right what crashed sessions have: whom to wake, and whether something is left for the next round. A step."""
+    items = space = 0
+    found = owned(session.journal.words, crashed) if crashed else []
+    for record in found[:_AT_ONCE]:
+        more, room = put_right(session, record, "its reader crashed")
+        items, space = items + more, space + room
+    return items, space, len(found) > _AT_ONCE
+
+
+def _settle_due(session: Session, now: int, left: bool) -> tuple[int, int]:
+    """Put right what leases and delays that ended are over for: whom to wake. left: look again at once. A step."""
     words = session.journal.words
-    items = space = soonest = settled = 0
+    items = space = settled = 0
+    soonest = now if left else 0
     for record in reversed(active(words)):
         if settled == _AT_ONCE:
             soonest = now  # the next step goes on
             break
-        owner, ends = words[record + W.OWNER], words[record + W.DUE]
-        why = ""
-        if owner and crashed.has(owner):
-            why = "its reader crashed"
-        elif 0 < ends <= now:
-            why = "its lease ended"
+        ends = words[record + W.DUE]
+        if 0 < ends <= now:
+            more, room = put_right(session, record, "its lease ended")
+            items, space, settled = items + more, space + room, settled + 1
         elif ends and (not soonest or ends < soonest):
             soonest = ends
-        if why:
-            more, room = put_right(session, record, why)
-            items, space, settled = items + more, space + room, settled + 1
     session.journal.words[W.NEXT_DUE] = soonest
     return items, space
 

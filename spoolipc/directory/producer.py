@@ -29,7 +29,7 @@ from .pool import LARGE, find_pooled, has_room, places
 from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, SECOND, Pin, Recycler, keeper, rounded
 from .session import Session, Side, operation
 from .staging import Staged, Staging
-from .table import Words, active, bucket
+from .table import Words, bucket, owned
 
 T = TypeVar("T")
 RETRY_AFTER: Final = 1.0
@@ -421,11 +421,9 @@ class DirectoryProducer(Side):
     def _leave(self) -> tuple[None, int, int]:
         journal, token = self.session.journal, self.session.token
         self._recycler.release_all()
-        for record in active(journal.words):
-            words = journal.words
-            # What is still reserved is being written, or is left of a put that was interrupted.
-            if words[record + W.OWNER] == token and words[record + W.STATE] in (W.PINNED, W.RESERVED):
-                journal.commit(transitions.drop(words, record))
+        # What is still reserved is being written, or is left of a put that was interrupted.
+        for record in owned(journal.words, (token,)):
+            journal.commit(transitions.drop(journal.words, record))
         return None, 0, 0
 
 

@@ -25,7 +25,7 @@ from .pool import may_pool
 from .quarantine import forget_history
 from .recycling import SECOND, SMALL, Pin, Recycler, keeper
 from .session import MEMBERS, Session, Side, is_due
-from .table import Words, active
+from .table import Words, active, owned
 from .transitions import consume
 
 _AHEAD: Final = 64  # items opened without the lock for one call
@@ -263,13 +263,10 @@ class Receiver(Side):
     def _leave(self) -> tuple[None, int, int]:
         session, items, space = self.session, 0, 0
         self.recycler.reclaim()
-        for record in reversed(active(session.journal.words)):
-            words = session.journal.words
-            if words[record + W.OWNER] != session.token:
-                continue
-            if words[record + W.STATE] == W.IN_FLIGHT:
+        for record in owned(session.journal.words, (session.token,)):
+            if session.journal.words[record + W.STATE] == W.IN_FLIGHT:
                 _, more, room = housekeeping.redeliver(session, record, "its reader left", 0)
                 items, space = items + more, space + room
-            elif words[record + W.STATE] == W.PINNED:
-                session.journal.commit(transitions.drop(words, record))
+            else:
+                session.journal.commit(transitions.drop(session.journal.words, record))
         return None, items, space

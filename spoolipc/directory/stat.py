@@ -8,12 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from ..errors import LockTimeout
 from ..message import Limits, SpoolStat, State
 from . import fs, hearing, liveness
 from . import table as W
 from .layout import MEMORY, agree, file_system, item_number, read_shutdown
-from .table import IndexDamaged, Words, active
+from .table import Words, rows
 from .visitor import Visitor
 
 _STATES: Final[dict[int, State]] = {W.OPEN: "open", W.DRAINING: "draining", W.DISCARDED: "discarded"}
@@ -98,12 +100,9 @@ def _pinned(visitor: Visitor) -> tuple[int, int]:
     """How many files of `free/` are pinned or reserved, and their bytes: a step."""
     if visitor.journal is None:
         return 0, 0
-    words = visitor.journal.words
-    try:
-        pinned = [record for record in active(words) if words[record + W.STATE] in (W.PINNED, W.RESERVED)]
-    except IndexDamaged:
-        return 0, 0
-    return len(pinned), sum(words[record + W.BYTES] for record in pinned)
+    records = rows(visitor.journal.words)
+    pinned = np.isin(records[:, W.STATE], W.UNLISTED)
+    return int(pinned.sum()), int(records[pinned, W.BYTES].sum())
 
 
 def _live_sessions(visitor: Visitor) -> int:

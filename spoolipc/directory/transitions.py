@@ -82,20 +82,10 @@ def _deactivate(words: Words, stores: Stores, record: int) -> None:
     stores[record + W.DUE] = 0
 
 
-def _replace(words: Words, stores: Stores, record: int, other: int) -> None:
-    """Put another record in the place of one of the ACTIVE list."""
-    following, previous = words[record + W.NEXT], words[record + W.PREV]
-    stores[other + W.NEXT] = following
-    stores[other + W.PREV] = previous
-    stores[previous + W.NEXT if previous else W.ACTIVE] = other
-    if following:
-        stores[following + W.PREV] = other
-    stores[record + W.OWNER] = 0
-
-
 def _pool(words: Words, stores: Stores, record: int, size: int) -> None:
     head = bucket(size)
     stores[record + W.STATE] = W.POOLED
+    stores[record + W.OWNER] = 0
     stores[record + W.NEXT] = words[head]
     stores[head] = record
     stores[W.POOL_BYTES] = words[W.POOL_BYTES] + size
@@ -145,31 +135,25 @@ def put(words: Words, record: int, name: str, successor: int, link: int) -> Tran
     name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its
     stead, or zeros.
     """
-    seq, tail, size = words[W.NEXT_SEQ], words[W.READY_TAIL], words[record + W.BYTES]
-    following, previous = words[record + W.NEXT], words[record + W.PREV]
+    seq, tail = words[W.NEXT_SEQ], words[W.READY_TAIL]
     stores = {
         tail + W.NEXT if tail else W.READY_HEAD: record,
         W.READY_TAIL: record,
         W.READY_LENGTH: words[W.READY_LENGTH] + 1,
         W.NEXT_SEQ: seq + 1,
         W.NEXT_SEQ_CHECK: seq + 1 ^ W.ALL_BITS,
-        W.ITEM_BYTES: words[W.ITEM_BYTES] + size,
+        W.ITEM_BYTES: words[W.ITEM_BYTES] + words[record + W.BYTES],
         record + W.STATE: W.WAITING,
+        record + W.NEXT: 0,
         record + W.FILE: seq,
         record + W.OWNER: 0,
-        previous + W.NEXT if previous else W.ACTIVE: successor or following,
     }
-    if following:
-        stores[following + W.PREV] = successor or previous
-    if successor:  # it takes the record's place in the ACTIVE list
+    if successor:
         stores[link] = words[successor + W.NEXT]
         stores[successor + W.STATE] = W.RESERVED
         stores[successor + W.OWNER] = words[record + W.OWNER]
-        stores[successor + W.NEXT] = following
-        stores[successor + W.PREV] = previous
         stores[W.POOL_BYTES] = words[W.POOL_BYTES] - words[successor + W.BYTES]
         stores[W.POOL_COUNT] = words[W.POOL_COUNT] - 1
-    stores[record + W.NEXT] = 0
     return (ARRIVE, seq, stores, ("free", name, "items", f"{seq:020d}.npy"))
 
 
@@ -223,7 +207,7 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
     """WAITING, the first, or IN_FLIGHT leaves items/, delivered for good.
 
     keep: its file moves to free/, PINNED by `owner`, or POOLED where that is 0; else it is unlinked (NOTHING).
-    released: a PINNED record that becomes POOLED in the same transition, for one that becomes PINNED from WAITING.
+    released: a PINNED record without a LOAN that becomes POOLED in the same transition.
     """
     seq, size, items = words[record + W.SEQ], words[record + W.BYTES], words[W.ITEM_BYTES]
     stores: Stores = {W.ITEM_BYTES: items - size, W.DELIVERED_TOTAL: words[W.DELIVERED_TOTAL] + 1}
@@ -231,14 +215,9 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
         stores[W.PEAK_BYTES] = items
     if words[record + W.STATE] == W.WAITING:
         _pop(words, stores, record)
-        if released:
-            _replace(words, stores, released, record)
-        elif keep and owner:
-            _activate(words, stores, record)
     else:
         stores[W.IN_FLIGHT_COUNT] = words[W.IN_FLIGHT_COUNT] - 1
-        if not (keep and owner):
-            _deactivate(words, stores, record)
+        _deactivate(words, stores, record)
     name = f"{seq:020d}.npy"
     if not keep:
         _forget(words, stores, record)
@@ -246,13 +225,12 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
     if owner:
         stores[record + W.STATE] = W.PINNED
         stores[record + W.OWNER] = owner
-        stores[record + W.DUE] = 0
         if owner == words[record + W.LOAN]:  # the lender itself, who may still have the array
             stores[record + W.LOAN] = 0
     else:
+        stores[record + W.LOAN] = 0
         released = record
     if released:
-        stores[released + W.LOAN] = 0
         _pool(words, stores, released, words[released + W.BYTES])
     return (LEAVE, seq, stores, ("items", name, "free", name))
 
@@ -320,9 +298,7 @@ def discard(words: Words, record: int) -> Transition:
 
 def release(words: Words, record: int) -> Transition:
     """PINNED or RESERVED becomes POOLED: no array shows the file and nobody writes it any more."""
-    stores: Stores = {}
-    _deactivate(words, stores, record)
-    stores[record + W.LOAN] = 0
+    stores: Stores = {record + W.LOAN: 0}
     _pool(words, stores, record, words[record + W.BYTES])
     return (MEMORY, 0, stores, None)
 
@@ -330,18 +306,14 @@ def release(words: Words, record: int) -> Transition:
 def drop(words: Words, record: int) -> Transition:
     """PINNED or RESERVED becomes NOTHING: the file is unlinked."""
     stores: Stores = {}
-    _deactivate(words, stores, record)
     _forget(words, stores, record)
     return _unlinking(words, record, stores)
 
 
 def reserve(words: Words, record: int, link: int, owner: int) -> Transition:
     """POOLED becomes RESERVED by the writer `owner`."""
-    stores: Stores = {}
+    stores: Stores = {record + W.STATE: W.RESERVED, record + W.OWNER: owner}
     _unpool(words, stores, record, link)
-    _activate(words, stores, record)
-    stores[record + W.STATE] = W.RESERVED
-    stores[record + W.OWNER] = owner
     return (MEMORY, 0, stores, None)
 
 
@@ -363,7 +335,7 @@ def donate(words: Words, record: int, number: int, size: int, name: str) -> Tran
     stores = _take_unused(words, record)
     stores[record + W.FILE] = stores[record + W.GENERATION] = number
     stores[record + W.BYTES] = size
-    stores[record + W.OWNER] = stores[record + W.LOAN] = stores[record + W.DUE] = 0
+    stores[record + W.LOAN] = stores[record + W.DUE] = 0
     _pool(words, stores, record, size)
     return (DONATE, number, stores, ("tmp", name, "free", item_name(number)))
 
