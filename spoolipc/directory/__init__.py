@@ -56,7 +56,7 @@ Words:
     stage, commit    write a file nobody sees; make it an item. Staged files are in tmp/, or reserved
     transition       one change of the table and at most one of a name, made whole or not at all
     table, index     the words; the file that holds them. A record stands for one file, the journal for one transition
-    generation       the number under which a file was first known: of mappings kept, says that it is the same file
+    number of a file the sequence number under which it was first an item: its name whenever it is in free/
     doorbell         alive/TOKEN as what a waiting session watches and others write to
     foreign file     a name that is none of the spool's
 """

@@ -308,10 +308,10 @@ class _Look:
         numbers, sizes = listed
         records = rows(words)
         records = records[np.isin(records[:, W.STATE], states)]
-        suspects = np.setxor1d(numbers, records[:, W.FILE])
+        suspects = np.setxor1d(numbers, files_in(records, states))
         for start in range(0, len(suspects), _SLICE):
             self.visitor.step(self._disagreement, part, suspects[start : start + _SLICE], states)
-        for number, said, size in _wrong_sizes(records, numbers, sizes):
+        for number, said, size in _wrong_sizes(records, files_in(records, states), numbers, sizes):
             if number not in self._damaged:
                 what = f"has {size} bytes, the index says {said}"
                 self._note("size", f"{part}/{item_name(number)}", what)
@@ -333,18 +333,18 @@ class _Look:
                 self._note("orphan", where, "is a file that no item and no process needs")
 
 
-def _wrong_sizes(records: Rows, numbers: Rows, sizes: Rows) -> list[tuple[int, int, int]]:
+def _wrong_sizes(records: Rows, files: Rows, numbers: Rows, sizes: Rows) -> list[tuple[int, int, int]]:
     """The files whose records have another size: (number, size in the record, size of the file).
 
-    numbers, sizes: of the files listed, in any order.
+    files: their numbers, one for each record. numbers, sizes: of the files listed, in any order.
     """
     if not len(numbers):
         return []
     order = np.argsort(numbers)
-    place = np.searchsorted(numbers, records[:, W.FILE], sorter=order)
+    place = np.searchsorted(numbers, files, sorter=order)
     found = order[np.minimum(place, len(numbers) - 1)]
-    wrong = (numbers[found] == records[:, W.FILE]) & (sizes[found] != records[:, W.BYTES])
+    wrong = (numbers[found] == files) & (sizes[found] != records[:, W.BYTES])
     return [
-        (int(record[W.FILE]), int(record[W.BYTES]), int(size))
-        for record, size in zip(records[wrong], sizes[found][wrong], strict=True)
+        (int(file), int(record[W.BYTES]), int(size))
+        for file, record, size in zip(files[wrong], records[wrong], sizes[found][wrong], strict=True)
     ]

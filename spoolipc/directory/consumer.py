@@ -98,7 +98,7 @@ class DirectoryConsumer(Receiver):
                     try:
                         _, found, pinned, single = self.open(words, record, seq, writable)
                     except BadItem as error:
-                        recycler.mappings.forget(words[record + W.GENERATION])
+                        recycler.mappings.forget(words[record + W.FILE])
                         set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
                         space += 1
                         continue
@@ -331,7 +331,7 @@ class DirectoryConsumer(Receiver):
         journal = self.session.journal
         for delivery in deliveries:
             record = self._still_ours(delivery)
-            self.recycler.mappings.forget(journal.words[record + W.GENERATION])
+            self.recycler.mappings.forget(journal.words[record + W.FILE])
             set_aside(self.session.directories, journal, record, _who(), reason)
         return None, self.pass_on(len(deliveries)), len(deliveries)
 
@@ -387,7 +387,7 @@ class DirectoryConsumer(Receiver):
         record = first(journal.words)
         if not record or journal.words[record + W.SEQ] != seq:
             return None, 0, 0
-        self.recycler.mappings.forget(journal.words[record + W.GENERATION])
+        self.recycler.mappings.forget(journal.words[record + W.FILE])
         set_aside(self.session.directories, journal, record, _who(), why)
         return None, self.pass_on(1), 1
 

@@ -174,7 +174,8 @@ class _Sweep:
         if journal is None:
             return None, []
         words = journal.words
-        owners = set(np.unique(rows(words)[:, W.OWNER]).tolist()) - {0}
+        records = rows(words)
+        owners = set(np.unique(records[np.isin(records[:, W.STATE], W.OWNED), W.OWNER]).tolist())
         crashed = liveness.crashed_among(self.spool.directories.alive, owners)
         return journal, [(record, words[record + W.OWNER]) for record in owned(words, crashed)]
 

@@ -176,7 +176,8 @@ class Journal:
         elif kind == FOLLOW:
             write_shutdown(self._directories.root, subject, self._directories.file_mode)
         # A crash from here on leaves stores that recovery makes again.
-        any(map(words.__setitem__, stores, stores.values()))  # a loop in C: each store is None
+        for position, value in stores.items():
+            words[position] = value
         words[W.MARK] = CLEAN
         if VERIFY:
             self._verify(transition)

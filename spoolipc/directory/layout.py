@@ -24,6 +24,7 @@ import os
 import re
 import stat
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -64,6 +65,10 @@ MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 def item_name(number: int) -> str:
     """The file name of an item (or of a consumed file) by its number."""
     return f"{number:020d}.npy"
+
+
+free_name: Final = lru_cache(1024)(item_name)
+"""The file name of a consumed file by its number, which it keeps: soon asked for again."""
 
 
 def item_number(name: str) -> int | None:

@@ -106,7 +106,7 @@ def find_pooled(
 ) -> tuple[int, int]:
     """A pooled file of `size` to `most` bytes, as (record, the position that links to it).
 
-    Zeros when none is found in a constant number of looks. mapped: generations of the files whose pages the asker has
+    Zeros when none is found in a constant number of looks. mapped: numbers of the files whose pages the asker has
     mapped; of large files, such a one is preferred, or with `only_mapped` asked for.
     """
     link = head = bucket(size)
@@ -120,7 +120,7 @@ def find_pooled(
             break
         record_in(words, record, W.POOLED)
         if size <= words[record + W.BYTES] <= most:
-            if size < LARGE or words[record + W.GENERATION] in mapped:
+            if size < LARGE or words[record + W.FILE] in mapped:
                 return record, link
             if not found[0]:
                 found = record, link

@@ -53,7 +53,6 @@ class DirectoryProducer(Side):
             self.session, self._recycler, durable=self._durable, checksum=options.checksum
         )
         self._places = 0  # for how many more items there was room when the last was put
-        self._last_size = PAGE
         try:
             with self.session.explaining():
                 self.session.step(housekeeping.round_of, self.session, True)
@@ -205,6 +204,10 @@ class DirectoryProducer(Side):
         if recycler.pins.pending:
             recycler.reclaim()
         while staged:
+            left = places(words, staged[0].size)
+            self._places = left - 1
+            if left <= 0:
+                break
             try:
                 seq = self._commit(staged[0])
             except OSError as error:
@@ -217,41 +220,35 @@ class DirectoryProducer(Side):
                     self._staging.no_space = self._staging.space(words)
                     raise Full(f"the file system of {self.path} is full: {error.strerror}") from error
                 raise
-            if seq is None:
+            if not seq:
                 return True, put, 0
-            if seq == 0:
-                break
+            words = journal.words
             seqs.append(seq)
             del staged[0]
             put += 1
-        words = journal.words
-        if words[W.MAXSIZE] or words[W.MAX_BYTES]:
-            self._places = places(words, staged[0].size if staged else self._last_size)
         return False, put, 0
 
-    def _commit(self, staged: Staged) -> int | None:
-        """Make one item; its sequence number, 0 when there is no room, None when its file is not there any more.
+    def _commit(self, staged: Staged) -> int:
+        """Make one item, for which there is room; its sequence number, 0 when its file is not there any more.
 
         A crash before the rename leaves a reserved or a temporary file, after it an item.
         """
         session, recycler = self.session, self._recycler
         journal, file, size = session.journal, staged.file, staged.size
-        words = journal.words
-        if (words[W.MAXSIZE] or words[W.MAX_BYTES]) and not has_room(words, size):
-            return 0
         loan = session.token if staged.loan else 0
-        flags = staged.flags | (W.NEVER_AGAIN if self._durable else 0)
         if file is None:
             record = journal.unused_record()
-            words = journal.words
-            pool.share(words, fs.room(session.directories.root))
+            pool.share(journal.words, fs.room(session.directories.root))
         else:
             record = file.record
             if not recycler.is_ours(file):
-                return None
+                return 0
+        words = journal.words
         seq = transitions.next_seq(words)
-        said = (seq, staged.put_time, 0, flags, staged.layout.end, 0, 0, 0, loan)
-        W.ITEM.pack_into(journal.map, (record + W.ITEM_AT) * W.WORD, *said)
+        at = (record + W.ITEM_AT) * W.WORD
+        W.ITEM.pack_into(
+            journal.map, at, seq, staged.put_time, 0, staged.flags, staged.layout.end, 0, 0, 0, loan
+        )
         successor = link = 0
         try:
             if file is None:
@@ -261,17 +258,16 @@ class DirectoryProducer(Side):
                 if len(recycler.reserved) < MOST_RESERVED:
                     only_mapped = need >= LARGE and len(recycler.mappings.kept) >= ENOUGH_MAPPED
                     successor, link = find_pooled(words, need, size, recycler.mappings.kept, only_mapped)
-                journal.commit(transitions.put(words, record, file.name, successor, link))
+                journal.commit(transitions.put(words, record, seq, file.name, successor, link))
         except FileNotFoundError:
             session.check_present()
             if file is not None:
                 journal.commit(transitions.drop(words, record))
-            return None
+            return 0
         if successor:
             recycler.reserved.append(recycler.reserved_at(successor))
         elif file is not None and not words[bucket(staged.need)]:
             recycler.fell_short(staged.need)
-        self._last_size = size
         if loan:
             self._remember_loan(staged, record, seq)
         return seq
@@ -312,7 +308,7 @@ class DirectoryProducer(Side):
     def _lend(self, message: Message, layout: Layout, need: int) -> DirectoryLoan:
         """Raises Full, ShutDown, TooLarge."""
         self._look_for_room(need)
-        staged = Staged(message, layout, self._staging.new_id())
+        staged = Staged(message, layout, self._staging.new_id(), self._staging.flags)
         staged.loan = True
         buffer = None if self._durable else self._staging.map_reserved(staged)
         if buffer is None:

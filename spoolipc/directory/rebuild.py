@@ -97,11 +97,7 @@ def _still_in_flight(directories: Directories, old: Words | None, there: set[int
     if old is None or (old[W.BOOT], old[W.BOOT + 1]) != boot_words():
         return {}
     records = rows(old)
-    mine = (
-        (records[:, W.STATE] == W.IN_FLIGHT)
-        & (records[:, W.SEQ] == records[:, W.FILE])
-        & (records[:, W.OWNER] > 0)
-    )
+    mine = (records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.OWNER] > 0)
     mine &= (records[:, W.ATTEMPT] > 0) & (records[:, W.ATTEMPT] < MOST_ATTEMPTS)
     found = records[mine]
     alive = {
@@ -121,7 +117,7 @@ def _fill(
     for number in waiting:
         status = fs.stat_at(item_name(number), dir_fd=directories.items)
         record = [0] * W.RECORD
-        record[W.SEQ] = record[W.FILE] = record[W.GENERATION] = number
+        record[W.SEQ] = record[W.FILE] = number
         record[W.BYTES] = max(1, min(status.st_size, _MOST_BYTES))
         record[W.PUT_TIME] = max(0, status.st_mtime_ns)
         record[W.FLAGS] = W.NEVER_AGAIN  # nobody knows whether it must survive the loss of power

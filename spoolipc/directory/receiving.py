@@ -132,7 +132,7 @@ class Receiver(Side):
         except FileNotFoundError:
             self.session.check_present()
             raise BadItem("its file is missing") from None
-        size, generation = status[6], words[record + W.GENERATION]
+        size, generation = status[6], words[record + W.FILE]
         kept = mappings.kept.get(generation)
         if kept is not None and kept.identity == status[1:3] and kept.size == size and not writable:
             buffer: Buffer = kept.buffer
@@ -204,7 +204,7 @@ class Receiver(Side):
             and (words[W.RECYCLE_BYTES] > 0 if pin is not None else may_pool(words, words[record + W.BYTES]))
         )
         if not keep:
-            recycler.mappings.forget(words[record + W.GENERATION])
+            recycler.mappings.forget(words[record + W.FILE])
         released = 0
         if waits and recycler.pins.pending:
             if keep and pin is not None:

@@ -24,6 +24,7 @@ from ..errors import BadItem
 from . import fs, pool, transitions
 from . import table as W
 from .itemfile import ItemFile
+from .layout import free_name
 from .pool import find_pooled, may_pool
 from .session import Session
 from .table import Words, bucket
@@ -181,7 +182,7 @@ class Mappings:
         """Let go of the mappings of files that are no more, whose memory they would hold, and of all in this process
         that were not used lately. For when `keeper` is due, and not in a step: to unmap takes its time."""
         for generation, mapping in list(self.kept.items()):
-            at = mapping.record + W.GENERATION
+            at = mapping.record + W.FILE
             if at >= len(words) or words[at] != generation:
                 self.forget(generation)
         keeper.sweep()
@@ -262,7 +263,6 @@ class Reserved:
     name: str
     number: int
     size: int
-    generation: int
 
 
 class Recycler:
@@ -292,7 +292,7 @@ class Recycler:
         if (
             pin.alone
             and pin.table is journal.identity
-            and words[record + W.FILE] == pin.number
+            and words[record + W.SEQ] == pin.number
             and words[record + W.STATE] == W.PINNED
             and words[record + W.OWNER] == self.session.token
             and not words[record + W.LOAN]
@@ -309,7 +309,7 @@ class Recycler:
         while len(pending) > leave:
             pin = pending.popleft()
             words, record = journal.words, pin.record
-            if pin.table is not journal.identity or words[record + W.FILE] != pin.number:
+            if pin.table is not journal.identity or words[record + W.SEQ] != pin.number:
                 continue
             if words[record + W.LOAN] == token:
                 journal.commit(transitions.end_loan(words, record, shared=not pin.alone))
@@ -318,7 +318,7 @@ class Recycler:
                 has_room = may_pool(words, size)
                 shared = not pin.alone or words[record + W.FLAGS] & W.NEVER_AGAIN
                 if not has_room:
-                    self.mappings.forget(words[record + W.GENERATION])
+                    self.mappings.forget(words[record + W.FILE])
                 if shared or (words[record + W.LOAN] and not has_room):
                     journal.commit(transitions.drop(words, record))
                 elif words[record + W.LOAN]:
@@ -345,10 +345,9 @@ class Recycler:
         return Reserved(
             journal.identity,
             record,
-            f"{number:020d}.npy",
+            free_name(number),
             number,
             words[record + W.BYTES],
-            words[record + W.GENERATION],
         )
 
     def is_ours(self, file: Reserved) -> bool:
@@ -452,7 +451,7 @@ class Recycler:
 
     def discard(self, file: Reserved) -> None:
         """Unlink a reserved file that is not fit to be written."""
-        self.mappings.forget(file.generation)
+        self.mappings.forget(file.number)
         self.session.step(self._discard, file)
 
     def _discard(self, file: Reserved) -> tuple[None, int, int]:

@@ -139,7 +139,7 @@ def _set_aside(session: Session, problem: Problem) -> None:
 
 def _is_in_flight(session: Session, number: int) -> bool:
     records = rows(session.journal.words)
-    found = records[(records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.FILE] == number)]
+    found = records[(records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.SEQ] == number)]
     alive = session.directories.alive
     return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, W.OWNER])
 

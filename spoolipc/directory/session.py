@@ -126,6 +126,7 @@ class Session:
             is_admin = self._role == "admin"
             self.directories = open_directories(self.path, asked, create=create, as_found=is_admin)
             self.token = liveness.new_token()
+            self.token_bytes = self.token.to_bytes(8, "big")
             self._held = self.directories.descriptors()
             ends = (os.getpid(), self.directories.alive, self.token, self._held, self.is_open)
             self._end = weakref.finalize(self, _abandon, *ends)

@@ -23,7 +23,7 @@ from .itemfile import ItemFile, check_regular
 from .liveness import token_name
 from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, keeper, rounded
 from .session import Session
-from .table import DELIVERED_TOTAL, HAS_METADATA, POOL_COUNT, Words
+from .table import DELIVERED_TOTAL, HAS_METADATA, NEVER_AGAIN, POOL_COUNT, Words
 
 T = TypeVar("T")
 
@@ -31,7 +31,8 @@ T = TypeVar("T")
 class Staged:
     """A message in a file not yet in `items/`: a reserved file, or `name` in `tmp/`.
 
-    need: bytes written. size: bytes of the file. loan: the array is the file's own memory; pin: who shows that.
+    need: bytes written. size: bytes of the file. flags: of its record. loan: the array is the file's own memory; pin:
+    who shows that.
     """
 
     file: Reserved | None = None
@@ -42,7 +43,7 @@ class Staged:
     buffer: mmap.mmap | None = None
     status: os.stat_result | None = None
 
-    def __init__(self, message: Message, layout: Layout, said: bytes) -> None:
+    def __init__(self, message: Message, layout: Layout, said: bytes, flags: int) -> None:
         self.arrays, names, meta, _, _ = message
         self.names, self.meta = names, meta
         self.id = said
@@ -50,13 +51,14 @@ class Staged:
         self.put_time = put_time = time.time_ns()
         self.tail = tail = footer.pack(layout.end, put_time, said, names, meta)
         self.need = layout.end + len(tail)
-        self.flags = 0 if names is None and meta is None else HAS_METADATA
+        self.flags = flags if names is None and meta is None else flags | HAS_METADATA
 
 
 class Staging:
     """Where one writer stages its messages.
 
-    durable: every file is synced, and no consumed file is written again. checksum: stored with every item.
+    durable: every file is synced, and no consumed file is written again, as `flags` say. checksum: stored with every
+    item.
     limits_bytes: whether `max_bytes` is set. no_space: what the spool was like when the file system refused a write.
     """
 
@@ -64,6 +66,7 @@ class Staging:
         self.session = session
         self.recycler = recycler
         self.durable = durable
+        self.flags = NEVER_AGAIN if durable else 0
         self.checksum = checksum
         self.limits_bytes = False
         self.no_space: tuple[int, ...] | None = None
@@ -80,7 +83,7 @@ class Staging:
     def stage(self, message: Message) -> Staged:
         """Write a message to a file that nobody sees yet. Raises Full when the file system is full."""
         said = bytes.fromhex(message.id) if message.id else self.new_id()
-        staged = Staged(message, layout_of(message[0]), said)
+        staged = Staged(message, layout_of(message[0]), said, self.flags)
         if not self.durable:
             most = self.most(staged.need)
             while (file := self.recycler.pick(staged.need, most)) is not None:
@@ -91,37 +94,37 @@ class Staging:
 
     def new_id(self) -> bytes:
         """An id that no other item has: the session's random number and one that counts."""
-        return self.session.token.to_bytes(8, "big") + next(self._numbers).to_bytes(8, "big")
+        return self.session.token_bytes + next(self._numbers).to_bytes(8, "big")
 
     def _fill(self, file: Reserved, staged: Staged) -> bool:
         """Write into a consumed file through its mapping, or a small one with one write; false when it is not as it
         should be any more, and was discarded."""
         mappings, free, name = self.recycler.mappings, self.session.directories.free, file.name
-        layout, end, need = staged.layout, staged.layout.end, staged.need
+        layout, end, need, size = staged.layout, staged.layout.end, staged.need, file.size
         try:
-            kept = mappings.kept.get(file.generation)
-            if kept is None and file.size <= SMALL and not mappings.wants(file.generation):
-                data = to_bytes(layout, staged.arrays)
-                if self.checksum:
-                    staged.tail = self.sealed(staged, data)
+            kept = mappings.kept.get(file.number)
+            if kept is None and size <= SMALL and not mappings.wants(file.number):
                 with ItemFile(free, name, writable=True) as opened:
-                    if opened.status.st_nlink != 1 or opened.size != file.size:
+                    if opened.status.st_nlink != 1 or opened.size != size:
                         raise BadItem("the file is linked elsewhere or has changed its size")
-                    opened.write(data + staged.tail)
+                    opened.write(self._small(staged))
             else:
                 status = fs.stat_at(name, dir_fd=free)
-                if status[3] != 1 or status[6] != file.size:
+                if status[3] != 1 or status[6] != size:
                     raise BadItem("the file is linked elsewhere or has changed its size")
-                if kept is not None and kept.identity == status[1:3] and kept.size == status[6]:
+                if kept is not None and kept.identity == status[1:3] and kept.size == size:
                     buffer = kept.buffer
                     kept.used = keeper.now
                 else:
                     check_regular(status)
-                    buffer = mappings.of(free, name, status, file.generation, file.record)
-                store(buffer, layout, staged.arrays)
-                if self.checksum:
-                    staged.tail = self.sealed(staged, buffer)
-                buffer[end:need] = staged.tail
+                    buffer = mappings.of(free, name, status, file.number, file.record)
+                if need <= SMALL:
+                    buffer[:need] = self._small(staged)
+                else:
+                    store(buffer, layout, staged.arrays)
+                    if self.checksum:
+                        staged.tail = self.sealed(staged, buffer)
+                    buffer[end:need] = staged.tail
         except (BadItem, FileNotFoundError):
             self.recycler.discard(file)
             return False
@@ -135,8 +138,15 @@ class Staging:
         except BaseException:
             self.recycler.put_aside(file)
             raise
-        staged.file, staged.size = file, file.size
+        staged.file, staged.size = file, size
         return True
+
+    def _small(self, staged: Staged) -> bytes:
+        """All bytes of a small item."""
+        data = to_bytes(staged.layout, staged.arrays)
+        if self.checksum:
+            staged.tail = self.sealed(staged, data)
+        return data + staged.tail
 
     def sealed(self, staged: Staged, buffer: mmap.mmap | bytes) -> bytes:
         """The footer with the checksum of the blocks in `buffer`; it is as long as without."""
@@ -236,7 +246,7 @@ class Staging:
                 status = fs.stat_at(file.name, dir_fd=free)
                 check_regular(status)
                 if status.st_nlink == 1 and status.st_size == file.size:
-                    buffer = mappings.of(free, file.name, status, file.generation, file.record)
+                    buffer = mappings.of(free, file.name, status, file.number, file.record)
                     staged.file, staged.size = file, file.size
                     return buffer
             except (BadItem, FileNotFoundError):

@@ -137,11 +137,10 @@ EXPIRES: Final = _at()  # wall clock, ns, 0 for never
 GROUP_SET: Final = _at()  # groups that have yet to take it
 DUE: Final = _at()  # monotonic ns at which its lease or delay ends, 0 for none
 LOAN: Final = _at()  # token of the writer that still has the loaned array, 0 for none
-OWNER: Final = _at()  # token of the session that has it
-FILE: Final = _at()  # the number in the file's name
+OWNER: Final = _at()  # token of the session that has it, or last had it
+FILE: Final = _at()  # number of the file for as long as it is there: its name in free/; no other gets it
 BYTES: Final = _at()  # the file's size
-GENERATION: Final = _at()  # number under which this very file was first known; never used again
-assert _at.next == RECORD
+assert _at.next < RECORD
 ITEM: Final = Struct("=9Q")
 """SEQ to LOAN, what a record says of its item before it is one."""
 ITEM_AT: Final = SEQ
@@ -157,6 +156,7 @@ POOLED: Final = 6  # in free/, waiting to be written
 IN_ITEMS: Final = (WAITING, IN_FLIGHT, DELAYED)
 IN_FREE: Final = (PINNED, RESERVED, POOLED)
 IN_ACTIVE: Final = (IN_FLIGHT, DELAYED)
+OWNED: Final = (IN_FLIGHT, PINNED, RESERVED)
 UNLISTED: Final = (PINNED, RESERVED)  # found by their owner, which is rarely asked for
 
 # Flags of a record
@@ -178,20 +178,19 @@ LAST_SEQ: Final = 10**18
 """Sequence numbers are below this: a file of a higher number was not put by this package."""
 
 NOT_ZERO: Final[dict[int, tuple[int, ...]]] = {
-    WAITING: (SEQ, FILE, BYTES, GENERATION),
-    IN_FLIGHT: (SEQ, FILE, BYTES, GENERATION, ATTEMPT, OWNER),
-    DELAYED: (SEQ, FILE, BYTES, GENERATION, ATTEMPT, DUE),
-    PINNED: (FILE, BYTES, GENERATION, OWNER),
-    RESERVED: (FILE, BYTES, GENERATION, OWNER),
-    POOLED: (FILE, BYTES, GENERATION),
+    WAITING: (SEQ, FILE, BYTES),
+    IN_FLIGHT: (SEQ, FILE, BYTES, ATTEMPT, OWNER),
+    DELAYED: (SEQ, FILE, BYTES, ATTEMPT, DUE),
+    PINNED: (FILE, BYTES, OWNER),
+    RESERVED: (FILE, BYTES, OWNER),
+    POOLED: (FILE, BYTES),
 }
 ZERO: Final[dict[int, tuple[int, ...]]] = {
-    NOTHING: (OWNER, GENERATION),
-    WAITING: (DUE, OWNER),
-    DELAYED: (OWNER,),
+    NOTHING: (FILE,),
+    WAITING: (DUE,),
     PINNED: (DUE,),
     RESERVED: (DUE,),
-    POOLED: (DUE, LOAN, OWNER),
+    POOLED: (DUE, LOAN),
 }
 """By state, the words of a record that are never zero and those that always are; the others are the last item's."""
 
@@ -246,15 +245,17 @@ def owned(words: Words, owners: Collection[int]) -> list[int]:
     Looks at every record: 10 ms for a million.
     """
     records = rows(words)
-    found = np.flatnonzero(np.isin(records[:, OWNER], np.array(list(owners), np.uint64)))
+    found = np.flatnonzero(
+        np.isin(records[:, OWNER], np.array(list(owners), np.uint64)) & np.isin(records[:, STATE], OWNED)
+    )
     order = np.lexsort((records[found, SEQ], records[found, STATE]))
     at: list[int] = (found[order] * RECORD + HEADER).tolist()
     return at
 
 
 def files_in(records: Rows, states: tuple[int, ...]) -> Rows:
-    """The numbers of the files whose records are in one of `states`."""
-    files: Rows = records[np.isin(records[:, STATE], states), FILE]
+    """The numbers in the names of the files whose records are in one of `states`, all of `items/` or all of `free/`."""
+    files: Rows = records[np.isin(records[:, STATE], states), SEQ if states[0] in IN_ITEMS else FILE]
     return files
 
 
@@ -359,7 +360,7 @@ class _Check:
         """Sequence numbers, file numbers and times are possible."""
         records, words, states = self.records, self.words, self.records[:, STATE]
         items = records[np.isin(states, IN_ITEMS)]
-        self.expect("items whose file has another number", 0, int((items[:, SEQ] != items[:, FILE]).sum()))
+        self.expect("items of the same number", 0, len(items) - len(np.unique(items[:, SEQ])))
         self.expect("numbers not given out yet", 0, int((items[:, SEQ] >= words[NEXT_SEQ]).sum()))
         self.expect("the check of the next number", words[NEXT_SEQ_CHECK], words[NEXT_SEQ] ^ ALL_BITS)
         used = records[states != NOTHING, FILE]

@@ -21,7 +21,7 @@ from typing import Final, TypeAlias
 
 from ..message import Limits
 from . import table as W
-from .layout import item_name
+from .layout import free_name, item_name
 from .table import IndexDamaged, Queue, Words, bucket, record_in
 
 Stores: TypeAlias = dict[int, int]
@@ -78,14 +78,12 @@ def _deactivate(words: Words, stores: Stores, record: int) -> None:
     stores[previous + W.NEXT if previous else W.ACTIVE] = following
     if following:
         stores[following + W.PREV] = previous
-    stores[record + W.OWNER] = 0
     stores[record + W.DUE] = 0
 
 
 def _pool(words: Words, stores: Stores, record: int, size: int) -> None:
     head = bucket(size)
     stores[record + W.STATE] = W.POOLED
-    stores[record + W.OWNER] = 0
     stores[record + W.NEXT] = words[head]
     stores[head] = record
     stores[W.POOL_BYTES] = words[W.POOL_BYTES] + size
@@ -101,8 +99,7 @@ def _unpool(words: Words, stores: Stores, record: int, link: int) -> None:
 def _forget(words: Words, stores: Stores, record: int) -> None:
     stores[record + W.STATE] = W.NOTHING
     stores[record + W.NEXT] = words[W.UNUSED]
-    stores[record + W.OWNER] = 0
-    stores[record + W.GENERATION] = 0
+    stores[record + W.FILE] = 0
     stores[W.UNUSED] = record
 
 
@@ -129,13 +126,13 @@ def next_seq(words: Words) -> int:
     return seq
 
 
-def put(words: Words, record: int, name: str, successor: int, link: int) -> Transition:
+def put(words: Words, record: int, seq: int, name: str, successor: int, link: int) -> Transition:
     """RESERVED becomes WAITING, last in order; the caller has described the item in its record.
 
-    name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED in its
-    stead, or zeros.
+    seq: NEXT_SEQ. name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes
+    RESERVED in its stead, or zeros.
     """
-    seq, tail = words[W.NEXT_SEQ], words[W.READY_TAIL]
+    tail = words[W.READY_TAIL]
     stores = {
         tail + W.NEXT if tail else W.READY_HEAD: record,
         W.READY_TAIL: record,
@@ -145,8 +142,6 @@ def put(words: Words, record: int, name: str, successor: int, link: int) -> Tran
         W.ITEM_BYTES: words[W.ITEM_BYTES] + words[record + W.BYTES],
         record + W.STATE: W.WAITING,
         record + W.NEXT: 0,
-        record + W.FILE: seq,
-        record + W.OWNER: 0,
     }
     if successor:
         stores[link] = words[successor + W.NEXT]
@@ -163,9 +158,9 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
     seq = next_seq(words)
     stores = _take_unused(words, record)
     stores[record + W.STATE] = W.WAITING
-    stores[record + W.FILE] = stores[record + W.GENERATION] = seq
+    stores[record + W.FILE] = seq
     stores[record + W.BYTES] = size
-    stores[record + W.OWNER] = stores[record + W.DUE] = 0
+    stores[record + W.DUE] = 0
     _append(words, stores, W.READY, record)
     stores[W.NEXT_SEQ] = seq + 1
     stores[W.NEXT_SEQ_CHECK] = seq + 1 ^ W.ALL_BITS
@@ -228,11 +223,12 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
         if owner == words[record + W.LOAN]:  # the lender itself, who may still have the array
             stores[record + W.LOAN] = 0
     else:
-        stores[record + W.LOAN] = 0
         released = record
+        if words[record + W.LOAN]:
+            stores[record + W.LOAN] = 0
     if released:
         _pool(words, stores, released, words[released + W.BYTES])
-    return (LEAVE, seq, stores, ("items", name, "free", name))
+    return (LEAVE, seq, stores, ("items", name, "free", free_name(words[record + W.FILE])))
 
 
 def requeue(words: Words, record: int, due: int) -> Transition:
@@ -245,7 +241,6 @@ def requeue(words: Words, record: int, due: int) -> Transition:
         delayed = words[W.DELAYED_COUNT] - 1
     if due:
         stores[record + W.STATE] = W.DELAYED
-        stores[record + W.OWNER] = 0
         stores[record + W.DUE] = due
         stores[W.DELAYED_COUNT] = delayed + 1
         _due_no_later(words, stores, due)
@@ -333,7 +328,7 @@ def _unlinking(words: Words, record: int, stores: Stores) -> Transition:
 def donate(words: Words, record: int, number: int, size: int, name: str) -> Transition:
     """NOTHING becomes POOLED: a file of `size` bytes made ahead, `name` in tmp/."""
     stores = _take_unused(words, record)
-    stores[record + W.FILE] = stores[record + W.GENERATION] = number
+    stores[record + W.FILE] = number
     stores[record + W.BYTES] = size
     stores[record + W.LOAN] = stores[record + W.DUE] = 0
     _pool(words, stores, record, size)

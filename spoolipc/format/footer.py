@@ -49,10 +49,11 @@ MAX_DEPTH = 100
 _HAS_CHECKSUM = 1
 _ID_SIZE = 16
 _BODY = struct.Struct("<8sHHIqQQ16sqI")
-_RECORD = struct.Struct("<8sHHIqQQ16sqII")
+_REST = struct.Struct("<10xHIqQQ16sqII")  # all but magic and version
 _CHECKED = _BODY.size
+_BEGINNING = MAGIC + VERSION.to_bytes(2, "little")
 
-SIZE = _RECORD.size
+SIZE = _REST.size
 """Bytes of the fixed record, the JSON not counted."""
 
 
@@ -111,7 +112,8 @@ def pack(
         ) from None
     if len(id) != _ID_SIZE:  # struct would cut or fill it
         raise ValueError(f"an id has {_ID_SIZE} bytes, not {len(id)}")
-    return body + zlib.crc32(text, zlib.crc32(body)).to_bytes(4, "little") + text
+    crc = zlib.crc32(body)
+    return body + (zlib.crc32(text, crc) if text else crc).to_bytes(4, "little") + text
 
 
 def json_size(names: Sequence[str] | None, meta: Any) -> int:
@@ -134,17 +136,9 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
     """
     end = offset + SIZE
     record = buffer[offset : end if end < limit else limit] if 0 <= offset <= limit else b""
-    if len(record) != SIZE:
-        _refuse_later(record)
-        raise BadItem(f"the file ends before the footer at {offset}: {len(record)} of {SIZE} bytes are there")
-    magic, version, kind, flags, put_time, data_end, checksum, id, expires, length, crc = _RECORD.unpack(
-        record
-    )
-    if magic != MAGIC:
-        raise BadItem(f"no footer at {offset}")
-    if version != VERSION:
-        _refuse_later(record)
-        raise BadItem(f"footer of unknown version {version}")
+    if len(record) != SIZE or record[:10] != _BEGINNING:
+        raise _refusal(record, offset)
+    kind, flags, put_time, data_end, checksum, id, expires, length, crc = _REST.unpack(record)
     text = b""
     if length:
         if length > MAX_JSON:
@@ -152,9 +146,7 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
         text = bytes(buffer[end : min(end + length, limit)])
         if len(text) != length:
             raise BadItem(f"footer claims {length} bytes of JSON; {len(text)} are left in the file")
-    actual = zlib.crc32(record[:_CHECKED])
-    if text:
-        actual = zlib.crc32(text, actual)
+    actual = zlib.crc32(text, zlib.crc32(record[:_CHECKED])) if text else zlib.crc32(record[:_CHECKED])
     if crc != actual:
         raise BadItem(f"footer is damaged: its CRC is {actual:#010x}, it says {crc:#010x}")
     if data_end != offset:
@@ -171,12 +163,19 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
     )
 
 
-def _refuse_later(record: bytes | bytearray | memoryview) -> None:
-    """Raise UnknownVersion for what begins as the footer of a later release does; it may be shorter than ours."""
+def _refusal(record: bytes | bytearray | memoryview, offset: int) -> Exception:
+    """The error for what is no whole footer of this version: UnknownVersion where it begins as that of a later release
+    does, which may be shorter than ours."""
     version = int.from_bytes(record[8:10], "little")
-    if record[:8] == MAGIC and version > VERSION:
+    is_footer = record[:8] == MAGIC
+    if is_footer and version > VERSION:
         text = f"item in version {version} of the format; this release knows versions up to {VERSION}"
-        raise UnknownVersion(errno.EINVAL, text)
+        return UnknownVersion(errno.EINVAL, text)
+    if len(record) != SIZE:
+        return BadItem(
+            f"the file ends before the footer at {offset}: {len(record)} of {SIZE} bytes are there"
+        )
+    return BadItem(f"footer of unknown version {version}" if is_footer else f"no footer at {offset}")
 
 
 def _dump(names: Sequence[str] | None, meta: Any) -> bytes:

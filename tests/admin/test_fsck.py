@@ -306,7 +306,7 @@ STORES: dict[str, list[tuple[str, int | str]]] = {
     "delayed": [("delayed", 1)],
     "wrong bucket": [("pooled.bucket", 0), ("first_bucket", "pooled")],
     "lost from the pool": [("pooled.bucket", 0)],
-    "two records of one file": [("second.file", 5)],
+    "two records of one file": [("second.seq", 5)],
     "another number": [("second.seq", 1000)],
     "numbers begin again": [("next_seq", 1)],
     "unused record in use": [("unused_head", "second")],

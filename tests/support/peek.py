@@ -63,7 +63,7 @@ RECORDS: Final = range(W.HEADER, W.HEADER + 13 * W.RECORD, W.RECORD)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record. owner, loan: tokens, 0 for none. file: the number in the file's name. generation: of the file.
+    """One record. owner, loan: tokens, 0 for none. file: the number in the file's name.
 
     at: where it stands, which is what links to it hold.
     """
@@ -79,7 +79,6 @@ class Row:
     has_metadata: bool
     file: int
     bytes: int
-    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +118,8 @@ def peek_table(path: str | os.PathLike[str]) -> Peek:
             words[at + W.DUE],
             bool(words[at + W.FLAGS] & W.NEVER_AGAIN),
             bool(words[at + W.FLAGS] & W.HAS_METADATA),
-            words[at + W.FILE],
+            words[at + (W.SEQ if words[at + W.STATE] in W.IN_ITEMS else W.FILE)],
             words[at + W.BYTES],
-            words[at + W.GENERATION],
         )
 
     def linked(head: int, field: int) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ FLOORS: Final = {
     "doorbell": "engine hearing liveness",
     "session": "doorbell journal layout liveness lock pool rebuild",
     "visitor": "journal layout liveness lock session transitions",
-    "recycling": "itemfile pool session transitions",
+    "recycling": "itemfile layout pool session transitions",
     "housekeeping": "layout liveness pool quarantine session transitions",
     "gc": "housekeeping journal layout liveness pool quarantine session visitor",
     "stat": "hearing layout liveness session visitor",

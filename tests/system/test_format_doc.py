@@ -71,7 +71,7 @@ def test_fields_follow_one_another_and_fill_their_place(title: str, size: int) -
 @pytest.mark.parametrize("title", ["Header", "Record"])
 def test_offsets_are_those_of_the_table(title: str) -> None:
     found = [field for field in fields(title) if field.name != "-"]
-    assert len(found) >= table.RECORD
+    assert len(found) > 12
     for field in found:
         assert field.offset == position(field.name) * table.WORD, field
 

@@ -215,7 +215,8 @@ class Walk:
             return None
         self.describe(record, 0)
         successor = self.random.choice([(0, 0), self.pooled()])
-        return transitions.put(self.words, record, item_name(self.words[record + W.FILE]), *successor)
+        name = item_name(self.words[record + W.FILE])
+        return transitions.put(self.words, record, self.words[W.NEXT_SEQ], name, *successor)
 
     def _claim(self) -> Transition | None:
         return self._on(transitions.claim, W.WAITING, owner=self.token(), due=self.due())
@@ -227,7 +228,8 @@ class Walk:
         keep, owner = self.random.choice([(True, 0), (True, 3), (True, 3), (False, 0), (False, 3)])
         released = 0
         if self.words[record + W.STATE] == W.WAITING and keep and owner:
-            released = self.random.choice([0, self.pick(W.PINNED)])
+            free = [at for at in self.of(W.PINNED) if not self.words[at + W.LOAN]]
+            released = self.random.choice([0, *free])
         return transitions.consume(self.words, record, owner, keep, released)
 
     def _requeue(self) -> Transition | None:
