@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Collection
 from typing import Final
 
 from . import fs, liveness, pool, transitions
@@ -17,9 +18,10 @@ from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
 from .session import MEMBERS, Session, is_due
-from .table import IndexDamaged, active, owned
+from .table import IndexDamaged, active, lent, owned
 
-_NAMES: Final = 64  # of tmp/ looked at in one round
+_NAMES: Final = 4096  # of tmp/ looked at in one round: about a millisecond
+_UNLINKED: Final = 64
 _SESSIONS: Final = 256  # of alive/
 _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
 _DISCARDED_AT_ONCE: Final = 64
@@ -80,11 +82,8 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     more, room = _settle_due(session, now, left)
     words = session.journal.words
     words[W.HOUSEKEPT] = now
-    with fs.scan(session.directories.tmp) as entries:
-        for entry in itertools.islice(entries, _NAMES):
-            if temporary_owner(entry.name) in crashed:
-                fs.unlink_missing_ok(session.directories.tmp, entry.name)
-        left |= next(entries, None) is not None
+    if crashed:
+        left |= _remove_temporary(session, crashed)
     for waiter in W.WAITERS:
         if words[waiter.token] in crashed:
             words[waiter.since] = words[waiter.token] = 0
@@ -109,11 +108,34 @@ def _crashed(session: Session) -> set[int]:
 def _settle_crashed(session: Session, crashed: set[int]) -> tuple[int, int, bool]:
     """Put right what crashed sessions have: whom to wake, and whether something is left for the next round. A step."""
     items = space = 0
-    found = owned(session.journal.words, crashed) if crashed else []
+    if not crashed:
+        return 0, 0, False
+    end_loans(session, crashed)
+    found = owned(session.journal.words, crashed)
     for record in found[:_AT_ONCE]:
         more, room = put_right(session, record, "its reader crashed")
         items, space = items + more, space + room
     return items, space, len(found) > _AT_ONCE
+
+
+def end_loans(session: Session, lenders: Collection[int]) -> None:
+    """Nothing comes back to these lenders, who may still show what they lent: it is not written again. A step."""
+    journal = session.journal
+    for record in lent(journal.words, lenders):
+        journal.commit(transitions.end_loan(journal.words, record, shared=True))
+
+
+def _remove_temporary(session: Session, crashed: set[int]) -> bool:
+    """Remove temporary files of crashed sessions; whether some may be left. A step."""
+    tmp, removed = session.directories.tmp, 0
+    with fs.scan(tmp) as entries:
+        for entry in itertools.islice(entries, _NAMES):
+            if temporary_owner(entry.name) in crashed:
+                if removed == _UNLINKED:
+                    return True
+                fs.unlink_missing_ok(tmp, entry.name)
+                removed += 1
+        return next(entries, None) is not None
 
 
 def _settle_due(session: Session, now: int, left: bool) -> tuple[int, int]:
@@ -160,11 +182,11 @@ def discard_if_shut_down(session: Session) -> tuple[int, int, int]:
 def discard_some(session: Session, below: int) -> tuple[int, int, int]:
     """Discard some of the items that nobody has: those requeued, those never delivered with a number below `below`, and
     those in flight at crashed sessions; how many. A step."""
-    journal, crashed = session.journal, _Crashed(session)
+    journal, crashed = session.journal, _crashed(session)
     words, ownerless = journal.words, list[int]()
     for record in active(words):
         state = words[record + W.STATE]
-        if state == W.DELAYED or (state == W.IN_FLIGHT and crashed.has(words[record + W.OWNER])):
+        if state == W.DELAYED or (state == W.IN_FLIGHT and words[record + W.OWNER] in crashed):
             ownerless.append(record)
     for count in range(_DISCARDED_AT_ONCE):
         record = transitions.first(words)

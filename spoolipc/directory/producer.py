@@ -417,6 +417,7 @@ class DirectoryProducer(Side):
     def _leave(self) -> tuple[None, int, int]:
         journal, token = self.session.journal, self.session.token
         self._recycler.release_all()
+        housekeeping.end_loans(self.session, (token,))
         # What is still reserved is being written, or is left of a put that was interrupted.
         for record in owned(journal.words, (token,)):
             journal.commit(transitions.drop(journal.words, record))

@@ -128,7 +128,7 @@ class Session:
             self.token = liveness.new_token()
             self.token_bytes = self.token.to_bytes(8, "big")
             self._held = self.directories.descriptors()
-            ends = (os.getpid(), self.directories.alive, self.token, self._held, self.is_open)
+            ends = (os.getpid(), self._held, self.is_open)
             self._end = weakref.finalize(self, _abandon, *ends)
             self._end.atexit = False
             self.lock = IndexLock(self.directories.items, self._holder)
@@ -469,8 +469,8 @@ def _nothing() -> tuple[None, int, int]:
     return None, 0, 0
 
 
-def _abandon(pid: int, alive: int, token: Token, held: list[int], is_open: list[None]) -> None:
-    """End a session by its descriptors alone; what it still owned is requeued or removed by whoever finds it gone.
+def _abandon(pid: int, held: list[int], is_open: list[None]) -> None:
+    """End a session by its descriptors alone: one that did not leave has crashed, as its file in `alive/` says.
 
     Runs before anything of the garbage that a session is found in, such as a generator that would close it. When the
     interpreter ends it is left to the kernel, which lets go of the lock only when no thread works under it any more.
@@ -478,13 +478,9 @@ def _abandon(pid: int, alive: int, token: Token, held: list[int], is_open: list[
     is_open.clear()
     if os.getpid() != pid or is_finalizing():
         return
-    try:
+    while held:  # a fork meanwhile closes what is left
         with contextlib.suppress(OSError):
-            fs.unlink(liveness.token_name(token), dir_fd=alive)
-    finally:  # an interrupt must not leave a session that seems to live
-        while held:  # a fork meanwhile closes what is left
-            with contextlib.suppress(OSError):
-                fs.close(held.pop())
+            fs.close(held.pop())
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -253,6 +253,15 @@ def owned(words: Words, owners: Collection[int]) -> list[int]:
     return at
 
 
+def lent(words: Words, lenders: Collection[int]) -> list[int]:
+    """The records of items, or of what is left of them, that still bear the LOAN of these tokens."""
+    records = rows(words)
+    found = np.isin(records[:, LOAN], np.array(list(lenders), np.uint64))
+    found &= np.isin(records[:, STATE], (*IN_ITEMS, PINNED))
+    at: list[int] = (np.flatnonzero(found) * RECORD + HEADER).tolist()
+    return at
+
+
 def files_in(records: Rows, states: tuple[int, ...]) -> Rows:
     """The numbers in the names of the files whose records are in one of `states`, all of `items/` or all of `free/`."""
     files: Rows = records[np.isin(records[:, STATE], states), SEQ if states[0] in IN_ITEMS else FILE]
