@@ -78,11 +78,11 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     now = time.monotonic_ns()
     session.check_present()  # who holds the lock on a directory that was removed is alone with it
     crashed = _crashed(session)
-    items, space, left = _settle_crashed(session, crashed)
-    more, room = _settle_due(session, now, left)
+    items, space, left = _settle_round(session, crashed, now)
     words = session.journal.words
     words[W.HOUSEKEPT] = now
     if crashed:
+        end_loans(session, crashed)
         left |= _remove_temporary(session, crashed)
     for waiter in W.WAITERS:
         if words[waiter.token] in crashed:
@@ -93,7 +93,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     _trim(session)
     if words[W.SHUTDOWN] == W.DISCARDED:
         discard_if_shut_down(session)  # what its maker did not live to remove, or a reader requeued since
-    return None, items + more, space + room
+    return None, items, space
 
 
 def _crashed(session: Session) -> set[int]:
@@ -105,17 +105,29 @@ def _crashed(session: Session) -> set[int]:
     return liveness.crashed_among(alive, set(map(liveness.token_of, names)) - {0, session.token})
 
 
-def _settle_crashed(session: Session, crashed: set[int]) -> tuple[int, int, bool]:
-    """Put right what crashed sessions have: whom to wake, and whether something is left for the next round. A step."""
-    items = space = 0
-    if not crashed:
-        return 0, 0, False
-    end_loans(session, crashed)
-    found = owned(session.journal.words, crashed)
-    for record in found[:_AT_ONCE]:
-        more, room = put_right(session, record, "its reader crashed")
-        items, space = items + more, space + room
-    return items, space, len(found) > _AT_ONCE
+def _settle_round(session: Session, crashed: set[int], now: int) -> tuple[int, int, bool]:
+    """Put right what ended: whom to wake, and whether something is left for the next round. A step."""
+    words = session.journal.words
+    items = space = soonest = settled = 0
+    for record in reversed(active(words)):
+        if settled == _AT_ONCE:
+            soonest = now  # the next step goes on
+            break
+        ends, why = words[record + W.DUE], ""
+        if words[record + W.STATE] == W.IN_FLIGHT and words[record + W.OWNER] in crashed:
+            why = "its reader crashed"
+        elif 0 < ends <= now:
+            why = "its lease ended"
+        elif ends and (not soonest or ends < soonest):
+            soonest = ends
+        if why:
+            more, room = put_right(session, record, why)
+            items, space, settled = items + more, space + room, settled + 1
+    rest = owned(session.journal.words, crashed) if crashed else []
+    for record in rest[: _AT_ONCE - settled]:
+        put_right(session, record, "its reader crashed")
+    session.journal.words[W.NEXT_DUE] = soonest
+    return items, space, len(rest) > _AT_ONCE - settled
 
 
 def end_loans(session: Session, lenders: Collection[int]) -> None:
@@ -136,25 +148,6 @@ def _remove_temporary(session: Session, crashed: set[int]) -> bool:
                 fs.unlink_missing_ok(tmp, entry.name)
                 removed += 1
         return next(entries, None) is not None
-
-
-def _settle_due(session: Session, now: int, left: bool) -> tuple[int, int]:
-    """Put right what leases and delays that ended are over for: whom to wake. left: look again at once. A step."""
-    words = session.journal.words
-    items = space = settled = 0
-    soonest = now if left else 0
-    for record in reversed(active(words)):
-        if settled == _AT_ONCE:
-            soonest = now  # the next step goes on
-            break
-        ends = words[record + W.DUE]
-        if 0 < ends <= now:
-            more, room = put_right(session, record, "its lease ended")
-            items, space, settled = items + more, space + room, settled + 1
-        elif ends and (not soonest or ends < soonest):
-            soonest = ends
-    session.journal.words[W.NEXT_DUE] = soonest
-    return items, space
 
 
 def _trim(session: Session) -> None:
