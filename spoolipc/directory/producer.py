@@ -26,7 +26,7 @@ from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .pool import LARGE, find_pooled, has_room, places
-from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, PAGE, SECOND, Pin, Recycler, keeper, rounded
+from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, SECOND, Pin, Recycler, keeper, rounded
 from .session import Session, Side, operation
 from .staging import Staged, Staging
 from .table import Words, bucket, owned
