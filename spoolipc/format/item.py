@@ -176,7 +176,9 @@ def to_bytes(layout: Layout, arrays: Sequence[Array]) -> bytes:
     """
     if len(arrays) == 1 and arrays[0].flags.c_contiguous:
         return b"".join((layout.headers[0], arrays[0]))  # type: ignore[arg-type]
-    return b"".join(parts(layout, arrays))
+    buffer = bytearray(layout.end)
+    store(buffer, layout, arrays)
+    return bytes(buffer)
 
 
 def parts(
