@@ -186,8 +186,8 @@ class Loan:
     """An array in the very memory that readers will see, not yet an item.
 
     As a context manager it gives the array, and is put at the end of the block unless that was done by hand, or
-    discarded when the block raises; by hand, with commit or discard. One with which neither is done keeps its memory
-    until its writer is closed.
+    discarded when the block raises; by hand, with commit or discard. One that nobody holds any more and with which
+    neither was done is discarded by the next loan of its writer, with a ResourceWarning.
     """
 
     def __init__(self, lent: Lent) -> None:

@@ -13,6 +13,9 @@ import errno
 import os
 import secrets
 import time
+import warnings
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
@@ -52,6 +55,8 @@ class DirectoryProducer(Side):
         self._staging = Staging(
             self.session, self._recycler, durable=self._durable, checksum=options.checksum
         )
+        self.lent: dict[bytes, _Held] = {}  # loans that are neither committed nor discarded, by the item's id
+        self._dropped = deque[_Held]()
         self._places = 0  # for how many more items there was room when the last was put
         try:
             with self.session.explaining():
@@ -299,6 +304,7 @@ class DirectoryProducer(Side):
     @operation
     def loan(self, spec: ArraySpec, meta: Json, until: Deadline) -> DirectoryLoan:
         """Lend an array over the next file itself, its contents undefined. Raises what `put` raises."""
+        self._discard_dropped()
         message, layout = Message((), None, meta), layout_of_spec(spec)
         need = layout.end + footer.SIZE + footer.json_size(None, meta)
         return retry(
@@ -320,7 +326,20 @@ class DirectoryProducer(Side):
         staged.arrays = (array,)
         staged.pin = Pin(self.session.journal.identity, 0, NO_FILE)
         self._recycler.pins.add(staged.pin, staged.arrays)  # now, so that a fork meanwhile is known
-        return DirectoryLoan(self, staged)
+        loan = DirectoryLoan(self, staged)
+        held = _Held(loan, self._dropped.append)
+        held.staged = staged
+        self.lent[staged.id] = held
+        return loan
+
+    def _discard_dropped(self) -> None:
+        """Discard loans that nobody has any more though they were neither committed nor discarded."""
+        while self._dropped:
+            staged = self._dropped.popleft().staged
+            if self.lent.pop(staged.id, None) is not None:
+                self._staging.unstage(staged)
+                what = f"a loan of {self.path} was dropped, neither committed nor discarded. Use: with writer.loan(...)"
+                warnings.warn(what, ResourceWarning, stacklevel=1)
 
     @operation
     def commit_loan(self, staged: Staged, until: Deadline) -> int:
@@ -413,6 +432,7 @@ class DirectoryProducer(Side):
         """Leave; reserved files go back to the pool, and files that a lent array may still show lose their names."""
         self.session.close(self._leave)
         self._recycler.forget()
+        self.lent.clear()
 
     def _leave(self) -> tuple[None, int, int]:
         journal, token = self.session.journal, self.session.token
@@ -422,6 +442,13 @@ class DirectoryProducer(Side):
         for record in owned(journal.words, (token,)):
             journal.commit(transitions.drop(journal.words, record))
         return None, 0, 0
+
+
+class _Held(weakref.ref["DirectoryLoan"]):
+    """Tells that nobody has a loan any more."""
+
+    __slots__ = ("staged",)
+    staged: Staged
 
 
 class DirectoryLoan:
@@ -443,18 +470,20 @@ class DirectoryLoan:
         except Full:
             self.array.flags.writeable = True  # it is a loan still
             raise
-        self._forget()
+        self._forget(staged)
         return seq
 
     def discard(self) -> None:
         """Put nothing. Harmless when repeated, and after the commit."""
-        if self._staged is not None:
+        staged = self._staged
+        if staged is not None:
             with contextlib.suppress(SpoolClosed):  # what a close leaves is a session's that is gone
-                self._producer.discard_loan(self._staged)
-            self._forget()
+                self._producer.discard_loan(staged)
+            self._forget(staged)
 
-    def _forget(self) -> None:
+    def _forget(self, staged: Staged) -> None:
         self._staged = None
+        self._producer.lent.pop(staged.id, None)
         del self.array  # the producer writes the file again when nobody has it any more
 
 

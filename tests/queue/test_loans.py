@@ -113,6 +113,22 @@ def test_array_kept_after_an_exception_is_nobody_elses_memory(
         assert (reader.get() == number).all()
 
 
+@pytest.mark.parametrize("consumed", [False, True], ids=["new file", "consumed file"])
+def test_loan_that_is_dropped_is_discarded_by_the_next_loan_with_a_warning(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, request: pytest.FixtureRequest, consumed: bool
+) -> None:
+    if consumed:
+        request.getfixturevalue("warm")
+    array = writer.loan(LARGE).array
+    with pytest.warns(ResourceWarning, match="neither committed nor discarded"):
+        writer.loan(3).discard()
+    assert files(spool, "tmp") == []
+    for number in range(6):
+        writer.put(np.full(LARGE, number))
+        array[:] = -1
+        assert (reader.get() == number).all()
+
+
 @pytest.mark.parametrize("how", ["get", "receive"])
 def test_array_kept_keeps_its_file_from_being_written_again(
     writer: SpoolWriter, reader: SpoolReader, how: str
