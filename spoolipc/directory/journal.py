@@ -39,13 +39,9 @@ FIRST_RECORDS: Final = 240
 _JOURNAL_AT: Final = W.SUBJECT * W.WORD  # then STORES, then the stores
 VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
 """Check the whole table after every commit: for tests."""
+_ROWS: Final = tuple(struct.Struct(f"={2 * count + 2}Q") for count in range(W.JOURNAL_ROOM + 1))
+"""SUBJECT, STORES, and so many positions and values."""
 _MOST_VERIFIED: Final = 512  # records, so that a long backlog is not checked in quadratic time
-
-
-@functools.cache
-def _row(count: int) -> struct.Struct:
-    """So many words in a row."""
-    return struct.Struct(f"={count}Q")
 
 
 @functools.cache
@@ -157,7 +153,7 @@ class Journal:
         if max(stores) >= len(words):
             raise IndexDamaged("the index links to no record")
         try:
-            _row(2 * count + 2).pack_into(self.map, _JOURNAL_AT, subject, count, *stores, *stores.values())
+            _ROWS[count].pack_into(self.map, _JOURNAL_AT, subject, count, *stores, *stores.values())
         except struct.error:  # a sum of damaged words
             raise IndexDamaged("a number of the index is beyond 64 bits") from None
         words[W.MARK] = kind
