@@ -150,6 +150,12 @@ class Receiver(Side):
             else:
                 buffer = mappings.of(items, name, status, generation, record)
         blocks, tail = parse(buffer, size)
+        if kept is not None and tail[0] != words[record + W.PUT_TIME] and buffer is kept.buffer:
+            # Device, inode and size prove nothing on an overlay: whoever mapped a file before it was copied up goes on
+            # to see the old one. Its footer tells.
+            mappings.forget(generation)
+            buffer = mappings.of(items, name, status, generation, record)
+            blocks, tail = parse(buffer, size)
         if self.verify:
             verify(buffer, tail)
         pinned = tail.data_end > SMALL

@@ -22,3 +22,19 @@ def tmpfs(place: Path, size: str) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@contextmanager
+def overlay(place: Path, lower: Path) -> Iterator[Path]:
+    """The directory `lower` as the lower layer of an overlay at `place`, as an image is to a container."""
+    if os.geteuid():
+        pytest.skip("only root can mount")
+    parts = {name: place.with_name(f"{place.name}-{name}") for name in ("upper", "work")}
+    for part in (place, *parts.values()):
+        part.mkdir()
+    options = f"lowerdir={lower},upperdir={parts['upper']},workdir={parts['work']}"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
