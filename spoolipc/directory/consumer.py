@@ -20,6 +20,7 @@ from . import fs, housekeeping, transitions
 from . import table as W
 from .itemfile import ItemFile
 from .layout import item_name
+from .lock import forks
 from .quarantine import set_aside
 from .receiving import Opened, Receiver
 from .recycling import SECOND, Pin, keeper
@@ -33,17 +34,19 @@ _LONGEST: Final = 1e9  # seconds of a lease or delay
 class Claim:
     """An item in flight here, as the table knows it.
 
-    data_end: where its footer begins, 0 when not known. pin: who shows its file, once loaded; single: as in Opened.
+    data_end: where its footer begins, 0 when not known. pin: who shows its file. single: as in Opened. is_acked: its
+    acknowledgement has begun.
     """
 
-    __slots__ = ("data_end", "pin", "record", "seq", "single", "table")
+    __slots__ = ("data_end", "is_acked", "pin", "record", "seq", "single", "table")
 
     def __init__(self, table: object, record: int, seq: int, data_end: int) -> None:
         self.table = table
         self.record = record
         self.seq = seq
         self.data_end = data_end
-        self.pin: Pin | None = None
+        self.pin = Pin(table, record, seq)
+        self.is_acked = False
         self.single: bool | None = None
 
 
@@ -93,19 +96,19 @@ class DirectoryConsumer(Receiver):
                     break
                 seq = words[record + W.SEQ]
                 if ahead and ahead[-1][0] == seq:
-                    _, found, pinned, single = ahead.pop()
+                    _, found, shown, single = ahead.pop()
                 else:
                     try:
-                        _, found, pinned, single = self.open(words, record, seq, writable)
+                        _, found, shown, single = self.open(words, record, seq, writable)
                     except BadItem as error:
                         recycler.mappings.forget(words[record + W.FILE])
                         set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
                         space += 1
                         continue
-                if pinned:
+                if shown is not None:
                     pin = Pin(journal.identity, record, seq)
                     if self.consume(record, single, pin):
-                        recycler.pins.add(pin, found[0])
+                        recycler.pins.add(pin, shown)
                 else:
                     self.consume(record, single, None)
                 got.append(found)
@@ -195,34 +198,40 @@ class DirectoryConsumer(Receiver):
     def _load(self, delivery: Delivery, writable: bool = False) -> Message:
         """The whole of an item in flight here. Raises BadItem, having dead-lettered it; LeaseExpired."""
         claim: Claim = delivery.handle
-        words, record, table = self._look_at(delivery)
+        pin, pins = claim.pin, self.recycler.pins
+        words, record = self._look_at(delivery)
+        pin.left.append(None)  # from here on, another thread that acknowledges it leaves us the file
         try:
-            _, found, pinned, claim.single = self.open(words, record, claim.seq, writable)
+            if claim.is_acked:
+                self.session.step(self._record_of, delivery)
+            _, found, shown, claim.single = self.open(words, record, claim.seq, writable)
+            if shown is not None:
+                pins.add(pin, shown)
+            return found
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
             raise
-        if pinned:
-            if claim.pin is None:
-                claim.pin = Pin(table, record, claim.seq)
-            self.recycler.pins.add(claim.pin, found.arrays)
-        return found
+        finally:
+            pin.left.pop()
+            if claim.is_acked and not pin.left:
+                pins.pending.append(pin)
 
     load = operation(_load)
 
-    def _look_at(self, delivery: Delivery) -> tuple[Words, int, object]:
-        """The table's words, and where in which table an item in flight here is. Raises LeaseExpired."""
+    def _look_at(self, delivery: Delivery) -> tuple[Words, int]:
+        """The table's words, and where an item in flight here is. Raises LeaseExpired."""
         claim: Claim = delivery.handle
         session, record = self.session, claim.record
-        words, table = session.look(), session.journal.identity
+        words = session.look()
         if (
-            claim.table is not table
+            claim.table is not session.journal.identity
             or words[record + W.SEQ] != claim.seq
             or words[record + W.STATE] != W.IN_FLIGHT
             or words[record + W.OWNER] != session.token
         ):
             record = session.step(self._record_of, delivery)
-            words, table = session.look(), session.journal.identity
-        return words, record, table
+            words = session.look()
+        return words, record
 
     @operation
     def describe(self, delivery: Delivery) -> Contents:
@@ -301,12 +310,12 @@ class DirectoryConsumer(Receiver):
         for delivery in deliveries:
             claim: Claim = delivery.handle
             record, pin = self._still_ours(delivery), claim.pin
-            shown = pin is not None and (pin.left > 0 or not pin.alone)
+            claim.is_acked = True
+            pin.table, pin.record = self.session.journal.identity, record
+            shown = pin.left or pin.forks != forks.begun
             single = self._is_single(delivery.seq) if claim.single is None else claim.single
-            if self.consume(record, single, pin if shown else None) and shown:
-                assert pin is not None
-                if not pin.left:
-                    self.recycler.pins.pending.append(pin)
+            if self.consume(record, single, pin if shown else None) and shown and not pin.left:
+                self.recycler.pins.pending.append(pin)
             done += 1
         return None, self.pass_on(done) if self.session.journal.words[W.SHUTDOWN] else 0, done
 

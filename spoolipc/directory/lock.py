@@ -32,7 +32,29 @@ no_fork = threading.RLock()
 For what a child must not inherit half done: a lock taken but not yet known to the session that closes it in the child,
 or Python's own lock on a module being imported, which nobody would release in the child.
 """
-os.register_at_fork(before=no_fork.acquire, after_in_parent=no_fork.release, after_in_child=no_fork.release)
+
+
+class Forks:
+    """How many forks of this process began, and how many of these ended.
+
+    What was made while so many had `ended` is in no child as long as no more have `begun`: a fork that was under way
+    may have taken it along.
+    """
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        os.register_at_fork(before=self._begin, after_in_parent=self._end, after_in_child=self._end)
+
+    def _begin(self) -> None:
+        no_fork.acquire()
+        self.begun += 1
+
+    def _end(self) -> None:
+        self.ended += 1
+        no_fork.release()
+
+
+forks: Final = Forks()
 
 
 class IndexLock:

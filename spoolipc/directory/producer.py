@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
+import numpy as np
+
 from ..engine import Kind, ProducerOptions, retry
 from ..errors import AlreadySettled, Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
 from ..format import footer
@@ -29,7 +31,17 @@ from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .pool import LARGE, find_pooled, has_room, places
-from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, SECOND, Pin, Recycler, keeper, rounded
+from .recycling import (
+    ENOUGH_MAPPED,
+    MOST_RESERVED,
+    NO_FILE,
+    SECOND,
+    Lent,
+    Pin,
+    Recycler,
+    keeper,
+    rounded,
+)
 from .session import Session, Side, operation
 from .staging import Staged, Staging
 from .table import Words, bucket, owned
@@ -283,7 +295,7 @@ class DirectoryProducer(Side):
         assert pin is not None
         if pin.table is not journal.identity:
             pin = Pin(journal.identity, record, seq)
-            self._recycler.pins.add(pin, staged.arrays)
+            self._recycler.pins.add(pin, staged.pages.base)
         pin.record, pin.number = record, seq
         if staged.status is not None and staged.buffer is not None:
             self._recycler.mappings.keep(staged.buffer, staged.status, seq, record)
@@ -322,10 +334,10 @@ class DirectoryProducer(Side):
             staged.size = rounded(need)
             staged.name, buffer, staged.status = self._staging.make_mapped(staged.size)
         staged.buffer = buffer
-        array = view(buffer, layout.blocks[0], writeable=True)
-        staged.arrays = (array,)
+        staged.pages = np.asarray(Lent(buffer))
+        staged.arrays = (view(staged.pages, layout.blocks[0], writeable=True),)
         staged.pin = Pin(self.session.journal.identity, 0, NO_FILE)
-        self._recycler.pins.add(staged.pin, staged.arrays)  # now, so that a fork meanwhile is known
+        self._recycler.pins.add(staged.pin, staged.pages.base)
         loan = DirectoryLoan(self, staged)
         held = _Held(loan, self._dropped.append)
         held.staged = staged
@@ -470,6 +482,7 @@ class DirectoryLoan:
         except Full:
             self.array.flags.writeable = True  # it is a loan still
             raise
+        staged.pages.flags.writeable = False  # and with it, for good, the array
         self._forget(staged)
         return seq
 

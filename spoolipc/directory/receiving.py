@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
+
+import numpy as np
 
 from ..engine import ConsumerOptions, Kind
 from ..errors import BadItem, Empty, ShutDown
@@ -31,9 +33,10 @@ from .transitions import consume
 _AHEAD: Final = 64  # items opened without the lock for one call
 
 
-Opened: TypeAlias = tuple[int, Message, bool, bool]
-"""An item's file, read: its sequence number; its message; pinned, whether the arrays are views of the file's pages, not
-arrays of their own; single, whether the file has no other name, so that it may be written again."""
+Opened: TypeAlias = tuple[int, Message, object, bool]
+"""An item's file, read: its sequence number; its message; shown, what the arrays keep alive that are views of the
+file's pages, None where they are arrays of their own; single, whether the file has no other name, so that it may be
+written again."""
 
 
 def _ended(words: Words, own: int) -> bool:
@@ -158,10 +161,12 @@ class Receiver(Side):
             blocks, tail = parse(buffer, size)
         if self.verify:
             verify(buffer, tail)
-        pinned = tail.data_end > SMALL
-        copied = not pinned and type(buffer) is not bytes
-        found = message(buffer, blocks, tail, copy=copied, writeable=writable)
-        return seq, found, pinned, status[3] == 1
+        if tail.data_end <= SMALL:
+            copied = type(buffer) is not bytes
+            return seq, message(buffer, blocks, tail, copy=copied, writeable=writable), None, status[3] == 1
+        # All arrays, their views and bases lead to this one's base, a memoryview that nobody else has.
+        pages: Any = np.frombuffer(buffer, np.uint8)
+        return seq, message(pages, blocks, tail, copy=False, writeable=writable), pages.base, status[3] == 1
 
     def begin(self, leave: int = 0) -> tuple[int, int]:
         """What every step of a reader does first: keep house when it is due, let go of files that no array shows any

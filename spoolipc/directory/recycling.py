@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final
 
+import numpy as np
+
 from ..errors import BadItem
 from . import fs, pool, transitions
 from . import table as W
 from .itemfile import ItemFile
 from .layout import free_name
+from .lock import forks
 from .pool import find_pooled, may_pool
 from .session import Session
 from .table import Words, bucket
@@ -54,16 +57,17 @@ def rounded(size: int) -> int:
 
 
 class Pin:
-    """One file with arrays over it. table, record, number: where it is known; alone: nobody forked meanwhile."""
+    """One file that arrays show. table, record, number: where it is known. left: an entry for each time it is shown.
+    forks: how many had ended when the first may have shown it."""
 
-    __slots__ = ("alone", "left", "number", "record", "table")
+    __slots__ = ("forks", "left", "number", "record", "table")
 
     def __init__(self, table: object, record: int, number: int) -> None:
         self.table = table
         self.record = record
         self.number = number
-        self.left = 0
-        self.alone = True
+        self.left: list[None] = []
+        self.forks = forks.ended
 
 
 class _Watched(weakref.ref[Any]):
@@ -77,7 +81,7 @@ def _gone(watched: weakref.ref[Any]) -> None:
     assert isinstance(watched, _Watched)
     pin, pins = watched.pin, watched.pins
     pins.watched.pop(id(watched), None)
-    pin.left -= 1
+    pin.left.pop()
     if not pin.left:
         pins.pending.append(pin)
 
@@ -88,28 +92,33 @@ class Pins:
     def __init__(self) -> None:
         self.pending: deque[Pin] = deque()
         self.watched: dict[int, _Watched] = {}
-        _all_pins.add(self)
 
-    def add(self, pin: Pin, arrays: Sequence[Any]) -> None:
-        """Watch the arrays over a file."""
-        pin.left += len(arrays)
-        for array in arrays:
-            watched = _Watched(array, _gone)
-            watched.pin = pin
-            watched.pins = self
-            self.watched[id(watched)] = watched
+    def add(self, pin: Pin, shown: object) -> None:
+        """Watch what all arrays over a file, their bases and their views keep alive."""
+        pin.left.append(None)
+        watched = _Watched(shown, _gone)
+        watched.pin = pin
+        watched.pins = self
+        self.watched[id(watched)] = watched
 
 
-_all_pins: weakref.WeakSet[Pins] = weakref.WeakSet()
+class Lent:
+    """Lends the pages of a mapping: an array over them that is made read-only stays so.
 
+    numpy lets an array be made writable again whose last base is a writable buffer, as the mapping is and this is not.
+    """
 
-def _no_longer_alone() -> None:
-    for pins in list(_all_pins):
-        for watched in list(pins.watched.values()):
-            watched.pin.alone = False
+    __slots__ = ("__array_interface__", "__weakref__", "_pages")
 
-
-os.register_at_fork(before=_no_longer_alone)
+    def __init__(self, pages: mmap.mmap) -> None:
+        self._pages = pages
+        place = np.frombuffer(pages, np.uint8).ctypes.data
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (len(pages),),
+            "typestr": "|u1",
+            "data": (place, False),
+        }
 
 
 @dataclass(slots=True, eq=False)
@@ -290,7 +299,8 @@ class Recycler:
         pin, journal = self.pins.pending[0], self.session.journal
         words, record = journal.words, pin.record
         if (
-            pin.alone
+            not pin.left
+            and pin.forks == forks.begun
             and pin.table is journal.identity
             and words[record + W.SEQ] == pin.number
             and words[record + W.STATE] == W.PINNED
@@ -309,14 +319,15 @@ class Recycler:
         while len(pending) > leave:
             pin = pending.popleft()
             words, record = journal.words, pin.record
-            if pin.table is not journal.identity or words[record + W.SEQ] != pin.number:
+            if pin.left or pin.table is not journal.identity or words[record + W.SEQ] != pin.number:
                 continue
+            forked = pin.forks != forks.begun
             if words[record + W.LOAN] == token:
-                journal.commit(transitions.end_loan(words, record, shared=not pin.alone))
+                journal.commit(transitions.end_loan(words, record, shared=forked))
             elif words[record + W.STATE] == W.PINNED and words[record + W.OWNER] == token:
                 size = words[record + W.BYTES]
                 has_room = may_pool(words, size)
-                shared = not pin.alone or words[record + W.FLAGS] & W.NEVER_AGAIN
+                shared = forked or words[record + W.FLAGS] & W.NEVER_AGAIN
                 if not has_room:
                     self.mappings.forget(words[record + W.FILE])
                 if shared or (words[record + W.LOAN] and not has_room):

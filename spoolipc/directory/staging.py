@@ -12,7 +12,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import BadItem, Full, SpoolClosed
 from ..format import footer
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Staged:
     """A message in a file not yet in `items/`: a reserved file, or `name` in `tmp/`.
 
-    need: bytes written. size: bytes of the file. flags: of its record. loan: the array is the file's own memory; pin:
-    who shows that.
+    need: bytes written. size: bytes of the file. flags: of its record. loan: the array is the file's own memory; pages:
+    all of that, as what is lent; pin: who shows it.
     """
 
     file: Reserved | None = None
@@ -40,6 +40,7 @@ class Staged:
     size = 0
     loan = False
     pin: Pin | None = None
+    pages: Any = None
     buffer: mmap.mmap | None = None
     status: os.stat_result | None = None
 

@@ -271,14 +271,13 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
 def view(buffer: Buffer, block: Block, *, writeable: bool = False) -> Array:
     """The array of one block, over the buffer itself.
 
-    buffer: the file's bytes, from its beginning: the map itself, not a memoryview of it, and never an
-    ndarray. block: of a layout, or as `parse` returned it for this buffer. writeable: whether the array lets
-    itself be written.
+    buffer: the file's bytes, from its beginning: the map itself, not a memoryview of it, or an ndarray of single
+    bytes over it, which all then keep alive. block: of a layout, or as `parse` returned it for this buffer.
+    writeable: whether the array lets itself be written.
 
-    Returns an array whose `base` is the buffer, so that every view taken of it, and of those, keeps this very
-    array alive, and a `weakref.finalize` on it runs when none is left. numpy does not lock the buffer:
-    closing or shrinking a map under the array is a segmentation fault. An array without data refers to no
-    buffer.
+    Returns an array whose `base` is the buffer, and so is that of every view taken of it where the buffer is an
+    ndarray; else the array itself. numpy does not lock a map that is the buffer: closing or shrinking it under the
+    array is a segmentation fault. An array without data refers to no buffer.
 
     Raises ValueError if writeable is asked of a read-only buffer, TypeError if the block does not lie within
     the buffer.

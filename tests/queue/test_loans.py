@@ -285,3 +285,34 @@ def test_threads_may_lend_at_once(writer: SpoolWriter, reader: SpoolReader) -> N
         for future in futures:
             future.result(10)
     assert sorted(seen) == [first + number for first in (0, 100, 200, 300) for number in range(30)]
+
+
+def test_array_stays_read_only_after_its_block(writer: SpoolWriter, reader: SpoolReader) -> None:
+    """So does its base; what is a view of it already, numpy lets nobody change."""
+    for number in range(3):
+        with writer.loan(LARGE) as array:
+            array[:] = number
+        base = array.base
+        assert base is not None
+        for one in (array, base, array[5:], base.view("f8")):
+            assert not one.flags.writeable
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                one.setflags(write=True)
+        assert (reader.get() == number).all()
+
+
+@pytest.mark.usefixtures("warm")
+def test_base_kept_alone_keeps_its_file_from_being_written_again(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    with writer.loan(LARGE) as array:
+        array[:] = 7
+        kept = array.base
+        del array
+    assert kept is not None
+    before = kept.tobytes()
+    reader.get()
+    for number in range(20):
+        lend(writer, number)
+        reader.get()
+    assert kept.tobytes() == before

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +16,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from support.arrays import Array, inode_of
+from support.calls import Call
+from support.faults import Event, Injector
 from support.peer import Peer
 
-from spoolipc import Empty, Item, SpoolReader, SpoolWriter
+from spoolipc import Empty, Item, LeaseExpired, SpoolReader, SpoolWriter
+from spoolipc.directory import fs
 
 SIZE = 5000
 """Of float64: 40 KB, which is given out as a view of the file."""
@@ -33,6 +39,9 @@ WAYS: list[Callable[[Array], Array]] = [
     lambda a: a.view([("a", "f4"), ("b", "i2", (2,))])["b"],
     lambda a: a.view([("a", "f4"), ("b", "i2", (2,))])[17],
     lambda a: a.view([("a", "f4"), ("b", "i2", (2,))])["b"][3],
+    lambda a: cast(Array, a.base),
+    lambda a: cast(Any, a.base).base,
+    lambda a: np.asarray(memoryview(cast(Any, a)).obj)[1:],
 ]
 
 
@@ -193,3 +202,63 @@ def test_views_outlive_what_becomes_of_item_reader_and_spool(
                     traffic(writer, reader)
         for number, view in enumerate(views):
             assert (view == number).all()
+
+
+def test_base_alone_keeps_the_file_of_named_arrays_the_first_of_which_is_empty(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    writer.put({"none": np.zeros(0), "some": full_of(7), "more": full_of(8)})
+    arrays = reader.get_nowait()
+    assert isinstance(arrays, dict)
+    kept = cast(Array, arrays["more"].base)
+    del arrays
+    before = kept.tobytes()
+    traffic(writer, reader)
+    assert kept.tobytes() == before
+
+
+def test_two_threads_that_ask_one_item_for_its_array_at_once_both_keep_it(
+    writer: SpoolWriter, reader: SpoolReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for the other where the item's file is opened, when neither has seen that there is an array."""
+    writer.put(full_of(7))
+    item = reader.receive()
+    both = threading.Barrier(2, timeout=20)
+    real = fs.stat_at
+
+    def together(*args: Any, **options: Any) -> os.stat_result:
+        both.wait()
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(fs, "stat_at", together)
+        asked = [threads.submit(lambda: item.array) for _ in range(2)]
+        found = [one.result(20) for one in asked]
+    del asked
+    assert found[0] is not found[1]
+    item.ack()
+    vars(item).clear()
+    for _ in range(2):
+        kept = found.pop()
+        traffic(writer, reader)
+        assert (kept == 7).all()
+
+
+@pytest.mark.parametrize("name", ["stat_at", "map_file"])
+def test_item_acknowledged_while_another_thread_asks_for_its_array(
+    writer: SpoolWriter, reader: SpoolReader, name: str
+) -> None:
+    """The array it gets stays as it is, or it gets none."""
+    writer.put(full_of(7))
+    item = reader.receive()
+    acked: list[None] = []
+
+    def act(event: Event) -> None:
+        if event.name == name and not acked:
+            acked.append(Call(item.ack).result())
+
+    with Injector(act), contextlib.suppress(LeaseExpired):
+        kept = item.array
+        traffic(writer, reader)
+        assert (kept == 7).all()
+    assert acked

@@ -39,7 +39,7 @@ FLOORS: Final = {
     "doorbell": "engine hearing liveness",
     "session": "doorbell journal layout liveness lock pool rebuild",
     "visitor": "journal layout liveness lock session transitions",
-    "recycling": "itemfile layout pool session transitions",
+    "recycling": "itemfile layout lock pool session transitions",
     "housekeeping": "layout liveness pool quarantine session transitions",
     "gc": "housekeeping journal layout liveness pool quarantine session visitor",
     "stat": "hearing layout liveness session visitor",
@@ -52,7 +52,7 @@ FLOORS: Final = {
     " transitions",
     "receiving": "engine format.footer format.item hearing housekeeping itemfile journal pool quarantine recycling"
     " session transitions",
-    "consumer": "engine housekeeping itemfile layout quarantine receiving recycling session transitions",
+    "consumer": "engine housekeeping itemfile layout lock quarantine receiving recycling session transitions",
     "directory": "engine consumer dead_letters producer reset stat",
     "memory": "engine format.footer format.item",
     "connect": "engine directory memory",

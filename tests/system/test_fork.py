@@ -7,6 +7,8 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -469,3 +471,32 @@ def test_child_finds_a_spool_deleted_after_the_fork_gone(writer: SpoolWriter, sp
     os.eventfd_write(gate, 1)
     assert child.ended() == 0
     assert not spool.exists()
+
+
+BETWEEN = """
+import os, signal, sys
+got = []
+os.register_at_fork(before=lambda: got.append(reader.get()))  # before ours is registered, so it runs after it
+import numpy as np
+from spoolipc import SpoolReader, SpoolWriter
+
+with SpoolWriter(sys.argv[1]) as writer, SpoolReader(sys.argv[1]) as reader:
+    writer.put(np.full(5000, 7.0))
+    awake, go_on = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os.read(awake, 1)
+        os._exit(0 if (got[0] == 7).all() else 1)
+    got.clear()
+    for number in range(20):
+        writer.put(np.full(5000, float(number)))
+        assert (reader.get() == number).all()
+    os.write(go_on, b"!")
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_view_made_when_the_fork_had_begun_stays_in_the_child(spool: Path) -> None:
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", BETWEEN, spool], check=False, timeout=60)
+    assert ran.returncode == 0
