@@ -29,6 +29,7 @@ from ..message import Limits
 from . import fs
 from . import table as W
 from .layout import Directories, agree, item_name, read_shutdown, write_shutdown
+from .liveness import process_of, token_name
 from .table import IndexDamaged, Words, known, record_in, violations
 from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, MEMORY, Stores, Transition, limit_stores
 
@@ -268,16 +269,17 @@ def happened(directories: Directories, kind: int, subject: int, *, finish: bool)
     return True
 
 
-def holder(directories: Directories) -> int:
-    """The token of the last to take the lock, 0 where the index does not tell. Needs no mapping and no lock."""
+def holder(directories: Directories) -> str:
+    """The last to take the lock, for messages. Needs no mapping and no lock."""
     try:
         fd = fs.open_own(directories.root, NAME, os.O_RDONLY)
     except OSError:
-        return 0
+        return "an unknown process"
     try:
-        return int.from_bytes(fs.pread(fd, W.WORD, W.HOLDER * W.WORD), "little")
+        token = int.from_bytes(fs.pread(fd, W.WORD, W.HOLDER * W.WORD), "little")
     finally:
         fs.close(fd)
+    return f"process {process_of(directories.alive, token)} (alive/{token_name(token)})"
 
 
 def create(directories: Directories, records: int) -> Journal:

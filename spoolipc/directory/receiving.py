@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -59,7 +60,7 @@ class Receiver(Side):
         self._table: object = self.session.journal.identity
         # Of claims that outlived the table they were made in: its identity, by sequence number.
         self.kept: dict[int, object] = {}
-        self.session.on_adopt = self._adopt
+        self.session.on_adopt = weakref.WeakMethod(self._adopt)
         try:
             with self.session.explaining():
                 self.session.step(self._enter)

@@ -282,7 +282,7 @@ class Recycler:
         self.session = session
         self._writable = writable
         self.forget()
-        session.on_adopt = self.forget
+        session.on_adopt = weakref.WeakMethod(self.forget)
 
     def forget(self, _: object = None) -> None:
         """Start afresh: the table is another, or this is a forked child."""

@@ -108,7 +108,7 @@ class Session:
         self.is_open = [None]
         self.is_forked = False
         self.users: list[None] = []
-        self.on_adopt: Callable[[Journal | None], None] = lambda _: None
+        self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
         self._role: liveness.Role = role
         self._mode = asked.mode
         self._is_opening = False
@@ -131,7 +131,7 @@ class Session:
             ends = (os.getpid(), self._held, self.is_open)
             self._end = weakref.finalize(self, _abandon, *ends)
             self._end.atexit = False
-            self.lock = IndexLock(self.directories.items, self._holder)
+            self.lock = IndexLock(self.directories.items, functools.partial(holder, self.directories))
             self.journal = _NONE
             self.step(self._join, asked)
         except BaseException as error:
@@ -151,13 +151,6 @@ class Session:
                 self._held.append(liveness.announce(place.alive, self.token, self._role, place.file_mode))
 
         return with_room(place, journal, announce), 0, 0
-
-    def _holder(self) -> str:
-        token = holder(self.directories)
-        if not token:
-            return "an unknown process"
-        process = liveness.process_of(self.directories.alive, token)
-        return f"process {process} (alive/{liveness.token_name(token)})"
 
     # The locked step
 
@@ -233,7 +226,8 @@ class Session:
     def _adopt(self, journal: Journal) -> None:
         self.journal = journal
         self.doorbell.forget_place()
-        self.on_adopt(journal)
+        if adopt := self.on_adopt():
+            adopt(journal)
 
     def wake(self, items: int, space: int) -> None:
         """Wake so many of those who wait, after the step that made the items or the room."""
@@ -446,7 +440,8 @@ class Session:
         self.users = []
         self.is_forked = True
         self.doorbell.reset()
-        self.on_adopt(None)
+        if adopt := self.on_adopt():
+            adopt(None)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Self, TypeVar, TypeVarTuple
 
 from ..errors import LockTimeout, SpoolError
 from ..message import Limits
-from . import fs, liveness
+from . import fs
 from . import table as W
 from .journal import Journal, follow, happened, holder, journalled
 from .layout import open_directories
@@ -62,10 +62,7 @@ class Visitor:
 
     def holder(self) -> str:
         """Who took the index lock last, for messages."""
-        token = holder(self.directories)
-        if not token:
-            return "an unknown process"
-        return f"process {liveness.process_of(self.directories.alive, token)}"
+        return holder(self.directories)
 
     def _refresh(self) -> None:
         self._forget()

@@ -176,6 +176,9 @@ for session in sessions:
 with SpoolReader(f"{{base}}/spool") as reader:
     held = reader.get()
 assert descriptors() == before
+sessions = [{face}(f"{{base}}/spool") for _ in range(4)]
+del session, sessions
+assert descriptors() == before, "dropped without a close"
 try:
     {face}(f"{{base}}/spool", maxsize=7)
 except LimitMismatch:
