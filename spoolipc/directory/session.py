@@ -421,7 +421,10 @@ class Session:
 
     def evict_if_alone(self) -> tuple[int, int, int]:
         """Evict pooled files, where no other session is there that would write them; how many. A step."""
-        alone = liveness.is_alone(self.directories.alive, self.token)
+        try:
+            alone = liveness.is_alone(self.directories.alive, self.token)
+        except OSError:  # no descriptor is left, say: that keeps nobody from leaving
+            alone = False
         return evict(self.directories, self.journal, 0, MOST_EVICTED) if alone else 0, 0, 0
 
     def forked(self) -> None:
