@@ -4,10 +4,14 @@ Below, under each row of the fault matrix, stand changes of one line: a name | a
 modules and an expression for `-k` | old text, which is in the module once (¶ ends a line) ==> new text. Each is made in
 a copy of the tree, never in the tree itself. One that no test notices survives: a test is missing, or the guard is not
 needed.
+
+ARGS="pool" takes out each `if` of the module `pool` in turn, so that its block is never entered, "pool:57" the one in
+that line; `GUARDS` says which modules may be named. It takes an hour for them all.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -26,7 +30,8 @@ from typing import Final, NamedTuple
 ROOT: Final = Path(__file__).parents[1]
 COPIED: Final = ("spoolipc", "tests", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 PYTEST: Final = "-m pytest -x -q --tb=no --no-header -p no:cacheprovider --timeout=25 --basetemp=made".split()
-PATIENCE: Final = 150.0  # seconds for the tests of one mutation: one that makes them hang is caught as well
+QUICK: Final = ["-m", "not exhaustive"]
+PATIENCE: Final = 400.0  # seconds for the tests of one mutation: one that makes them hang is caught as well
 PRIVATE: Final = ("unshare", "-m") if os.geteuid() == 0 and shutil.which("unshare") else ()  # of mounts
 MEMORY: Final = 3 << 29  # bytes for each of their processes
 MUTATIONS: Final = r"""
@@ -155,6 +160,8 @@ mismatch | layout | test_limits first_who | value is not None and there is not N
 # EIO, ENOSPC, EDQUOT, EMFILE
 named | session | test_errors failing and put_small | raise explained from error ==> raise
 failed-staged | staging | test_order_of_calls loan | fs.unlink_missing_ok(directories.tmp, name) ==> pass
+told | producer | test_errors of_many and put_many | error.seqs = tuple(seqs) ==> error.seqs = ()
+told-taken | consumer | test_errors of_many and get_many | if not got:¶                raise ==> raise
 leaked | itemfile | test_errors failing and get_large | None:¶        fs.close(self.fd) ==> None:¶        pass
 # power lost at any moment
 sync-file | staging | test_power_loss zeros | fs.sync(fd) ==> pass
@@ -248,6 +255,21 @@ memory-late | memory | test_memory_engine | (item.owner, item.attempt) != (self,
 memory-bytes | memory | test_memory_engine | if self.bytes + size > most: ==> if False:
 """
 
+GUARDS: Final = {
+    "transitions": "test_transitions test_order test_leases test_dead_letters test_receive test_loans test_recycling"
+    " test_preallocate test_limits test_shutdown test_views test_failed test_gc test_model test_fork",
+    "pool": "test_recycling test_limits test_loans test_order_of_calls test_full_disk test_wakeups test_model",
+    "recycling": "test_recycling test_loans test_views test_limits test_preallocate test_batches test_call_budget"
+    " test_process_limits test_fork test_interleavings test_interrupts test_full_disk test_model",
+    "journal": "test_transitions test_index_damage test_gc test_order_of_calls test_planted test_fsck test_deleted"
+    " test_waiting_through_damage test_full_disk test_errors test_kills",
+    "rebuild": "test_index_damage test_fsck test_preallocate test_recycling test_dead_letters test_leases"
+    " test_shutdown test_planted test_failed test_model test_power_loss test_kills",
+    "session": "test_shutdown test_order test_leases test_deleted test_index_damage test_waiting_through_damage"
+    " test_inotify_limits test_limits test_fork test_wakeups test_ends test_errors test_interrupts test_threads",
+}
+"""Modules of recovery, forks and the pool, and the tests that hold each of their guards."""
+
 
 class Mutation(NamedTuple):
     """One change. row: of the fault matrix, or what else it breaks."""
@@ -270,6 +292,21 @@ def listed() -> Iterator[Mutation]:
         id, module, tests, change = line.split(" | ", 3)
         old, _, new = change.replace("¶", "\n").partition(" ==>")
         yield Mutation(row, id, module, tests, old, new.strip())
+
+
+def guards(module: str) -> Iterator[Mutation]:
+    """Each `if` of a module taken out."""
+    text = (ROOT / "spoolipc" / "directory" / f"{module}.py").read_text()
+    starts = [0, *(found.end() for found in re.finditer("\n", text))]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.If):
+            test = node.test
+            assert test.end_lineno is not None
+            assert test.end_col_offset is not None
+            begin = starts[test.lineno - 1] + test.col_offset
+            end = starts[test.end_lineno - 1] + test.end_col_offset
+            name = f"{module}:{node.lineno}"
+            yield Mutation("guards", name, module, GUARDS[module], text, f"{text[:begin]}False{text[end:]}")
 
 
 def uncovered(mutations: list[Mutation]) -> list[str]:
@@ -308,7 +345,7 @@ def run(place: str, tests: str) -> tuple[int | None, str]:
     without = {name: value for name, value in os.environ.items() if name not in ("SPOOLIPC_VERIFY", "CI")}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [*PRIVATE, sys.executable, *PYTEST, *files, "-k", names[2]],
+            [*PRIVATE, sys.executable, *PYTEST, *files, "-k", names[2], *QUICK * (not names[2])],
             cwd=place,
             env=without | {"PYTHONPATH": place, "TMPDIR": place},
             stdin=subprocess.DEVNULL,
@@ -341,10 +378,15 @@ def judged(code: int | None, output: str) -> tuple[str, str]:
 
 
 def main(asked: list[str]) -> int:
-    """Try all mutations, or those asked for by name; 0 when each was caught."""
+    """Try all that are listed, or those asked for by name; 0 when each was caught."""
     mutations = list(listed())
-    missing = uncovered(mutations) + sorted(set(asked) - {mutation.id for mutation in mutations})
-    mutations = [mutation for mutation in mutations if not asked or mutation.id in asked]
+    missing = [] if asked else uncovered(mutations)
+    if asked:
+        for module in sorted({name.split(":")[0] for name in asked} & GUARDS.keys()):
+            mutations += guards(module)
+        known = {name for mutation in mutations for name in (mutation.id, mutation.id.split(":")[0])}
+        missing += sorted(set(asked) - known)
+        mutations = [one for one in mutations if {one.id, one.id.split(":")[0]} & set(asked)]
     began, row, bad = time.monotonic(), "", len(missing)
     with ThreadPoolExecutor(2) as two:
         for mutation, (said, why, seconds) in zip(mutations, two.map(tried, mutations), strict=True):

@@ -9,16 +9,20 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.account import check_spool
-from support.faults import Event, Injector, at, fail, partly
+from support.faults import Event, Hook, Injector, at, fail, partly
 from support.scenarios import CORE, SCENARIOS, Run, arrays, value_of
 
 import spoolipc
-from spoolipc import SpoolReader, SpoolWriter, StorageError
+from spoolipc import Empty, ShutDown, SpoolError, SpoolReader, SpoolWriter, StorageError
 
 ERRORS = {
     "open_at": "EIO ENOSPC EMFILE EACCES",
@@ -125,3 +129,109 @@ def test_items_are_taken_though_the_file_system_has_no_block_for_a_name(place: P
             received.ack()
             assert (reader.get() == 1).all()
         assert injector.met.count("rename") == 2
+
+
+KINDS = ("small", "large", "large", "small", "large", "small")
+BATCH = [arrays(value, kind) for value, kind in enumerate(KINDS)]
+
+
+def put_many(writer: SpoolWriter, reader: SpoolReader, told: list[int]) -> None:
+    first = 7  # of the sequence numbers: as many were put before
+    try:
+        told += (seq - first for seq in writer.put_many(BATCH, block=False))
+    except SpoolError as error:
+        told += (seq - first for seq in error.seqs)
+        raise
+
+
+def got(found: Iterable[Any], told: list[int]) -> None:
+    for array in found:
+        told.append(value_of(array))
+
+
+def received(writer: SpoolWriter, reader: SpoolReader, told: list[int]) -> None:
+    for item in reader.items():
+        value = value_of(item.array)
+        item.ack()
+        told.append(value)
+
+
+MANY: dict[str, Callable[[SpoolWriter, SpoolReader, list[int]], None]] = {
+    "put_many": put_many,
+    "get_many": lambda writer, reader, told: got(reader.get_many(9, block=False), told),
+    "get_many, copied": lambda writer, reader, told: got(reader.get_many(9, block=False, copy=True), told),
+    "arrays": lambda writer, reader, told: got(reader, told),
+    "items": received,
+}
+LASTING = {
+    **dict.fromkeys("list_names scan watch_open".split(), "EMFILE"),
+    **dict.fromkeys("write pwrite save allocate rename mkdir watch_add".split(), "ENOSPC"),
+    **{"open_at": "EMFILE ENOSPC", "map_file": "ENOMEM"},
+}
+"""What goes on failing where no descriptor is left, or no block, or no memory."""
+
+
+def told_of(path: Path, name: str, safe: bool, fault: Hook) -> tuple[list[int], list[str]]:
+    """Let a call of many meet a fault; returns what it said that it put or took, and the system calls that it met."""
+    told: list[int] = []
+    durability: Any = "fsync" if safe else "none"
+    with (
+        SpoolWriter(path, durability=durability, checksum=safe) as writer,
+        SpoolReader(path, verify=safe) as reader,
+    ):
+        writer.put_many(BATCH)
+        assert len(reader.get_many(9)) == len(BATCH)  # whose files are written again
+        if name != "put_many":
+            writer.put_many(BATCH)
+            writer.shutdown()
+        with Injector(fault) as injector, suppress(SpoolError):
+            MANY[name](writer, reader, told)
+    return told, injector.met
+
+
+def check_account(path: Path, name: str, safe: bool, fault: Hook) -> list[str]:
+    """See that what was told of and what is left are the whole, in order; returns the system calls."""
+    told, met = told_of(path, name, safe, fault)
+    left: list[int] = []
+    with SpoolReader(path) as reader, suppress(Empty, ShutDown):
+        while True:
+            left.append(value_of(reader.get_nowait()))
+    if name == "put_many":
+        assert left == told == list(range(len(told)))
+    else:
+        assert told + left == list(range(len(BATCH)))
+    spoolipc.gc(path)
+    check_spool(path)
+    shutil.rmtree(path)
+    return met
+
+
+@pytest.mark.parametrize(
+    ("lasting", "safe"),
+    [
+        pytest.param(True, False, id="from then on"),
+        pytest.param(False, False, id="once", marks=pytest.mark.exhaustive),
+        pytest.param(True, True, id="from then on, safe", marks=pytest.mark.exhaustive),
+        pytest.param(False, True, id="once, safe", marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.parametrize("name", MANY)
+def test_account_of_a_call_of_many_is_exact_whatever_fails(
+    place: Path, name: str, lasting: bool, safe: bool
+) -> None:
+    """lasting: as where no descriptor, block or memory is left. safe: with fsync, and with the checksums verified."""
+    errors = LASTING if lasting else ERRORS
+    path = place / "spool"
+    for number, call in enumerate(check_account(path, name, safe, lambda _: None), 1):
+        for error in errors.get(call, "").split():
+
+            def fault(event: Event, number: int = number, error: str = error) -> None:
+                is_met = event.number >= number if lasting else event.number == number
+                if is_met and error in errors.get(event.name, "").split():
+                    fail(getattr(errno, error))(event)
+
+            try:
+                check_account(path, name, safe, fault)
+            except BaseException as failure:
+                failure.add_note(f"{name}: {error} at call {number}, {call}")
+                raise
