@@ -43,6 +43,7 @@ CAREFUL: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILES_LEFT: Final = 16
 _MANY: Final = 1 << 62  # files, where a file system has no number of them
+_AT_ONCE: Final = 1 << 20  # bytes of a read, which takes the memory for all that it is asked for
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _STATM: Final = Path("/proc/self/statm")
 _libc: Final = ctypes.CDLL(None)
@@ -307,10 +308,11 @@ def read_own(directory: int, name: str, most: int, *, linked: bool = False) -> b
     """Up to `most` bytes of a file of the spool's own. Raises UnsafeSpool, FileNotFoundError, OSError."""
     fd = open_own(directory, name, os.O_RDONLY, linked=linked)
     try:
-        found = b""
-        while len(found) < most and (more := read(fd, most - len(found))):
-            found += more
-        return found
+        found: list[bytes] = []
+        while most and (more := read(fd, min(most, _AT_ONCE))):
+            found.append(more)
+            most -= len(more)
+        return b"".join(found)
     finally:
         close(fd)
 

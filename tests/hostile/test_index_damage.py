@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.account import names_in
 from support.damage import item_name, picture, refused
+from support.faults import forked
 from support.peek import COUNTS, HEADER_BYTES, POSITIONS, RECORDS, poke
 from support.peer import Peer
 
@@ -121,6 +123,17 @@ def drained(reader: SpoolReader) -> list[int]:
 
 def repair(path: Path) -> None:
     assert fsck(path, repair=True).clean
+
+
+def test_an_index_is_built_again_by_a_process_that_may_use_little_memory(path: Path) -> None:
+    overwrite(path, bytes(4096))
+
+    def work() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)
+        SpoolReader(path).close()
+
+    assert forked(work) == 0
 
 
 @pytest.mark.parametrize("call", [None, stat, failed_list, gc, fsck, repair])
