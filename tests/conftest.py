@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+from spoolipc import SpoolReader, SpoolWriter
 
 # Whoever starts the tests in the background may have SIGINT ignored; children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,3 +56,29 @@ def spool(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     yield path
     if (path / "index").exists() and request.node.get_closest_marker("damaged") is None:
         check_spool(path)
+
+
+@pytest.fixture
+def writer(spool: Path) -> Iterator[SpoolWriter]:
+    """A writer of the test's spool."""
+    with SpoolWriter(spool) as writer:
+        yield writer
+
+
+@pytest.fixture
+def reader(spool: Path) -> Iterator[SpoolReader]:
+    """A reader of the test's spool."""
+    with SpoolReader(spool) as reader:
+        yield reader
+
+
+@pytest.fixture
+def spend(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the clock that leases, delays and housekeeping go by go on by so many seconds."""
+    real, ahead = time.monotonic_ns, [0]
+    monkeypatch.setattr(time, "monotonic_ns", lambda: real() + ahead[0])
+
+    def pass_by(seconds: float) -> None:
+        ahead[0] += int(seconds * 1e9)
+
+    return pass_by

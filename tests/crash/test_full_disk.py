@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.account import check_spool
+from support.mounts import ext4, tmpfs
 from support.peek import peek_table
 from support.waits import until, until_asleep
 
@@ -23,7 +22,6 @@ from spoolipc import Empty, Full, SpoolReader, SpoolWriter, StorageError, TooLar
 
 FORK = multiprocessing.get_context("fork")
 MIB = 1 << 20
-MKFS = shutil.which("mkfs.ext4", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 LARGEST = 1_300_000
 WRITERS = 3
 ROUNDS = 40
@@ -34,27 +32,9 @@ pytestmark = pytest.mark.fault
 @pytest.fixture(params=["tmpfs", "ext4"])
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A small file system of its own."""
-    if os.geteuid():
-        pytest.skip("only root can mount")
     place = tmp_path / "disk"
-    place.mkdir()
-    if request.param == "tmpfs":
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-    else:
-        if MKFS is None:
-            pytest.skip("mkfs.ext4 is missing")
-        image = tmp_path / "image"
-        with open(image, "wb") as file:
-            file.truncate(16 * MIB)
-        subprocess.run([MKFS, "-q", "-m", "0", "-O", "^has_journal", image], check=True)
-        mount = ["mount", "-o", "loop", str(image), str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no mount here: {done.stderr.strip()}")
-    try:
+    with tmpfs(place, "8m") if request.param == "tmpfs" else ext4(place, 16 * MIB):
         yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def array_of(writer: int, count: int) -> np.ndarray[Any, Any]:

@@ -9,16 +9,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from support.waits import until
+
 STILL = 0.02
 """Seconds without a single step after which a thread that is off the processor is said to sleep."""
-
-
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Wait until a condition that another thread or process brings about holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not reached"
-        time.sleep(0.0005)
 
 
 class Call:

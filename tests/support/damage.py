@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import signal
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, ParamSpec
@@ -14,18 +12,19 @@ from typing import Final, ParamSpec
 import pytest
 
 from spoolipc import SpoolReader, SpoolWriter, gc, stat
-from spoolipc.directory import fs
+from support.faults import Event, Injector, forked, kill
 from support.peer import Peer
 
 P = ParamSpec("P")
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
-_STOP_IN_RENAME: Final = """
+_STOP_AFTER_RENAME: Final = """
 import os, signal
 from spoolipc.directory import fs
 rename = fs.rename
 def stopping(*names, **directories):
-    os.kill(os.getpid(), signal.SIGSTOP)
     rename(*names, **directories)
+    fs.rename = rename
+    os.kill(os.getpid(), signal.SIGSTOP)
 fs.rename = stopping
 """
 
@@ -83,39 +82,24 @@ def killed_at(place: int, work: Callable[P, object], after: bool, *args: P.args,
 
     after: once that is done, not instead of it.
     """
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            left = itertools.count(place - 1, -1)
+    left = itertools.count(place - 1, -1)
 
-            def deadly(real: Callable[..., None]) -> Callable[..., None]:
-                def called(*args: object, **kwargs: object) -> None:
-                    last = not next(left)
-                    if last and not after:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    real(*args, **kwargs)
-                    if last:
-                        os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(event: Event, _: object = None) -> None:
+        if event.name in ("unlink", "rename") and not next(left):
+            kill()
 
-                return called
-
-            fs.unlink, fs.rename = deadly(fs.unlink), deadly(fs.rename)
+    def doomed() -> None:
+        with Injector(after=deadly) if after else Injector(deadly):
             work(*args, **kwargs)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert ended in (0, -signal.SIGKILL), "the child failed, as printed above"
-    return ended != 0
+
+    return forked(doomed) != 0
 
 
 def stop_in_step(peer: Peer) -> None:
-    """Have a peer that has a `writer` stop in the locked step of a put, and see it stopped: `go` lets it go on."""
-    peer.run(_STOP_IN_RENAME)
-    peer.start("run", "writer.put(np.zeros(3))")
+    """Have a peer that has a `writer` stop in the locked step of a put, where the file is visible and the table does
+    not say so yet: `go` lets it go on."""
+    peer.run(_STOP_AFTER_RENAME)
+    peer.start("run", "writer.put(np.full(3, 1))")
     _, status = os.waitpid(peer.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
 

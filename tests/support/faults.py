@@ -172,25 +172,36 @@ def partly(part: float, then: Hook) -> Hook:
 # Processes
 
 
+class Forked:
+    """A forked child that does `work`."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.pid = os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(PATIENCE)
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def ended(self) -> int:
+        """Wait for its end; returns 0, 1 where it raised, as it has printed, or the signal that ended it, negative."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
 def forked(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> int:
     """Do `work` in a forked child, and `meanwhile` here; returns 0, or -SIGKILL where it was killed. Fails when it
     raised, or hung."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(PATIENCE)
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+    child = Forked(work)
     try:
         meanwhile()
     finally:
-        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ended = child.ended()
     assert ended in (0, -signal.SIGKILL), f"the child ended with {ended}"
     return ended
 

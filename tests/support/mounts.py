@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,34 @@ import pytest
 @contextmanager
 def tmpfs(place: Path, size: str) -> Iterator[Path]:
     """A tmpfs of `size`, as mount(8) writes it, at a new directory; skips the test where none can be mounted."""
+    with _mounted(place, "-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
+        yield place
+
+
+@contextmanager
+def ext4(place: Path, size: int) -> Iterator[Path]:
+    """An ext4 of `size` bytes, likewise, in a file beside it."""
+    tool = shutil.which("mkfs.ext4", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if tool is None:
+        pytest.skip("mkfs.ext4 is missing")
+    image = place.with_suffix(".image")
+    image.touch()
+    os.truncate(image, size)
+    subprocess.run([tool, "-q", "-m", "0", "-O", "^has_journal", image], check=True)
+    with _mounted(place, "-o", "loop", str(image)):
+        yield place
+
+
+@contextmanager
+def _mounted(place: Path, *options: str) -> Iterator[None]:
     if os.geteuid():
         pytest.skip("only root can mount")
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    done = subprocess.run(["mount", *options, place], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mount here: {done.stderr.strip()}")
     try:
-        yield place
+        yield
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.faults import Event, Injector
+from support.faults import Event, Forked, Injector
 from support.waits import until, until_asleep
 
 from spoolipc import Empty, Full, Item, SpoolReader, SpoolWriter, stat
@@ -33,39 +32,6 @@ SIZE = 5000
 LATEST = 0.8
 """Seconds that no wake-up may take: what is missed by one who fell asleep just now takes one."""
 Array = np.ndarray[Any, Any]
-
-
-@pytest.fixture
-def writer(spool: Path) -> Iterator[SpoolWriter]:
-    with SpoolWriter(spool) as writer:
-        yield writer
-
-
-@pytest.fixture
-def reader(spool: Path) -> Iterator[SpoolReader]:
-    with SpoolReader(spool) as reader:
-        yield reader
-
-
-class Forked:
-    """A forked child that runs a function; `ended` says how it went."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                signal.alarm(40)
-                work()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-
-    def ended(self) -> int:
-        _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status)
 
 
 @pytest.fixture

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.damage import stop_in_step
 from support.peer import Peer
 from support.waits import is_locked, polls, until
 
 from spoolipc import Full, LockTimeout, SpoolReader, SpoolWriter, stat
 from spoolipc.directory.lock import IndexLock
-
-STOP_INSIDE = """
-import os, signal
-def stopping(call):
-    def called(*names, **directories):
-        call(*names, **directories)
-        if not stopped:
-            stopped.append(True)
-            os.kill(os.getpid(), signal.SIGSTOP)
-    return called
-stopped = []
-from spoolipc.directory import fs
-fs.rename = stopping(fs.rename)
-writer.put(np.full(3, 1))
-"""
-"""Stop where a put has made its file visible and not yet said so in the table."""
 
 
 @pytest.fixture
@@ -38,13 +22,6 @@ def peer(spool: Path) -> Iterator[Peer]:
     with Peer(spool) as peer:
         peer.run("writer = SpoolWriter(path)")
         yield peer
-
-
-def stopped(peer: Peer, code: str) -> None:
-    """Have a process stop itself, and see it stopped."""
-    peer.start("run", code)
-    _, status = os.waitpid(peer.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
 
 
 def test_others_are_told_who_holds_the_lock_and_it_finishes_when_it_goes_on(
@@ -61,7 +38,7 @@ def test_others_are_told_who_holds_the_lock_and_it_finishes_when_it_goes_on(
         SpoolReader(spool) as other,
         ThreadPoolExecutor(6) as aside,
     ):
-        stopped(peer, STOP_INSIDE)
+        stop_in_step(peer)
         assert is_locked(spool)
         attempts: list[Callable[[], object]] = [
             lambda: writer.put(np.full(3, 2), block=False),
@@ -91,7 +68,7 @@ def test_others_wait_for_it_and_go_on_as_soon_as_it_goes_on_or_is_killed(
 ) -> None:
     with Peer(spool) as other:
         other.run("reader = SpoolReader(path); writer = SpoolWriter(path)")
-        stopped(peer, STOP_INSIDE)
+        stop_in_step(peer)
         other.start("ask", "[int(reader.get_nowait()[0]), writer.put(np.full(3, 2))]")
         until(polls(other.pid))
         assert is_locked(spool)
