@@ -139,7 +139,7 @@ def test_set_changes_limits_and_shows_them_as_they_can_be_given_again(path: Path
     assert json_of(run("set", path, "--json"))["maxsize"] == stat(path).limits.maxsize == 7
     said = run("set", path, f"maxsize={2**63}")
     assert (said.code, said.out) == (2, "")
-    assert said.err == f"spoolipc: maxsize must be below 2**63, not {2**63}\n"
+    assert said.err == f"spoolipc: maxsize must be a whole number from 0 to 2**63 - 1, not {2**63}\n"
     assert stat(path).limits.maxsize == 7
 
 

@@ -43,6 +43,7 @@ class Side:
         self.values = itertools.count(first)
         self.item: Item | None = None
         self.met: list[str] = []  # the calls so far, where they are counted
+        self.locked: set[int] = set()  # the numbers of those before which the lock is held
 
     def add(self, *kinds: str, writer: SpoolWriter | None = None) -> None:
         for kind, value in zip(kinds, self.values, strict=False):
@@ -115,11 +116,12 @@ class Side:
 
         def work() -> None:
             self.both()
-            theirs.send((self.put, self.got, next(self.values), self.met))
+            theirs.send((self.put, self.got, next(self.values), self.met, self.locked))
 
         assert forked(work) == 0
-        self.put, self.got, value, met = ours.recv()
+        self.put, self.got, value, met, locked = ours.recv()
         self.values = itertools.count(value)
+        self.locked |= locked
         self.met.extend(met[len(self.met) :])
         self.both()
 
@@ -254,7 +256,8 @@ PAIRS: Final = [
 
 @pytest.mark.parametrize(("name", "then"), PAIRS)
 def test_another_process_acts_between_any_two_calls(place: Path, name: str, then: str, other: Other) -> None:
-    path, number, acted, locked = place / "spool", 0, 0, set()
+    path, number, acted = place / "spool", 0, 0
+    locked: set[int] = set()
     while True:
         side = begun(path, other)
 
@@ -268,7 +271,7 @@ def test_another_process_acts_between_any_two_calls(place: Path, name: str, then
 
         try:
             with Injector(act) as injector:
-                side.met = injector.met
+                side.met, side.locked = injector.met, locked
                 OPERATIONS[name](side)
             settled(side, other)
         except BaseException as failure:
