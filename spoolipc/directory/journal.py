@@ -31,7 +31,7 @@ from . import table as W
 from .layout import Directories, agree, item_name, read_shutdown, write_shutdown
 from .liveness import process_of, token_name
 from .table import IndexDamaged, Words, known, record_in, violations
-from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, MEMORY, Stores, Transition, limit_stores
+from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, UNLINK, Stores, Transition, limit_stores
 
 NAME: Final = "index"
 NEW: Final = "index.new"
@@ -254,15 +254,13 @@ def journalled(words: Words) -> Stores:
 def happened(directories: Directories, kind: int, subject: int, *, finish: bool) -> bool:
     """Whether a transition under way took place. finish: remove what one of UNLINK was about to."""
     name = item_name(subject)
-    if kind == MEMORY:
-        return True
     if kind == ARRIVE:
         return fs.exists(directories.items, name)
     if kind == LEAVE:
         return not fs.exists(directories.items, name)
     if kind == DONATE:
         return fs.exists(directories.free, name)
-    if finish:
+    if finish and kind == UNLINK:
         # One that cannot be removed must stop nobody: `gc` finds it in free/.
         with contextlib.suppress(OSError):
             fs.unlink_missing_ok(directories.free, name)
