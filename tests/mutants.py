@@ -231,7 +231,7 @@ gone-asleep | housekeeping | test_deleted a_part | session.check_present() ==> p
 batches | fs | test_gc thousand | islice(entries, size)] ==> entries]
 progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass
 # not in the matrix: shutdown
-end-others | receiving | test_shutdown end_waits | words[W.IN_FLIGHT_COUNT] <= own and ==>
+end-others | receiving | test_directory_engine end_waits | words[W.IN_FLIGHT_COUNT] <= own and ==>
 end-wakes | receiving | test_shutdown at_once_when | return MEMBERS ==> return 0
 discarded | producer | test_shutdown taken_back | (now == W.DISCARDED and state == W.DRAINING) ==> False
 # not in the matrix: fsck
