@@ -170,7 +170,7 @@ def test_small_file_not_mapped_yet_that_was_tampered_with_is_not_written(
     harm(file)
     writer.put(np.ones(50))
     assert (reader.get() == 1).all()
-    for linked in spool.glob("linked-*"):
+    for linked in spool.parent.glob("linked-*"):
         assert (np.load(linked) == 7).all()
         linked.unlink()
 
