@@ -45,7 +45,7 @@ Words:
 
     session          an open spool, alive as long as it holds the lock on alive/TOKEN: a writer, a reader, or an admin
                      that works for one call. A visitor only looks and is no session
-    crashed session  one whose lock can be taken, or whose file is gone
+    crashed session  one whose lock can be taken. One whose file somebody removed may live, and makes it again
     item             a file in items/: waiting, in flight at a reader, or delayed
     in flight        received and not settled. To settle: ack, nack, reject, extend
     requeue          let an item wait again, before all never delivered; to redeliver is that, unless it was the last

@@ -27,6 +27,7 @@ from .gc import Progress, foreign_at_top
 from .itemfile import ItemFile
 from .layout import (
     PRIVATE,
+    SHARED,
     agree,
     item_name,
     item_number,
@@ -37,7 +38,7 @@ from .layout import (
 )
 from .quarantine import failed_numbers, history_number, read_history
 from .repair import Kind, Problem, put_right, repair_all, wrong_at_top, wrong_status
-from .table import Rows, Words, files_in, rows, violations
+from .table import Rows, Words, files_in, owners, rows, violations
 from .visitor import Visitor
 
 _log = logging.getLogger("spoolipc")
@@ -126,7 +127,7 @@ def _check_directories(place: Path, repair: bool) -> list[Problem]:
         open_directories(place, Limits(), create=False, as_found=True).close()  # it says best what is wrong
         raise
     try:
-        if not fs.exists(root, "spool.json"):
+        if not fs.exists(root, "spool.json") and not fs.exists(root, "index"):
             raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
         mode = _mode(place, root)
         found = wrong_at_top(root, mode)
@@ -144,14 +145,16 @@ def _check_directories(place: Path, repair: bool) -> list[Problem]:
 
 
 def _mode(place: Path, root: int) -> int:
-    """The mode in spool.json, 0700 where it says none that is possible."""
+    """The mode in spool.json, 0700 where it says none that is possible; that of the directory where it is missing."""
     try:
         limits = read_limits(place, root)
     except UnknownVersion:
         raise
     except SpoolError:
         return PRIVATE
-    return (limits.mode if limits is not None else None) or PRIVATE
+    if limits is None:
+        return SHARED if fs.fstat(root).st_mode & SHARED == SHARED else PRIVATE
+    return limits.mode or PRIVATE
 
 
 # All files, and the table
@@ -187,6 +190,11 @@ class _Look:
         self._files("failed")
         self._names("tmp", temporary_owner)
         self._names("alive", liveness.token_of)
+        if words is not None:
+            for owner in owners(words):
+                if self.visitor.step(self._has_no_file, owner):
+                    where = f"alive/{liveness.token_name(owner)}"
+                    self._note("missing", where, "is not there, but its session has items or files")
         for name in foreign_at_top(self.directories):
             self._note("foreign", name, "is none of the spool's names")
         for kind, count in self._counts.items():
@@ -275,6 +283,11 @@ class _Look:
 
     def _is_orphaned(self, name: str) -> bool:
         return not fs.exists(self.directories.items, name) and not fs.exists(self.directories.failed, name)
+
+    def _has_no_file(self, owner: int) -> bool:
+        words = self.visitor.snapshot()
+        there = fs.exists(self.directories.alive, liveness.token_name(owner))
+        return words is not None and not there and owner in owners(words)
 
     def _item(self, number: int) -> None:
         name, size, said = item_name(number), 0, ""

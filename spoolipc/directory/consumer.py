@@ -243,7 +243,7 @@ class DirectoryConsumer(Receiver):
                 claim.single = file.status.st_nlink == 1
                 return file.contents(claim.data_end)
         except FileNotFoundError:
-            self.session.check_present()
+            self.session.step(self.session.see_itself)
             raise self._expired(claim.seq) from None
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
@@ -377,7 +377,6 @@ class DirectoryConsumer(Receiver):
                         said.meta,
                     )
             except FileNotFoundError:
-                self.session.check_present()
                 self.session.step(self._set_peeked_aside, delivery.seq, "its file is missing")
             except BadItem as error:
                 self.session.step(self._set_peeked_aside, delivery.seq, f"damaged: {error}")

@@ -84,6 +84,12 @@ class Doorbell:
         """The table was built again: take a place in the new one when the next wait begins."""
         self._place = -1
 
+    def forget_watch(self) -> None:
+        """The file is another one: listen to that when the next wait begins."""
+        ears = hearing.ears()
+        if ears is not None and self.number >= 0:
+            ears.remove(self)
+
     @property
     def file(self) -> str:
         """The path of the file that is written to."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import resource
@@ -27,14 +28,14 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from filelock import lock_descriptor, unlock_descriptor
 
-from ..errors import SpoolGone, StorageError, UnsafeSpool
+from ..errors import StorageError, UnsafeSpool
 from ..format.item import Layout, parts, savable
 from ..message import Array
 
 CALLS: Final = tuple(
-    "open_at close stat_at fstat statvfs rename unlink mkdir fchmod fchown read pread write pwrite truncate"
-    " allocate sync list_names scan map_file seek save lock unlock make_parents nearest read_text poll sleep"
-    " yield_core watch_open watch_add".split()
+    "open_at close stat_at fstat statvfs rename unlink mkdir replace fchmod fchown read pread write pwrite truncate"
+    " allocate sync list_names scan map_file seek save lock lock_shared unlock make_parents nearest read_text"
+    " poll sleep yield_core watch_open watch_add".split()
 )
 """The names that are system calls (`save` is one `np.save` and the writes that go with it)."""
 
@@ -161,6 +162,18 @@ def as_owner(path: str | os.PathLike[str]) -> Iterator[None]:
         return
     with _acting(status.st_uid, status.st_gid):
         yield
+
+
+def lock_shared(fd: int) -> None:
+    """Share the lock on a directory; in vain where somebody has it for himself."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def replace(new: int, old: int) -> None:
+    """Let the number `old` mean what `new` means, which is closed."""
+    os.dup2(new, old, inheritable=False)
+    os.close(new)
 
 
 def make_parents(path: Path) -> None:
@@ -390,14 +403,6 @@ def storage_error(error: OSError, path: str) -> StorageError:
     if name.startswith(path):
         return StorageError(error.errno, what, name)
     return StorageError(error.errno, f"{what} ({name})", path)
-
-
-def check_present(root: int, path: str) -> None:
-    """Raise SpoolGone when the directory was deleted or replaced under its users."""
-    if not exists(root, "spool.json"):
-        raise SpoolGone(
-            errno.ENOENT, "the spool was deleted while in use; close this and open a new one", path
-        )
 
 
 def _planted(directory: int, name: str) -> UnsafeSpool:

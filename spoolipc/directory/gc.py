@@ -1,12 +1,14 @@
 """`gc`: what crashed sessions left in a spool, all of it, or with `dry_run` only counted.
 
-Each kind of leftover is judged by something final: a token whose lock can be taken has crashed for ever, a number that
-left the table never comes back. So names are listed a batch at a time, judged in a locked step of about a millisecond,
-and removed without the lock. Two at once find some of it gone already; one that is killed leaves the rest to the next.
+Each kind of leftover is judged by something final: a session whose lock can be taken has crashed for ever, a number
+that left the table never comes back. So names are listed a batch at a time, judged in a locked step of about a
+millisecond, and removed without the lock. Two at once find some of it gone already; one that is killed leaves the rest
+to the next.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
@@ -24,9 +26,10 @@ from .journal import Journal
 from .layout import FILES, PARTS, Directories, item_name, item_number, temporary_owner
 from .quarantine import history_number
 from .session import Session, administration
-from .table import Rows, owned, rows
+from .table import Rows, owned, owners, rows
 from .visitor import AnySpool, Visitor
 
+_log = logging.getLogger("spoolipc")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 Progress: TypeAlias = Callable[[int, int | None], None]
@@ -68,7 +71,8 @@ class GcReport:
 
 
 def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progress | None = None) -> GcReport:
-    """Requeue and remove what crashed sessions left in the spool at `path`; live work is never touched.
+    """Requeue and remove what crashed sessions left in the spool at `path`; live work is never touched. A session whose
+    file in `alive/` somebody removed counts as crashed here, and nowhere else; the log names it.
 
     dry_run: only say what would be done; changes nothing. progress: called now and then with the number of
     names looked at, and None.
@@ -104,6 +108,7 @@ class _Sweep:
         self.progress = progress
         self.counts: Counter[str] = Counter()
         self._seen = 0
+        self._living: set[int] = set()
 
     def run(self) -> None:
         """Everything, in the order that lets one kind of leftover become another before that is looked for."""
@@ -154,11 +159,21 @@ class _Sweep:
             self._remove(directory, name, kind)
 
     def _crashed(self, tokens: set[int]) -> set[int]:
-        """Which of `tokens` are of sessions that have crashed."""
-        return self._step(liveness.crashed_among, self.spool.directories.alive, tokens)
+        """Which of `tokens` are of sessions that have crashed, and not since one was found alive: its file would be
+        removed, and what it had would not have been."""
+        asked = tokens - self._living
+        crashed = self._step(liveness.crashed_among, self.spool.directories.alive, asked)
+        self._living |= asked - crashed
+        return crashed
 
     def _claims(self) -> None:
         journal, abandoned = self._step(self._abandoned)
+        for owner in {owner for _, owner in abandoned}:
+            name = liveness.token_name(owner)
+            if self.session is not None and not fs.exists(self.session.directories.alive, name):
+                _log.warning(
+                    "%s: alive/%s is missing; what that session had is taken back", self.spool.path, name
+                )
         while abandoned and journal is not None:
             if self.session is not None:
                 self.session.step(self._settle, self.session, journal, abandoned)
@@ -174,9 +189,9 @@ class _Sweep:
         if journal is None:
             return None, []
         words = journal.words
-        records = rows(words)
-        owners = set(np.unique(records[np.isin(records[:, W.STATE], W.OWNED), W.OWNER]).tolist())
-        crashed = liveness.crashed_among(self.spool.directories.alive, owners)
+        tokens = owners(words)
+        crashed = liveness.crashed_among(self.spool.directories.alive, tokens)
+        self._living = tokens - crashed
         return journal, [(record, words[record + W.OWNER]) for record in owned(words, crashed)]
 
     def _count(self, journal: Journal, record: int) -> None:

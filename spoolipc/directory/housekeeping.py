@@ -66,8 +66,11 @@ def put_right(session: Session, record: int, why: str) -> tuple[int, int]:
 
 def round_if_due(session: Session) -> None:
     """One round of housekeeping, when nobody kept house within the second or something has ended."""
-    if session.is_housekeeping_due():
+    words = session.look()
+    if is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
         session.step(round_of, session, False)
+    if session.look()[W.HOUSEKEPT] != session.looked_at:
+        session.step(session.see_itself)
 
 
 def round_of(session: Session, force: bool) -> tuple[None, int, int]:
@@ -76,7 +79,6 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     if not force and not is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
         return None, 0, 0
     now = time.monotonic_ns()
-    session.check_present()  # who holds the lock on a directory that was removed is alone with it
     crashed = _crashed(session)
     items, space, left = _settle_round(session, crashed, now)
     words = session.journal.words

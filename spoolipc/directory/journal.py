@@ -167,8 +167,10 @@ class Journal:
                     fs.rename(name, new_name, src_dir_fd=parts[source], dst_dir_fd=parts[target])
                 else:
                     fs.unlink_missing_ok(parts[source], name)
-            except OSError:
+            except OSError as error:
                 self.recover()
+                if isinstance(error, FileNotFoundError):
+                    self._directories.check()
                 raise
         elif kind == FOLLOW:
             write_shutdown(self._directories.root, subject, self._directories.file_mode)

@@ -33,13 +33,14 @@ from ..errors import (
     NetworkFileSystem,
     NotASpool,
     SpoolError,
+    SpoolGone,
     UnknownVersion,
     UnsafeSpool,
 )
 from ..message import DEFAULTS, Limits
 from . import fs
 from .lock import exclusively
-from .table import DISCARDED, DRAINING, OPEN
+from .table import ALL_BITS, CAPACITY, DISCARDED, DRAINING, OPEN, WORD, IndexDamaged
 
 FORMAT: Final = 2
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
@@ -53,6 +54,9 @@ _TEMPORARY: Final = re.compile(r"([0-9a-f]{16})-\d+\.npy")
 _LONGEST_JSON: Final = 65536
 PRIVATE: Final = 0o700
 SHARED: Final = 0o770
+_DELETING: Final = (
+    0.1  # seconds after which more is gone where not only a part, but all of a spool is being removed
+)
 _MARKS: Final = {DRAINING: b"draining", DISCARDED: b"discarded"}
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
 NETWORK: Final = frozenset(
@@ -85,17 +89,23 @@ def temporary_owner(name: str) -> int:
 
 
 class Directories:
-    """Open descriptors of one spool's directories, `root` among them; close() lets them go."""
+    """Open descriptors of one spool's directories, `root` among them; close() lets them go.
 
-    def __init__(self, path: Path, root: int, mode: int, shared: bool) -> None:
+    restore: make a part again that somebody removed. Whoever has the spool open shares the lock on its own directory,
+    which keeps cleaners of old files away that honour it, as systemd-tmpfiles does; nobody takes that for himself.
+    """
+
+    def __init__(self, path: Path, root: int, mode: int, shared: bool, restore: bool) -> None:
         self.path = path
         self.mode = mode
         self.root = root
         self.file_mode = mode & 0o666
         self.parts: dict[str, int] = {}
+        self._shared = shared
+        fs.lock_shared(root)
         try:
             for name in PARTS:
-                self.parts[name] = _open_part(path, root, name, mode, shared)
+                self.parts[name] = self._open_part(name, restore)
         except BaseException:
             for fd in self.parts.values():
                 fs.close(fd)
@@ -105,6 +115,73 @@ class Directories:
         self.tmp = self.parts["tmp"]
         self.failed = self.parts["failed"]
         self.alive = self.parts["alive"]
+
+    def _open_part(self, name: str, restore: bool) -> int:
+        if restore and not fs.exists(self.root, name):
+            self._make_again(name)
+        try:
+            fd = fs.open_directory(name, self.root)
+        except (NotADirectoryError, FileNotFoundError):
+            what = (
+                f"{name}/ is missing or not a directory of its own; run: spoolipc fsck --repair {self.path}"
+            )
+            raise UnsafeSpool(errno.EPERM, what, str(self.path)) from None
+        try:
+            _check_private(self.path, self.path / name, fs.fstat(fd), self.mode, self._shared)
+        except BaseException:
+            fs.close(fd)
+            raise
+        return fd
+
+    def _make_again(self, name: str) -> None:
+        """Make a part again that somebody removed, unless all of the spool is being removed. Raises SpoolGone.
+
+        Who still has the lock on an `items/` that was removed is alone with it: he is made to find the index damaged
+        first, so that he builds it again under the lock that all others take.
+        """
+        fs.sleep(_DELETING)
+        self.check_there(whole=True)
+        if name == "items":
+            fd = fs.open_own(self.root, "index", os.O_WRONLY)
+            try:
+                fs.pwrite(fd, ALL_BITS.to_bytes(WORD, "little"), CAPACITY * WORD)
+            finally:
+                fs.close(fd)
+        make_part(self.root, name, self.mode)
+
+    def check_there(self, *, whole: bool = False) -> None:
+        """Raise SpoolGone when the spool was deleted: it has neither spool.json nor an index, or not both (whole)."""
+        there = [fs.exists(self.root, name) for name in ("spool.json", "index")]
+        if not (all(there) if whole else any(there)):
+            what = "the spool was deleted while in use; close this and open a new one"
+            raise SpoolGone(errno.ENOENT, what, str(self.path))
+
+    def check(self) -> None:
+        """Make sure that the spool is there, and each part under its name. Raises SpoolGone; IndexDamaged for a part
+        that is not: the step is then begun again after `restore`."""
+        lost = self._lost()
+        self.check_there(whole=bool(lost))
+        if lost:
+            raise IndexDamaged(f"{lost[0]}/ was removed")
+
+    def _lost(self) -> list[str]:
+        found = []
+        for name, fd in self.parts.items():
+            try:
+                if fs.stat_at(name, dir_fd=self.root)[1:3] != fs.fstat(fd)[1:3]:  # inode and device
+                    found.append(name)
+            except FileNotFoundError:
+                found.append(name)
+        return found
+
+    def restore(self) -> bool:
+        """Open each part again that is not the one under its name, made again where there is none; whether `items/` was
+        among them, and with it the lock. The caller holds the lock. Raises SpoolGone, UnsafeSpool."""
+        self.check_there()
+        lost = self._lost()
+        for name in lost:
+            fs.replace(self._open_part(name, True), self.parts[name])
+        return "items" in lost
 
     def descriptors(self) -> list[int]:
         """All descriptors held, for closing them in a forked child or at the end."""
@@ -143,30 +220,38 @@ class Directories:
 
 
 def open_directories(
-    path: str | os.PathLike[str], asked: Limits, *, create: bool = True, as_found: bool = False
+    path: str | os.PathLike[str],
+    asked: Limits,
+    *,
+    create: bool = True,
+    as_found: bool = False,
+    restore: bool = True,
 ) -> Directories:
     """Open the spool at `path`, making it first where it does not exist and `create` is true.
 
     as_found: for who looks after it: one that is shared with a group is opened whether that was asked for or not.
+    restore: make parts again that somebody removed.
     Raises LimitMismatch, NotASpool, UnsafeSpool, NetworkFileSystem, UnknownVersion, StorageError.
     """
     place = Path(os.path.abspath(os.fsdecode(path)))
     _refuse_network(place)
     try:
-        return _opened(place, asked, create, as_found)
+        return _opened(place, asked, create, as_found, restore)
     except SpoolError:
         raise
     except OSError as error:
         raise fs.storage_error(error, str(place)) from error
 
 
-def _opened(place: Path, asked: Limits, create: bool, as_found: bool) -> Directories:
+def _opened(place: Path, asked: Limits, create: bool, as_found: bool, restore: bool) -> Directories:
     if create:
         _make_root(place)
     root = open_root(place)
     try:
         found = read_limits(place, root)
         if found is None:
+            if fs.exists(root, "index"):
+                raise _lost_limits(place)
             if not create:
                 raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
             found = _make_spool(place, root, asked)
@@ -174,7 +259,7 @@ def _opened(place: Path, asked: Limits, create: bool, as_found: bool) -> Directo
         mode = found.mode or PRIVATE
         shared = mode == SHARED and (as_found or asked.mode == SHARED)
         _check_private(place, place, fs.fstat(root), mode, shared)
-        return Directories(place, root, mode, shared)
+        return Directories(place, root, mode, shared, restore)
     except BaseException:
         fs.close(root)
         raise
@@ -189,7 +274,7 @@ def agree(directories: Directories, asked: Limits) -> Limits:
     _compare(directories.path, found, asked)
     decided = _merged(found, asked)
     if decided != found:
-        _write_limits(directories.root, decided)
+        write_limits(directories.root, decided)
     return _merged(decided, DEFAULTS)
 
 
@@ -209,9 +294,13 @@ def _limits_of(directories: Directories) -> Limits:
     path, root = directories.path, directories.root
     found = read_limits(path, root)
     if found is None:
-        fs.check_present(root, str(path))
-        raise NotASpool(errno.ENOENT, "has lost its spool.json", str(path))
+        raise _lost_limits(path)
     return found
+
+
+def _lost_limits(place: Path) -> NotASpool:
+    what = f"has lost its spool.json; run: spoolipc fsck --repair {place}"
+    return NotASpool(errno.ENOENT, what, str(place))
 
 
 def _merged(first: Limits, second: Limits) -> Limits:
@@ -286,7 +375,7 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
         for name in (".", *PARTS):
             permit(root, name, limits.mode or PRIVATE)
         fs.sync(root)  # no spool.json without its directories, whatever a loss of power leaves
-        _write_limits(root, limits)
+        write_limits(root, limits)
     return limits
 
 
@@ -303,7 +392,7 @@ def permit(directory: int, name: str, mode: int) -> None:
         fs.close(fd)
 
 
-def _write_limits(root: int, limits: Limits) -> None:
+def write_limits(root: int, limits: Limits) -> None:
     """Put a new spool.json in place, whole and synced; the caller holds the index lock."""
     _stage(root, limits)
     fs.rename("spool.json.new", "spool.json", src_dir_fd=root, dst_dir_fd=root)
@@ -325,20 +414,6 @@ def make_part(root: int, name: str, mode: int) -> None:
         fs.mkdir(name, PRIVATE, dir_fd=root)
         if mode != PRIVATE:
             permit(root, name, mode)
-
-
-def _open_part(place: Path, root: int, name: str, mode: int, shared: bool) -> int:
-    try:
-        fd = fs.open_directory(name, root)
-    except (NotADirectoryError, FileNotFoundError):
-        what = f"{name}/ is missing or not a directory of its own; run: spoolipc fsck --repair {place}"
-        raise UnsafeSpool(errno.EPERM, what, str(place)) from None
-    try:
-        _check_private(place, place / name, fs.fstat(fd), mode, shared)
-    except BaseException:
-        fs.close(fd)
-        raise
-    return fd
 
 
 def _check_private(spool: Path, place: Path, status: os.stat_result, mode: int, shared: bool) -> None:

@@ -1,8 +1,10 @@
 """Who is alive: each session holds a lock on `alive/TOKEN` until it ends.
 
-A session has crashed exactly when that lock can be taken or the file is gone. The kernel releases the lock at death,
-so there is no pid to be reused, no clock and no heartbeat, and it holds between containers that share the directory.
-Files are made and judged under the index lock only: nobody sees one between making and locking.
+A session has crashed exactly when that lock can be taken. The kernel releases the lock at death, so there is no pid to
+be reused, no clock and no heartbeat, and it holds between containers that share the directory. Files are made and
+judged under the index lock only: nobody sees one between making and locking. A session that leaves removes its file
+last, when it owns nothing. So a file that is not there was removed by somebody else, and its session may live: it makes
+the file again, and until then keeps what it has.
 
 The file begins with a newline, and a session is woken by writing that newline again (`doorbell.py`); then a line of
 JSON says who it is, for messages only.
@@ -60,15 +62,15 @@ def announce(alive: int, token: Token, role: Role, mode: int) -> int:
     return fd
 
 
-def has_crashed(alive: int, token: int) -> bool:
+def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
     """Whether the session of `token` has ended without leaving; the caller holds the index lock.
 
-    False where its file is closed to this user: others can tell.
+    missing: the answer for one whose file is not there. False where its file is closed to this user: others can tell.
     """
     try:
         fd = fs.open_at(token_name(token), os.O_RDONLY | fs.CAREFUL, dir_fd=alive)
     except FileNotFoundError:
-        return True
+        return missing
     except PermissionError:
         return False
     except OSError as error:
@@ -88,8 +90,8 @@ def is_alone(alive: int, token: int) -> bool:
 
 
 def crashed_among(alive: int, tokens: set[int]) -> set[int]:
-    """Which of `tokens` are of sessions that have crashed, for good; the caller holds the index lock."""
-    return {token for token in tokens if has_crashed(alive, token)}
+    """Which of `tokens` are of sessions that have crashed, or have lost their file; the caller holds the index lock."""
+    return {token for token in tokens if has_crashed(alive, token, missing=True)}
 
 
 def ring(alive: int, token: int) -> bool:

@@ -220,6 +220,8 @@ class DirectoryProducer(Side):
             raise self._shut_down()
         if recycler.pins.pending:
             recycler.reclaim()
+        if words[W.HOUSEKEPT] != self.session.looked_at:
+            self.session.see_itself()
         while staged:
             left = places(words, staged[0].size)
             self._places = left - 1
@@ -276,8 +278,9 @@ class DirectoryProducer(Side):
                     only_mapped = need >= LARGE and len(recycler.mappings.kept) >= ENOUGH_MAPPED
                     successor, link = find_pooled(words, need, size, recycler.mappings.kept, only_mapped)
                 journal.commit(transitions.put(words, record, seq, file.name, successor, link))
-        except FileNotFoundError:
-            session.check_present()
+        except FileNotFoundError as error:
+            if isinstance(error, SpoolError):
+                raise
             if file is not None:
                 journal.commit(transitions.drop(words, record))
             return 0

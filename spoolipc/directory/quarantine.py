@@ -111,6 +111,8 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
     seq = words[record + SEQ]
     note_failure(directories, seq, words[record + ATTEMPT], who, why)
     there = fs.exists(directories.items, item_name(seq))
+    if not there:
+        directories.check()
     journal.commit(dead_letter(words, record, there=there))
     if there:
         _log.error("%s: item %d is now in failed/: %s", directories.path, seq, why)

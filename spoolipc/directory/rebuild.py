@@ -17,6 +17,7 @@ from typing import Final
 
 import numpy as np
 
+from ..errors import NotASpool
 from ..message import Limits
 from . import fs
 from . import table as W
@@ -37,14 +38,13 @@ _LONGEST_INDEX: Final = 2**34
 def rebuild(directories: Directories, why: str) -> Journal:
     """Build and install the index; the caller holds the lock.
 
-    Files in `free/` are unlinked: nobody knows any more who looks at them, and who does keeps the pages. Raises
-    SpoolGone when the directory is gone.
+    Files in `free/` are unlinked: nobody knows any more who looks at them, and who does keeps the pages. Without
+    spool.json the limits are those of the old index. Raises NotASpool where that does not tell them either.
     """
-    fs.check_present(directories.root, str(directories.path))
     listed = map(item_number, fs.list_names(directories.items))
     waiting = sorted(number for number in listed if number is not None and number < W.LAST_SEQ)
     failed = [number for number in failed_numbers(directories) if number < W.LAST_SEQ]
-    old = _old_table(directories)
+    old = old_table(directories.root)
     freed = _clear_free(directories)
     journal = _create(directories, len(waiting) * 5 // 4)
     words = journal.words
@@ -54,11 +54,26 @@ def rebuild(directories: Directories, why: str) -> Journal:
     words[W.SHUTDOWN] = read_shutdown(directories.root)
     words[W.NEXT_SEQ] = words[W.FIRST_SEQ] = known + 1
     words[W.NEXT_SEQ_CHECK] = known + 1 ^ W.ALL_BITS
-    set_limits(words, agree(directories, Limits()))
+    set_limits(words, _limits(directories, old))
     install(directories, journal)
     if known:
         _log.warning("%s: %s; built it again with %d items", directories.path, why, len(waiting))
     return journal
+
+
+def _limits(directories: Directories, old: Words | None) -> Limits:
+    try:
+        return agree(directories, Limits())
+    except NotASpool:
+        if old is None:
+            raise
+        return limits_in(old)
+
+
+def limits_in(words: Words) -> Limits:
+    """The limits as an index tells them, which may be damaged."""
+    said = [words[at] for at in (W.MAXSIZE, W.MAX_BYTES, W.RECYCLE_BYTES, W.MAX_ATTEMPTS)]
+    return Limits(*(value if value < 2**63 else 0 for value in said))
 
 
 def _create(directories: Directories, records: int) -> Journal:
@@ -72,10 +87,10 @@ def _create(directories: Directories, records: int) -> Journal:
         return create(directories, records)
 
 
-def _old_table(directories: Directories) -> Words | None:
-    """The words of the old index, None where it cannot be read or is not of this format and boot."""
+def old_table(root: int) -> Words | None:
+    """The words of an index, damaged perhaps; None where it cannot be read or is not of this format."""
     try:
-        text = fs.read_own(directories.root, NAME, _LONGEST_INDEX)
+        text = fs.read_own(root, NAME, _LONGEST_INDEX)
     except OSError:
         return None
     words: Words = memoryview(text[: len(text) // W.WORD * W.WORD]).cast("Q")

@@ -134,7 +134,6 @@ class Receiver(Side):
         try:
             status = fs.stat_at(name, dir_fd=items)
         except FileNotFoundError:
-            self.session.check_present()
             raise BadItem("its file is missing") from None
         size, generation = status[6], words[record + W.FILE]
         kept = mappings.kept.get(generation)
@@ -180,6 +179,8 @@ class Receiver(Side):
             words = session.journal.words
         if len(recycler.pins.pending) > leave:
             recycler.reclaim(leave)
+        if words[W.HOUSEKEPT] != session.looked_at:
+            session.see_itself()
         return items, space
 
     def pass_on(self, done: int) -> int:

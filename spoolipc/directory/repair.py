@@ -11,15 +11,17 @@ import logging
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+from ..message import Limits
 from . import fs, liveness
 from . import table as W
 from .gc import gc
-from .layout import FILES, PARTS, item_name, item_number, make_part, permit
+from .layout import FILES, PARTS, item_name, item_number, make_part, permit, write_limits
 from .quarantine import forget_history, note_failure, read_history, set_file_aside
+from .rebuild import limits_in, old_table
 from .session import Session, administration
 from .table import IndexDamaged, rows
 
@@ -63,6 +65,8 @@ def wrong_at_top(root: int, mode: int) -> list[Problem]:
         except FileNotFoundError:
             if is_part:
                 found.append(Problem("directory", name, "is missing"))
+            elif name == "spool.json":
+                found.append(Problem("limits", name, "is missing"))
     return [problem for problem in found if problem is not None]
 
 
@@ -89,6 +93,10 @@ def put_right(root: int, problem: Problem, mode: int) -> None:
     name = problem.where
     if problem.kind == "directory":
         make_part(root, name, mode)
+    elif problem.kind == "limits":
+        words = old_table(root)
+        limits = Limits() if words is None else limits_in(words)
+        write_limits(root, replace(limits, mode=mode))
     elif problem.kind == "mode":
         permit(root, name, mode if name in (".", *PARTS) else mode & 0o666)
     elif problem.kind in ("planted", "link") and name in _REPLACEABLE:
@@ -107,9 +115,10 @@ def repair_all(place: Path, found: list[Problem]) -> None:
                 _tried(session, problem, permit, directory, name, mode)
             elif problem.kind == "failed":
                 _tried(session, problem, session.step, _explain, session, problem)
-        if aside or any(problem.kind in _REBUILT for problem in found):
+        sessions = [problem for problem in found if problem.where.startswith("alive/")]
+        if aside or any(problem.kind in _REBUILT for problem in found if problem not in sessions):
             session.step(_rebuild, session, aside, [])
-        if any(problem.kind == "orphan" for problem in found):
+        if sessions or any(problem.kind == "orphan" for problem in found):
             gc(session.path)
 
 

@@ -92,7 +92,7 @@ class Session:
 
     path: the spool's directory. asked: limits, None for what is there. create: make the spool where there is none.
     is_open: one entry until it is closed, or collected without that. users: one entry for each operation under way.
-    journal: the index, inside a step.
+    journal: the index, inside a step. looked_at: HOUSEKEPT when it last made sure that nothing of it is missing.
     """
 
     directories: Directories
@@ -107,6 +107,7 @@ class Session:
         self.path = os.path.abspath(os.fsdecode(path))
         self.is_open = [None]
         self.is_forked = False
+        self.looked_at = 0
         self.users: list[None] = []
         self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
         self._role: liveness.Role = role
@@ -215,6 +216,8 @@ class Session:
         """Adopt the index that somebody else has built since, or build it."""
         damaged, self.journal = self.journal, _NONE
         try:
+            if self.directories.restore():
+                self.lock.take()  # it went with the directory
             journal = Journal(self.directories)
             if damaged is not _NONE and damaged.is_same_file(journal):
                 raise IndexDamaged(why)
@@ -237,18 +240,23 @@ class Session:
         if space and journal is not _NONE and is_worth_waking(journal.words):
             self.doorbell.ring("space", space)
 
-    def check_present(self) -> None:
-        """Raise SpoolGone when the spool, or a part of it, was deleted or replaced under its users."""
-        fs.check_present(self.directories.root, self.path)
-        for name, fd in self.directories.parts.items():
-            if not fs.fstat(fd).st_nlink:
-                what = f"{name}/ was removed while in use; close this, and run: spoolipc fsck --repair {self.path}"
-                raise SpoolGone(errno.ENOENT, what, self.path)
+    def see_itself(self) -> tuple[None, int, int]:
+        """Make sure that the spool, its parts and our own file are there, once after each round of housekeeping; the
+        file is made again. A step. Raises SpoolGone; IndexDamaged for a part that is not there."""
+        place, own = self.directories, self._held[-1]
+        place.check()
+        if not fs.fstat(own).st_nlink:
+            with no_fork, contextlib.suppress(FileExistsError):  # a directory in its place stays
+                fs.unlink_missing_ok(place.alive, liveness.token_name(self.token))
+                fs.replace(liveness.announce(place.alive, self.token, self._role, place.file_mode), own)
+            self.doorbell.forget_watch()
+        self.looked_at = self.journal.words[W.HOUSEKEPT]
+        return None, 0, 0
 
     def explained(self, error: OSError) -> StorageError | SpoolGone:
         """The error to raise for one of a system call: it names the path, and a deleted spool is called so."""
         try:
-            self.check_present()
+            self.directories.check_there()
         except SpoolGone as gone:
             return gone
         except OSError:
@@ -352,11 +360,6 @@ class Session:
 
         return glance
 
-    def is_housekeeping_due(self) -> bool:
-        """Whether nobody has kept house within the second, or a lease or delay has ended; a hint."""
-        words = self.look()
-        return is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE])
-
     # Leaving, and forks
 
     def ready(self) -> None:
@@ -385,13 +388,10 @@ class Session:
             self.is_open.clear()
             return
         try:
-            with contextlib.suppress(SpoolGone, SpoolClosed):
-                try:
-                    while self.step(self.evict_if_alone):
-                        pass
-                    self.step(self._leave, last)
-                except OSError as error:
-                    raise self.explained(error) from error
+            with contextlib.suppress(SpoolGone, SpoolClosed), self.explaining():
+                while self.step(self.evict_if_alone):
+                    pass
+                self.step(self._leave, last)
         finally:
             with self.lock.mutex:
                 self.is_open.clear()
@@ -407,9 +407,12 @@ class Session:
         self._end()
 
     def _leave(self, last: Callable[[], tuple[None, int, int]]) -> tuple[None, int, int]:
-        done = last()
+        _, items, space = last()
         while self.evict_if_alone()[0]:
             pass  # what `last` released, and two who leave at once take each other for company
+        fs.yield_core()  # the barrier between what was made visible and who waits, as leaving the step is one
+        self.wake(items, space)
+        self.is_open.clear()  # no other thread takes on more: without our file, nobody would find it
         if not self.users:  # else another thread may look at an item, and is alive until it is done
             words = self.journal.words
             for waiter in W.WAITERS:
@@ -417,7 +420,7 @@ class Session:
                     words[waiter.since] = words[waiter.token] = 0
             with contextlib.suppress(OSError):  # now, so that whoever leaves next knows to be the last
                 fs.unlink_missing_ok(self.directories.alive, liveness.token_name(self.token))
-        return done
+        return None, 0, 0
 
     def evict_if_alone(self) -> tuple[int, int, int]:
         """Evict pooled files, where no other session is there that would write them; how many. A step."""

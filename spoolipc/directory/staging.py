@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import BadItem, Full, SpoolClosed
+from ..errors import BadItem, Full, SpoolClosed, SpoolError
 from ..format import footer
 from ..format.item import Layout, checksum_of, layout_of, store, to_bytes
 from ..message import Message
@@ -193,7 +193,11 @@ class Staging:
                 if not session.step(recycler.make_room, lacking):
                     raise Full(f"the file system of {session.path} has not {size} bytes free now")
             try:
-                fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
+                try:
+                    fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
+                except FileNotFoundError:
+                    session.step(session.see_itself)
+                    fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
                 try:
                     if directories.file_mode != 0o600:
                         fs.fchmod(fd, directories.file_mode)
@@ -203,9 +207,10 @@ class Staging:
                     raise
                 finally:
                     fs.close(fd)
+            except SpoolError:
+                raise
             except OSError as error:
                 if not fs.is_shortage(error):
-                    session.check_present()
                     where = str(directories.path / "tmp" / name)
                     raise fs.storage_error(error, where) from error
                 # Whatever statvfs says: a quota may be used up, and others may have been faster.

@@ -262,6 +262,12 @@ def _found(words: Words, field: int, tokens: Collection[int], states: tuple[int,
     return at
 
 
+def owners(words: Words) -> set[int]:
+    """The tokens of the sessions that have something."""
+    records = rows(words)
+    return set(np.unique(records[np.isin(records[:, STATE], OWNED), OWNER]).tolist())
+
+
 def files_in(records: Rows, states: tuple[int, ...]) -> Rows:
     """The numbers in the names of the files whose records are in one of `states`, all of `items/` or all of `free/`."""
     files: Rows = records[np.isin(records[:, STATE], states), SEQ if states[0] in IN_ITEMS else FILE]

@@ -35,7 +35,7 @@ class Visitor:
 
     def __init__(self, path: str | os.PathLike[str], *, patience: float = TIMEOUT) -> None:
         self.path = os.path.abspath(os.fsdecode(path))
-        self.directories = open_directories(self.path, Limits(), create=False, as_found=True)
+        self.directories = open_directories(self.path, Limits(), create=False, as_found=True, restore=False)
         self.journal: Journal | None = None
         self.damage = ""
         self._patience = patience
@@ -112,7 +112,7 @@ class Visitor:
         """Raises SpoolGone or StorageError for an error of a system call in the block."""
         try:
             if isinstance(error, OSError) and not isinstance(error, SpoolError):
-                fs.check_present(self.directories.root, self.path)
+                self.directories.check_there()
                 raise fs.storage_error(error, self.path) from error
         finally:
             self.close()

@@ -242,13 +242,14 @@ def test_a_spool_json_that_is_damaged_or_of_an_unknown_format_is_a_clear_error(
     refused(path, error, said, failed_list)
 
 
-def test_a_missing_spool_json_is_a_clear_error_to_those_who_do_not_create(path: Path) -> None:
+def test_a_missing_spool_json_is_a_clear_error_and_repaired(path: Path) -> None:
     (path / "spool.json").unlink()
-    calls: list[Callable[[Path], Any]] = [stat, gc, fsck, failed_list]
+    calls: list[Callable[[Path], Any]] = [stat, gc, failed_list, SpoolWriter, SpoolReader]
     for call in calls:
-        with pytest.raises(NotASpool, match=r"spool\.json"):
+        with pytest.raises(NotASpool, match=r"spool\.json; run: spoolipc fsck --repair"):
             call(path)
-    with SpoolReader(path) as reader:  # it is made again around the items
+    assert fsck(path, repair=True).clean
+    with SpoolReader(path) as reader:
         assert drained(reader) == WAITING
 
 

@@ -44,7 +44,7 @@ FLOORS: Final = {
     "gc": "housekeeping journal layout liveness pool quarantine session visitor",
     "stat": "hearing layout liveness session visitor",
     "dead_letters": "format.footer itemfile layout quarantine session transitions visitor",
-    "repair": "gc layout liveness quarantine session",
+    "repair": "gc layout liveness quarantine rebuild session",
     "check": "gc itemfile layout liveness quarantine repair visitor",
     "staging": "format.footer format.item itemfile liveness pool recycling session",
     "reset": "housekeeping layout liveness session transitions",
