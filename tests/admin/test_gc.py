@@ -132,7 +132,9 @@ def test_what_waits_in_a_discarded_spool_is_removed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 0, 1000, 10**5])
-def test_a_damaged_index_is_built_again(path: Path, size: int | None) -> None:
+def test_a_damaged_index_is_built_again(
+    path: Path, size: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
     with SpoolWriter(path) as writer:
         writer.put(BIG)
     (path / "index").unlink() if size is None else (path / "index").write_bytes(bytes(size))
@@ -140,6 +142,7 @@ def test_a_damaged_index_is_built_again(path: Path, size: int | None) -> None:
     assert gc(path, dry_run=True).index_rebuilt
     assert picture(path) == before
     assert [gc(path).index_rebuilt for _ in range(2)] == [True, False]
+    assert "built it again with 1 items" in caplog.text
     assert peek_table(path).queue == (1,)
 
 
