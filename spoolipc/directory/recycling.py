@@ -147,10 +147,8 @@ class Mappings:
         keeper.members[id(self)] = self
 
     def wants(self, generation: int) -> bool:
-        """Whether a small file is better mapped than read or written: when it is mapped, or comes back while there is
-        room. One that is seen once, as in a long backlog, is not worth a map."""
-        if generation in self.kept:
-            return True
+        """Whether a small file is better mapped than read or written: when it comes back while there is room. One that
+        is seen once, as in a long backlog, is not worth a map."""
         if generation in self._seen:
             return keeper.files > 0
         if len(self._seen) >= _MOST_SEEN:
