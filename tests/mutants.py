@@ -259,7 +259,7 @@ GUARDS: Final = {
     " test_preallocate test_limits test_views test_failed test_fork",
     "pool": "test_recycling test_limits test_loans test_order_of_calls test_full_disk test_wakeups",
     "recycling": "test_recycling test_loans test_views test_limits test_preallocate test_batches test_call_budget"
-    " test_process_limits test_fork test_interleavings test_full_disk",
+    " test_syscalls test_process_limits test_fork test_interleavings test_full_disk",
     "journal": "test_transitions test_index_damage test_gc test_order_of_calls test_deleted"
     " test_waiting_through_damage",
     "rebuild": "test_index_damage test_fsck test_preallocate test_recycling test_dead_letters test_leases"
