@@ -38,6 +38,10 @@ class SpoolClosed(SpoolError, ValueError):
     """This writer or reader was closed."""
 
 
+class ReentrantCall(SpoolError, RuntimeError):
+    """A signal handler or finalizer asked for what must not begin within the call that it came amid."""
+
+
 class UnsupportedArray(SpoolError, TypeError):
     """The object is not an array that can be stored without pickle."""
 

@@ -20,7 +20,7 @@ from . import fs, housekeeping, transitions
 from . import table as W
 from .itemfile import ItemFile
 from .layout import item_name
-from .lock import forks
+from .lock import forks, put_off
 from .quarantine import set_aside
 from .receiving import Opened, Receiver
 from .recycling import SECOND, Pin, keeper
@@ -256,7 +256,8 @@ class DirectoryConsumer(Receiver):
             self.session.step(self._ack, deliveries)
         elif isinstance(verdict, Nack):
             due = _due_in(verdict.delay) if verdict.delay > 0 else 0
-            self.session.step(self._nack, deliveries, due, verdict.reason)
+            if not put_off(self.settle, deliveries, verdict):
+                self.session.step(self._nack, deliveries, due, verdict.reason)
         elif isinstance(verdict, Extend):
             self.session.step(self._extend, deliveries, _due_in(verdict.lease))
         else:

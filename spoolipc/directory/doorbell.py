@@ -75,7 +75,7 @@ class Doorbell:
         self._place = -1
         self.tickets = 0  # rings heard
         self._waiting = 0  # threads
-        self._lock = threading.Lock()  # around the two above
+        self._lock = threading.RLock()  # around the two above; a signal handler may wait amid a wait
         self._spin = SHORT_LOOK[1]
         self.closed = False
         self.number = -1  # of its watch

@@ -95,18 +95,23 @@ class Ears:
     """What this process hears: one descriptor of inotify, read by one of the threads that wait, for all of them."""
 
     def __init__(self) -> None:
-        self.fd = fs.watch_open()
-        self._lock = threading.Lock()  # around all below; held for a few stores
+        self.fd = -1
+        self._lock = (
+            threading.RLock()
+        )  # around all below, for a few stores; a signal handler may wait amid them
         self._doorbells: dict[int, weakref.ref[Hearer]] = {}
         self._sleepers: dict[int, tuple[threading.Lock, Hearer]] = {}
         self._is_read = False
 
     def add(self, doorbell: Hearer) -> None:
         """Listen for a doorbell."""
-        number = fs.watch_add(self.fd, doorbell.file)
         with self._lock:
-            self._doorbells[number] = weakref.ref(doorbell, functools.partial(self._forget, number))
-        doorbell.number = number
+            if self.fd < 0:
+                self.fd = fs.watch_open()
+            number = fs.watch_add(self.fd, doorbell.file)
+            # One dropped without a close is forgotten at any moment, also where this thread has the lock.
+            self._doorbells[number] = weakref.ref(doorbell, functools.partial(self._doorbells.pop, number))
+            doorbell.number = number
 
     def remove(self, doorbell: Hearer) -> None:
         """Listen for it no more, and wake its threads. The watch itself goes with the file."""
@@ -115,15 +120,6 @@ class Ears:
             doorbell.number = -1
             self._wake(lambda other: other is doorbell)
             self._close_if_unused()
-
-    def _forget(self, number: int, _: weakref.ref[Hearer]) -> None:
-        """A doorbell was dropped without a close. Runs at any moment, also where this thread has the lock."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._doorbells.pop(number, None)
-                self._close_if_unused()
-            finally:
-                self._lock.release()
 
     def _close_if_unused(self) -> None:
         if not self._doorbells and not self._is_read and self.fd >= 0:
@@ -171,7 +167,7 @@ class Ears:
             for number, ref in list(self._doorbells.items()):
                 doorbell = ref()
                 if doorbell is None:
-                    del self._doorbells[number]
+                    self._doorbells.pop(number, None)
                 elif number in numbers or -1 in numbers:  # -1: the kernel's queue overflowed
                     doorbell.heard()
             self._wake(lambda other: other.number in numbers or -1 in numbers)
@@ -186,7 +182,7 @@ class Ears:
 _ears: Ears | None = None
 
 
-_ears_lock = threading.Lock()
+_ears_lock = threading.RLock()
 
 
 _deaf = False  # the last attempt to listen failed
@@ -207,7 +203,7 @@ def listen(doorbell: Hearer) -> Ears | None:
         return None
     try:
         with no_fork, _ears_lock:
-            if _ears is None or _ears.fd < 0:
+            if _ears is None:
                 _ears = Ears()
             ears, is_new = _ears, doorbell.number < 0
             if is_new:
@@ -264,7 +260,7 @@ def _after_fork_in_child() -> None:
     if _ears is not None and _ears.fd >= 0:
         with suppress(OSError):
             fs.close(_ears.fd)
-    _ears, _ears_lock, _deaf = None, threading.Lock(), False
+    _ears, _ears_lock, _deaf = None, threading.RLock(), False
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

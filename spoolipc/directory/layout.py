@@ -368,7 +368,7 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
     limits = replace(asked, mode=asked.mode or PRIVATE)
     for name in PARTS:
         make_part(root, name, PRIVATE)
-    with exclusively(root):
+    with exclusively(root, str(place)):
         found = read_limits(place, root)
         if found is not None:
             return found

@@ -10,16 +10,20 @@ until their timeout, which names it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
 from typing import Final
 
-from ..errors import LockTimeout
+from ..errors import LockTimeout, ReentrantCall, SpoolError
 from . import fs
 
+_log = logging.getLogger("spoolipc")
 TIMEOUT: Final = 10.0
 """Seconds to wait for the lock before LockTimeout."""
 _SPINS: Final = 20  # tries at once: a holder is done within some 10 us, a sleep takes at least 60
@@ -58,8 +62,41 @@ class Forks:
 forks: Final = Forks()
 
 
+steps: Final[dict[int, list[Callable[[], object]]]] = {}
+"""The threads within a locked step, each with what it put off. One of them begins no other step: it might wait for
+itself, or for somebody who waits for it."""
+os.register_at_fork(after_in_child=steps.clear)
+
+
+def put_off(act: Callable[..., object], *args: object) -> bool:
+    """Whether this thread is within a step, so that `act` is done when that has ended: for what is called at any
+    moment, by a signal handler, or by the collector as it closes a generator."""
+    later = steps.get(get_ident())
+    if later is None:
+        return False
+    later.append(partial(act, *args))
+    return True
+
+
+def catch_up(later: list[Callable[[], object]]) -> None:
+    """Do what was put off; nobody is there any more to be told of an error but the log."""
+    for act in later:
+        try:
+            act()
+        except SpoolError as error:
+            _log.warning("%s", error)
+
+
+def reentered(path: str) -> ReentrantCall:
+    """The error of a step that the thread begins within another."""
+    return ReentrantCall(
+        f"{path} was called by a signal handler or a finalizer while this thread works on a spool; let the handler"
+        " set a flag or raise an exception, and call from where that is seen"
+    )
+
+
 class IndexLock:
-    """The lock on the descriptor of `items/`. Use: `with lock.mutex:` then take(), and release() in a finally.
+    """The lock on the descriptor of `items/`. Use: `with lock.held():`. `Session.step` does the same without a call.
 
     holder: says who holds the lock, for the message of LockTimeout.
     """
@@ -96,15 +133,34 @@ class IndexLock:
         except OSError:  # a lock that is kept stops everybody
             fs.unlock(self.fd)
 
+    @contextmanager
+    def held(self, path: str, patience: float = TIMEOUT) -> Iterator[None]:
+        """Hold the lock in the block. Raises LockTimeout, ReentrantCall."""
+        thread, later = get_ident(), None
+        if thread in steps:
+            raise reentered(path)
+        try:
+            with self.mutex:
+                steps[thread] = []
+                try:
+                    self.take(patience)
+                    yield
+                finally:
+                    try:
+                        self.release()
+                    finally:
+                        later = steps.pop(thread)
+        finally:
+            if later:
+                catch_up(later)
+
 
 @contextmanager
-def exclusively(root: int) -> Iterator[None]:
+def exclusively(root: int, path: str) -> Iterator[None]:
     """Hold the lock of the spool at descriptor `root`, opening it for this one use."""
     fd = fs.open_directory("items", root)
-    lock = IndexLock(fd, lambda: "another process")
     try:
-        with lock.mutex:
-            lock.take()
+        with IndexLock(fd, lambda: "another process").held(path):
             yield
     finally:
-        fs.close(fd)  # lets go of it
+        fs.close(fd)

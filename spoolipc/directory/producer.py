@@ -30,6 +30,7 @@ from . import fs, housekeeping, pool, reset, transitions
 from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
+from .lock import put_off
 from .pool import LARGE, find_pooled, has_room, places
 from .recycling import (
     ENOUGH_MAPPED,
@@ -384,7 +385,8 @@ class DirectoryProducer(Side):
     @operation
     def discard_loan(self, staged: Staged) -> None:
         """Put nothing."""
-        self._staging.unstage(staged)
+        if not put_off(self.discard_loan, staged):
+            self._staging.unstage(staged)
 
     @operation
     def preallocate(self, count: int, nbytes: int) -> None:
@@ -426,6 +428,8 @@ class DirectoryProducer(Side):
     @operation
     def shutdown(self, immediate: bool) -> None:
         """End the spool for all: no more puts; with `immediate` no more gets either, and what waits is removed."""
+        if put_off(self.shutdown, immediate):
+            return
         self.session.step(self._set_state, W.DISCARDED if immediate else W.DRAINING)
         self.session.doorbell.ring_all()
         if immediate:
@@ -446,7 +450,6 @@ class DirectoryProducer(Side):
     def close(self) -> None:
         """Leave; reserved files go back to the pool, and files that a lent array may still show lose their names."""
         self.session.close(self._leave)
-        self._recycler.forget()
         self.lent.clear()
 
     def _leave(self) -> tuple[None, int, int]:

@@ -271,7 +271,6 @@ class Receiver(Side):
     def close(self) -> None:
         """Leave: what is in flight is requeued; files that arrays still show lose their names."""
         self.session.close(self._leave)
-        self.recycler.forget()
 
     def _leave(self) -> tuple[None, int, int]:
         session, items, space = self.session, 0, 0

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from sys import is_finalizing
+from threading import get_ident
 from typing import Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple, cast
 
 from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
@@ -26,7 +27,7 @@ from . import table as W
 from .doorbell import Doorbell
 from .journal import Journal, holder, set_limits
 from .layout import Directories, agree, open_directories
-from .lock import IndexLock, no_fork
+from .lock import IndexLock, catch_up, no_fork, put_off, reentered, steps
 from .pool import MOST_EVICTED, evict, is_worth_waking, waiting, with_room
 from .rebuild import rebuild
 from .table import IndexDamaged, Token, Words
@@ -164,11 +165,14 @@ class Session:
         """
         if not self.is_open or self.is_forked:
             self.ready()
-        lock = self.lock
-        with lock.mutex:
-            if not self.is_open:
-                raise SpoolClosed(CLOSED)
-            try:
+        lock, thread, later = self.lock, get_ident(), None
+        if thread in steps:
+            raise reentered(self.path)
+        try:
+            with lock.mutex:
+                if not self.is_open:
+                    raise SpoolClosed(CLOSED)
+                steps[thread] = []
                 try:
                     if not fs.lock(lock.fd):
                         lock.take()
@@ -182,14 +186,18 @@ class Session:
                         except IndexDamaged as damage:
                             self._rebuild(str(damage))
                             done = self._with_new_index(work, *args)
-                finally:
                     try:
                         fs.unlock(lock.fd)
                     except OSError:
                         lock.release()
-            except BaseException:
-                lock.release()  # an interrupt, or a failure, may have come before the other
-                raise
+                except BaseException:
+                    lock.release()
+                    raise
+                finally:
+                    later = steps.pop(thread)
+        finally:
+            if later:
+                catch_up(later)
         result, items, space = done
         if items or space:
             journal = self.journal
@@ -378,7 +386,7 @@ class Session:
                         self._is_opening = False
 
     def close(self, last: Callable[[], tuple[None, int, int]]) -> None:
-        """Do the `last` step and leave; harmless when repeated.
+        """Do the `last` step and leave, when the step that this thread is in has ended; harmless when repeated.
 
         A spool that was deleted meanwhile is simply left. When the interpreter ends, the session does as by a crash.
         """
@@ -386,6 +394,8 @@ class Session:
             return
         if self.is_forked or is_finalizing():
             self.is_open.clear()
+            return
+        if put_off(self.close, last):
             return
         try:
             with contextlib.suppress(SpoolGone, SpoolClosed), self.explaining():
@@ -399,6 +409,7 @@ class Session:
             if not self.users:
                 self.let_go()
             _sessions.discard(self)
+            self.on_adopt(None)
 
     def let_go(self) -> None:
         """Close every descriptor: nobody is in an operation any more."""

@@ -43,13 +43,9 @@ class Visitor:
 
     def step(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do `work`, which only looks, under the index lock. Raises LockTimeout, naming the holder."""
-        with self._lock.mutex:
-            try:
-                self._lock.take(self._patience)
-                self._refresh()
-                return work(*args)
-            finally:
-                self._lock.release()
+        with self._lock.held(self.path, self._patience):
+            self._refresh()
+            return work(*args)
 
     def look(self) -> str:
         """Look at the index, without the lock if need be; returns who held it too long, "" as a rule."""

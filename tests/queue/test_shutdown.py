@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_end_comes_at_once_when_the_last_item_in_flight_is_settled(
             seconds.append(woken(lambda: settle(item), Call(reader.get)))  # noqa: B023
             SpoolWriter(spool, reopen=True).close()
     assert min(seconds) < LOOK / 2
+
+
+def test_immediate_shutdown_leaves_no_history_of_what_is_requeued_after_it(
+    writer: SpoolWriter, spool: Path
+) -> None:
+    writer.put(np.zeros(3))
+    with SpoolReader(spool) as reader:
+        item = reader.receive()
+        writer.shutdown(immediate=True)
+        item.nack()
+    SpoolReader(spool).close()
+    assert os.listdir(spool / "failed") == []
 
 
 def test_immediate_shutdown_is_not_taken_back_by_another(writer: SpoolWriter, spool: Path) -> None:

@@ -48,8 +48,8 @@ FLOORS: Final = {
     "check": "gc itemfile layout liveness quarantine repair visitor",
     "staging": "format.footer format.item itemfile liveness pool recycling session",
     "reset": "housekeeping layout liveness session transitions",
-    "producer": "engine format.footer format.item hearing housekeeping itemfile pool recycling reset session staging"
-    " transitions",
+    "producer": "engine format.footer format.item hearing housekeeping itemfile lock pool recycling reset session"
+    " staging transitions",
     "receiving": "engine format.footer format.item hearing housekeeping itemfile journal pool quarantine recycling"
     " session transitions",
     "consumer": "engine housekeeping itemfile layout lock quarantine receiving recycling session transitions",
