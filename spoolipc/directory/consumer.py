@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import stat
 import time
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Final
 
@@ -35,10 +37,10 @@ class Claim:
     """An item in flight here, as the table knows it.
 
     data_end: where its footer begins, 0 when not known. pin: who shows its file. single: as in Opened. is_acked: its
-    acknowledgement has begun.
+    acknowledgement has begun. given: under which its reader knows it as given out.
     """
 
-    __slots__ = ("data_end", "is_acked", "pin", "record", "seq", "single", "table")
+    __slots__ = ("__weakref__", "data_end", "given", "is_acked", "pin", "record", "seq", "single", "table")
 
     def __init__(self, table: object, record: int, seq: int, data_end: int) -> None:
         self.table = table
@@ -48,6 +50,17 @@ class Claim:
         self.pin = Pin(table, record, seq)
         self.is_acked = False
         self.single: bool | None = None
+        self.given = 0
+
+
+class _Given(weakref.ref[Claim]):
+    """Tells that nobody has a claim any more."""
+
+    __slots__ = ("attempt", "record", "seq", "table")
+    attempt: int
+    record: int
+    seq: int
+    table: object
 
 
 class DirectoryConsumer(Receiver):
@@ -178,12 +191,40 @@ class DirectoryConsumer(Receiver):
         return not taken and self.has_ended(), items + self.pass_on(0), space
 
     def _delivery(self, record: int, more: int) -> Delivery:
-        journal = self.session.journal
+        """The item at `record`. more: 1 for one that is about to be in flight here. A step."""
+        session = self.session
+        journal = session.journal
         words = journal.words
         seq, data_end = words[record + W.SEQ], words[record + W.DATA_END]
         put_time = words[record + W.PUT_TIME] if data_end else 0
-        handle = Claim(journal.identity, record, seq, data_end)
-        return Delivery(seq, words[record + W.ATTEMPT] + more, put_time, words[record + W.BYTES], handle)
+        attempt, handle = words[record + W.ATTEMPT] + more, Claim(journal.identity, record, seq, data_end)
+        if more:
+            given = _Given(handle, session.dropped.append)
+            given.table, given.record, given.seq, given.attempt = journal.identity, record, seq, attempt
+            handle.given = id(given)
+            self.given[handle.given] = given
+        return Delivery(seq, attempt, put_time, words[record + W.BYTES], handle)
+
+    def give_back(self) -> None:
+        """Requeue what nobody has any more though it was not settled."""
+        for seq in self.session.step(self._give_back):
+            what = f"item {seq} of {self.path} was dropped unsettled; it is redelivered. Use: with reader.receive()"
+            warnings.warn(what, ResourceWarning, stacklevel=1)
+
+    def _give_back(self) -> tuple[list[int], int, int]:
+        """Redeliver what nobody has any more; the numbers of the items. A step."""
+        dropped, seqs, items, space = self.session.dropped, list[int](), 0, 0
+        while dropped:
+            given: _Given = dropped[0]
+            claim = Claim(given.table, given.record, given.seq, 0)
+            record = self._find(Delivery(given.seq, given.attempt, 0, 0, claim))
+            if record:
+                _, more, room = housekeeping.redeliver(self.session, record, "it was dropped unsettled", 0)
+                items, space = items + more, space + room
+                seqs.append(given.seq)
+            self.given.pop(id(given), None)
+            dropped.popleft()
+        return seqs, items, space
 
     def _requeue(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
         """Requeue what a call claimed that was interrupted before anybody had it. A step."""
@@ -192,6 +233,7 @@ class DirectoryConsumer(Receiver):
             record = self._find(delivery)
             if record:
                 journal.commit(transitions.requeue(journal.words, record, 0))
+                self.given.pop(delivery.handle.given, None)
                 done += 1
         return None, done, 0
 
@@ -317,6 +359,7 @@ class DirectoryConsumer(Receiver):
             single = self._is_single(delivery.seq) if claim.single is None else claim.single
             if self.consume(record, single, pin if shown else None) and shown and not pin.left:
                 self.recycler.pins.pending.append(pin)
+            self.given.pop(claim.given, None)
             done += 1
         return None, self.pass_on(done) if self.session.journal.words[W.SHUTDOWN] else 0, done
 
@@ -334,6 +377,7 @@ class DirectoryConsumer(Receiver):
         for delivery in deliveries:
             wake = housekeeping.redeliver(self.session, self._still_ours(delivery), reason, due)
             items, space = items + wake[1], space + wake[2]
+            self.given.pop(delivery.handle.given, None)
         return None, items, space
 
     def _reject(self, deliveries: Sequence[Delivery], reason: str) -> tuple[None, int, int]:
@@ -343,6 +387,7 @@ class DirectoryConsumer(Receiver):
             record = self._still_ours(delivery)
             self.recycler.mappings.forget(journal.words[record + W.FILE])
             set_aside(self.session.directories, journal, record, _who(), reason)
+            self.given.pop(delivery.handle.given, None)
         return None, self.pass_on(len(deliveries)), len(deliveries)
 
     def _extend(self, deliveries: Sequence[Delivery], due: int) -> tuple[None, int, int]:

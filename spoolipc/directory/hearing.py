@@ -96,9 +96,7 @@ class Ears:
 
     def __init__(self) -> None:
         self.fd = -1
-        self._lock = (
-            threading.RLock()
-        )  # around all below, for a few stores; a signal handler may wait amid them
+        self._lock = threading.RLock()  # for a few stores; a signal handler may wait amid them
         self._doorbells: dict[int, weakref.ref[Hearer]] = {}
         self._sleepers: dict[int, tuple[threading.Lock, Hearer]] = {}
         self._is_read = False

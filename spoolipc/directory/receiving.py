@@ -60,6 +60,7 @@ class Receiver(Side):
         self._table: object = self.session.journal.identity
         # Of claims that outlived the table they were made in: its identity, by sequence number.
         self.kept: dict[int, object] = {}
+        self.given: dict[int, object] = {}
         self.session.on_adopt = weakref.WeakMethod(self._adopt)
         try:
             with self.session.explaining():
@@ -74,7 +75,9 @@ class Receiver(Side):
         before, kept = self._table, self.kept
         self.kept = {}
         self._places = []
-        if journal is not None:
+        if journal is None:
+            self.given = {}  # in flight at the parent, or requeued
+        else:
             self._take_place()
             words, token, self._table = journal.words, self.session.token, journal.identity
             for record in active(words):
@@ -254,6 +257,8 @@ class Receiver(Side):
         return self.session.wait(look, until, self._each_second)
 
     def _each_second(self) -> None:
+        if self.session.dropped:
+            self.give_back()
         housekeeping.round_if_due(self.session)
         if self.recycler.pins.pending:
             self.session.step(self._reclaim)

@@ -15,10 +15,11 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from sys import is_finalizing
 from threading import get_ident
-from typing import Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple, cast
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple, cast
 
 from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
@@ -64,6 +65,8 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
         try:
             if not session.is_open:
                 raise SpoolClosed(CLOSED)
+            if session.dropped and not put_off(self.give_back):
+                self.give_back()
             return method(self, *args, **kwargs)
         except SpoolError:
             raise
@@ -94,6 +97,7 @@ class Session:
     path: the spool's directory. asked: limits, None for what is there. create: make the spool where there is none.
     is_open: one entry until it is closed, or collected without that. users: one entry for each operation under way.
     journal: the index, inside a step. looked_at: HOUSEKEPT when it last made sure that nothing of it is missing.
+    dropped: what was given out, and is held by nobody any more, though not settled.
     """
 
     directories: Directories
@@ -110,6 +114,7 @@ class Session:
         self.is_forked = False
         self.looked_at = 0
         self.users: list[None] = []
+        self.dropped: deque[Any] = deque()
         self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
         self._role: liveness.Role = role
         self._mode = asked.mode
@@ -409,7 +414,8 @@ class Session:
             if not self.users:
                 self.let_go()
             _sessions.discard(self)
-            self.on_adopt(None)
+            if adopt := self.on_adopt():
+                adopt(None)
 
     def let_go(self) -> None:
         """Close every descriptor: nobody is in an operation any more."""
@@ -455,6 +461,7 @@ class Session:
         self._in_child = threading.RLock()
         self._is_opening = False
         self.users = []
+        self.dropped = deque()
         self.is_forked = True
         self.doorbell.reset()
         if adopt := self.on_adopt():
@@ -510,6 +517,9 @@ class Side:
     """What the two sides of the engine have in common."""
 
     session: Session
+
+    def give_back(self) -> None:
+        """Requeue what was dropped unsettled."""
 
     @property
     def path(self) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.faults import Event, Injector
+from support.faults import Event, Injector, forked
 from support.peer import Peer
 from support.waits import until, until_asleep
 
@@ -264,3 +267,68 @@ def test_an_item_keeps_its_id_through_redelivery_and_retry(spool: Path) -> None:
         failed_retry(spool)
         with reader.receive() as retried:
             assert (retried.id, retried.seq) == (ids[1], 3)
+
+
+def test_an_item_dropped_unsettled_is_redelivered_by_the_next_call_with_a_warning(pair: Pair) -> None:
+    writer, reader = pair
+    for number in range(2):
+        writer.put(np.full(LARGE, number))
+    item = reader.receive()
+    array = item.array
+    del item
+    with pytest.warns(ResourceWarning, match="item 1 .* was dropped unsettled"):
+        again = reader.receive()
+    assert (again.seq, again.attempt) == (1, 2)
+    again.ack()
+    writer.put_many([np.zeros(LARGE)] * 9)
+    assert (array == 0).all()
+
+
+def test_an_item_dropped_in_a_cycle_is_redelivered_as_the_collector_finds_it(pair: Pair) -> None:
+    writer, reader = pair
+    writer.put(np.zeros(3))
+    item: Any = reader.receive()
+    item.cycle = item
+    del item
+    assert reader.empty()
+    gc.collect()
+    with pytest.warns(ResourceWarning):
+        assert reader.qsize() == 1
+
+
+def test_an_item_dropped_while_its_reader_waits_is_redelivered_within_a_second_or_so(pair: Pair) -> None:
+    writer, reader = pair
+    writer.put(np.zeros(3))
+    held = [reader.receive()]
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as aside:
+        warnings.simplefilter("ignore")
+        waiting = aside.submit(reader.receive)
+        held.clear()
+        with waiting.result(20) as item:
+            assert item.attempt == 2
+
+
+def test_an_item_whose_lease_ended_is_dropped_without_a_word(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool, lease=1e-6) as reader, SpoolReader(spool) as other:
+        writer.put(np.zeros(3))
+        reader.receive()
+        with other.receive() as item:
+            assert item.attempt == 2
+        assert reader.empty()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_an_item_dropped_in_a_forked_child_is_the_parents_still(pair: Pair) -> None:
+    writer, reader = pair
+    writer.put(np.zeros(3))
+    held = [reader.receive()]
+
+    def work() -> None:
+        held.clear()
+        gc.collect()
+        assert reader.empty()
+        writer.put(np.ones(3))
+        assert (reader.get() == 1).all()
+
+    assert forked(work) == 0
+    held[0].ack()
