@@ -224,10 +224,12 @@ class SharedSuite(Suite):
         self.settle(leased, Extend(30))
         with pytest.raises(Empty):  # for longer than between two looks for crashed sessions
             self.other.claim(1, None, time.monotonic() + 1.3)
+        again = []  # an engine may requeue what nobody holds any more
         for delivery in (endless, leased):
             waiting = self.aside(self.claim_other)
             self.settle(delivery, Extend(0.05))
-            assert (waiting.result(20).seq, waiting.result().attempt) == (delivery.seq, 2)
+            again.append(waiting.result(20))
+            assert (again[-1].seq, again[-1].attempt) == (delivery.seq, 2)
 
     def test_items_in_flight_are_redelivered_when_their_consumer_closes(self) -> None:
         seqs = self.put(0, 1, 2, size=LARGE)
@@ -490,8 +492,9 @@ class EngineSuite(SharedSuite):
         assert self.consumer.qsize() == (verdict in (None, Nack(0, "")))
         assert self.dead_letters == [delivery.seq] * isinstance(verdict, Reject)
         if self.consumer.qsize():
-            self.claim()  # a later attempt is not what this delivery was
+            later = self.claim()  # another attempt is not what this delivery was
             refused(LeaseExpired, *settles)
+            self.settle(later, Ack())
 
     def test_contents_are_told_without_the_arrays_and_peek_leaves_the_item(self) -> None:
         self.producer.put([Message((np.zeros(LARGE), np.zeros(3)), ("a", "b"), {"x": (1, 2)})], NOW)
@@ -517,8 +520,8 @@ class EngineSuite(SharedSuite):
         for attempt in (1, 2):
             self.settle(self.claim(), Nack(0, f"reason {attempt}"))
         assert self.dead_letters == seqs[:1]
-        assert self.claim(0.02).attempt == 3  # the end of a lease counts as well
-        assert self.claim().seq == seqs[2]
+        leased, last = self.claim(0.02), self.claim()
+        assert (leased.attempt, last.seq) == (3, seqs[2])  # the end of a lease counts as well
         deadline = soon()
         while self.dead_letters != seqs[:2]:
             assert time.monotonic() < deadline
