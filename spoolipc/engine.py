@@ -146,6 +146,14 @@ class Preallocator(Protocol):
         """Make ahead what `count` arrays of `nbytes` bytes need. Raises Full, ValueError."""
 
 
+@runtime_checkable
+class Restorer(Protocol):
+    """A capability of a consumer: what nobody received is not lost."""
+
+    def put_back(self, taken: list[Message], start: int = 0) -> None:
+        """Let the items of what `take` returned, from the one at `start` on, wait again."""
+
+
 class Watch(Protocol):
     """A wake-up that a blocking caller polls and an event loop adds as a reader."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,6 +21,7 @@ from .engine import (
     Preallocator,
     Producer,
     ProducerOptions,
+    Restorer,
     Session,
 )
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
@@ -310,13 +311,38 @@ class SpoolReader(_Face):
         until = None if block is True and timeout is None else deadline_of(block, timeout)
         if copy:
             return self._take_copies(1, until, copy)[0]
-        message = self._consumer.take(1, until)[0]
-        return message.arrays[0] if message.names is None else _arrays(message)
+        taken = self._consumer.take(1, until)
+        message = taken[0]
+        if message.names is None:
+            return message.arrays[0]
+        try:
+            return _arrays(message)
+        except BaseException:
+            self._put_back(taken)
+            raise
+
+    def _given(self, taken: list[Message], make: Callable[[Message], Arrays]) -> list[Arrays]:
+        """What the caller gets of what was taken. What he does not get waits again: all of it after an interrupt, what
+        is left where an array cannot be copied for want of memory."""
+        given: list[Arrays] = []
+        try:
+            for message in taken:
+                given.append(make(message))
+        except BaseException as error:
+            kept = len(given) if isinstance(error, MemoryError) else 0
+            self._put_back(taken, kept)
+            if not kept:
+                raise
+        return given
+
+    def _put_back(self, taken: list[Message], start: int = 0) -> None:
+        if isinstance(self._consumer, Restorer):
+            self._consumer.put_back(taken, start)
 
     def _take_copies(self, limit: int, until: Deadline, copy: Copy) -> list[Arrays]:
         if on_write(copy):
-            return list(map(_arrays, self._consumer.take(limit, until, True)))
-        return list(map(_arrays, map(copied, self._consumer.take(limit, until))))
+            return self._given(self._consumer.take(limit, until, True), _arrays)
+        return self._given(self._consumer.take(limit, until), lambda message: _arrays(copied(message)))
 
     def get_many(
         self, limit: int, block: bool = True, timeout: float | None = None, *, copy: Copy = False
@@ -328,7 +354,7 @@ class SpoolReader(_Face):
         limit, until = whole("limit", limit, 1), deadline_of(block, timeout)
         if copy:
             return self._take_copies(limit, until, copy)
-        return list(map(_arrays, self._consumer.take(limit, until)))
+        return self._given(self._consumer.take(limit, until), _arrays)
 
     def get_nowait(self, *, copy: Copy = False) -> Arrays:
         """Get without waiting: `get(block=False)`."""

@@ -13,16 +13,18 @@ import time
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from ..engine import retry
-from ..errors import BadItem, Empty, LeaseExpired
+from ..errors import BadItem, Empty, LeaseExpired, SpoolError
 from ..message import NOW, Ack, Contents, Deadline, Delivery, Extend, Message, Nack, Peeked, Verdict
 from . import fs, housekeeping, transitions
 from . import table as W
 from .itemfile import ItemFile
 from .layout import item_name
 from .lock import forks, put_off
+from .pool import linking
 from .quarantine import set_aside
 from .receiving import Opened, Receiver
 from .recycling import SECOND, Pin, keeper
@@ -31,6 +33,12 @@ from .table import Words, active
 from .transitions import first
 
 _LONGEST: Final = 1e9  # seconds of a lease or delay
+
+
+class Taken(list[Message]):
+    """What a take has taken. places: the record and number of each item, to put it back."""
+
+    places: list[tuple[int, int]]
 
 
 class Claim:
@@ -68,40 +76,51 @@ class DirectoryConsumer(Receiver):
 
     # Taking
 
-    @operation
-    def take(self, limit: int, until: Deadline, writable: bool = False) -> list[Message]:
-        """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown."""
+    def take(self, limit: int, until: Deadline, writable: bool = False) -> Taken:
+        """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown.
+
+        An error in the midst ends it early; an interrupt puts back what was taken.
+        """
+        got = (
+            Taken()
+        )  # filled by the calls, so that nothing taken is unknown after an interrupt, wherever that came
+        got.places = []
         some = self._take_verified if self.verify else self._take_some
         try:
-            return some(limit, until == NOW, writable)
-        except Empty:
-            if until == NOW:
-                raise
-        return retry(lambda: some(limit, True, writable), self.wait_for_item, until)
+            try:
+                some(got, limit, until == NOW, writable)
+            except Empty:
+                if until == NOW:
+                    raise
+                retry(lambda: some(got, limit, True, writable), self.wait_for_item, until)
+        except BaseException:
+            if got.places:
+                self.put_back(got)
+            raise
+        return got
 
-    def _take_some(self, limit: int, sure: bool, writable: bool) -> list[Message]:
+    @operation
+    def _take_some(self, got: Taken, limit: int, sure: bool, writable: bool) -> None:
         """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
         words = self.session.look()
         ahead = self.look_ahead(words, limit, writable)
         if not (ahead or sure or words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] or words[W.SHUTDOWN]):
             raise self.nothing(False)
-        got, ended = self.session.step(self._take, limit, ahead, writable)
+        ended = self.session.step(self._take, got, limit, ahead, writable)
         if not got:
             raise self.nothing(ended)
-        return got
 
-    def _take(
-        self, limit: int, ahead: list[Opened], writable: bool
-    ) -> tuple[tuple[list[Message], bool], int, int]:
-        """Take items that are the next; and whether nothing can come any more. A step.
+    def _take(self, got: Taken, limit: int, ahead: list[Opened], writable: bool) -> tuple[bool, int, int]:
+        """Take items that are the next; whether nothing can come any more. A step.
 
-        What was taken is returned, whatever fails later: the next call meets it again.
+        What was taken is kept, whatever error comes later: the next call meets that again.
         """
         recycler = self.recycler
         items, space = self.begin(1)
         journal = self.session.journal
         words = journal.words
-        got: list[Message] = []
+        spare = set[None]() if limit > 1 else None
+        got.clear()  # what was taken before the index proved damaged, which is none
         try:
             while len(got) < limit:
                 record = first(words)
@@ -118,24 +137,28 @@ class DirectoryConsumer(Receiver):
                         set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
                         space += 1
                         continue
-                if shown is not None:
+                pin = None
+                if shown is not None:  # watched first, so that an interrupt leaves no file pinned for ever
                     pin = Pin(journal.identity, record, seq)
-                    if self.consume(record, single, pin):
-                        recycler.pins.add(pin, shown)
-                else:
-                    self.consume(record, single, None)
+                    recycler.pins.add(pin, shown)
+                got.places.append((record, seq))
+                self.consume(record, single, pin, spare)
                 got.append(found)
-        except Exception:
+        except BaseException as error:
+            if not fs.is_ordinary(error):
+                self._put_back(got.places)
+                raise
+            del got.places[len(got) :]
             if not got:
                 raise
         if not got:
             recycler.reclaim()
         space += len(got)
-        return (got, not got and self.has_ended()), items + self.pass_on(space), space
+        return not got and self.has_ended(), items + self.pass_on(space), space
 
-    def _take_verified(self, limit: int, sure: bool, writable: bool) -> list[Message]:
+    @operation
+    def _take_verified(self, got: Taken, limit: int, sure: bool, writable: bool) -> None:
         """Claim, read every byte without the lock, acknowledge; a damaged item is dead-lettered and another claimed."""
-        got: list[Message] = []
         while not got:
             claimed = self._claim_some(limit, None)
             try:
@@ -144,13 +167,41 @@ class DirectoryConsumer(Receiver):
                         message = self._load(delivery, writable)
                     except BadItem:  # in failed/ now, and logged
                         continue
+                    got.places.append((delivery.handle.record, delivery.seq))
                     self.session.step(self._ack, [delivery])
                     got.append(message)
             except BaseException as error:
+                interrupted = not fs.is_ordinary(error)
+                if interrupted:
+                    self.session.step(self._put_back, got.places)
                 self.session.step(self._requeue, claimed)  # what is in flight still
-                if not got or not isinstance(error, Exception):
+                if interrupted or not got:
                     raise
-        return got
+                del got.places[len(got) :]
+
+    @operation
+    def put_back(self, taken: list[Message], start: int = 0) -> None:
+        """Let what `take` returned, from the item at `start` on, wait again: nobody received it."""
+        assert isinstance(taken, Taken)
+        places = taken.places[start:]
+        del taken.places[start:]
+        with suppress(SpoolError, OSError):  # what stands in the way is told to the next to call
+            self.session.step(self._put_back, places)
+
+    def _put_back(self, places: list[tuple[int, int]]) -> tuple[None, int, int]:
+        """Undo the taking of items, where their files are as they were. A step."""
+        journal, done = self.session.journal, 0
+        words = journal.words
+        if words[W.MARK]:  # an interrupt came amid a transition
+            journal.recover()
+        for record, seq in places:
+            state = words[record + W.STATE]
+            if words[record + W.SEQ] == seq and state in (W.PINNED, W.POOLED):
+                link = linking(words, record) if state == W.POOLED else 0
+                journal.commit(transitions.restore(words, record, link))
+                done += 1
+        places.clear()
+        return None, done, 0
 
     # Claiming and settling
 
@@ -357,7 +408,8 @@ class DirectoryConsumer(Receiver):
             pin.table, pin.record = self.session.journal.identity, record
             shown = pin.left or pin.forks != forks.begun
             single = self._is_single(delivery.seq) if claim.single is None else claim.single
-            if self.consume(record, single, pin if shown else None) and shown and not pin.left:
+            self.consume(record, single, pin if shown else None, None)
+            if shown and not pin.left:
                 self.recycler.pins.pending.append(pin)
             self.given.pop(claim.given, None)
             done += 1

@@ -28,9 +28,10 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from filelock import lock_descriptor, unlock_descriptor
 
-from ..errors import StorageError, UnsafeSpool
+from ..errors import SpoolError, StorageError, UnsafeSpool
 from ..format.item import Layout, parts, savable
 from ..message import Array
+from .table import IndexDamaged
 
 CALLS: Final = tuple(
     "open_at close stat_at fstat statvfs rename unlink mkdir replace fchmod fchown read pread write pwrite truncate"
@@ -391,6 +392,14 @@ _REMEDIES: Final = {
     errno.ENOMEM: "; hold fewer arrays, or raise ulimit -v (of arrays by the ten thousand, vm.max_map_count)",
 }
 """What to do where a limit of the process is met."""
+
+
+def is_ordinary(error: BaseException) -> bool:
+    """Whether an error stands in the way of what was tried. Any other interrupts the call: a signal handler raised it,
+    and may well have raised a TimeoutError of its own."""
+    if isinstance(error, OSError) and not isinstance(error, SpoolError):
+        return error.errno is not None
+    return isinstance(error, (SpoolError, IndexDamaged, MemoryError))
 
 
 def storage_error(error: OSError, path: str) -> StorageError:

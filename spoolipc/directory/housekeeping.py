@@ -17,13 +17,14 @@ from . import fs, liveness, pool, transitions
 from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
-from .session import MEMBERS, Session, is_due
+from .session import EVERY, MEMBERS, Session
 from .table import IndexDamaged, active, lent, owned
 
 _NAMES: Final = 4096  # of tmp/ looked at in one round: about a millisecond
 _UNLINKED: Final = 64
 _SESSIONS: Final = 256  # of alive/
 _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
+_EVERY_NS: Final = int(EVERY * 1e9)
 _DISCARDED_AT_ONCE: Final = 64
 _TRIM_BYTES: Final = 1 << 28  # evicted in one round, above the files that must go
 
@@ -62,6 +63,15 @@ def put_right(session: Session, record: int, why: str) -> tuple[int, int]:
 
 
 # A bounded round
+
+
+def is_due(housekept: int, due: int) -> bool:
+    """Whether nobody has kept house within the second, or a lease or delay has ended.
+
+    housekept, due: the words HOUSEKEPT and NEXT_DUE.
+    """
+    now = time.monotonic_ns()
+    return not now - _EVERY_NS <= housekept <= now or 0 < due <= now
 
 
 def round_if_due(session: Session) -> None:

@@ -15,7 +15,7 @@ from . import table as W
 from .journal import Journal
 from .layout import Directories, item_name
 from .liveness import has_crashed
-from .table import Words, bucket, record_in
+from .table import IndexDamaged, Words, bucket, record_in
 
 T = TypeVar("T")
 MOST_EVICTED: Final = 500
@@ -134,6 +134,16 @@ def find_pooled(
         if record and words[record_in(words, record, W.POOLED) + W.BYTES] <= most:
             return record, higher
     return 0, 0
+
+
+def linking(words: Words, record: int) -> int:
+    """The position that links to a pooled file."""
+    link = bucket(words[record + W.BYTES])
+    for _ in range(words[W.POOL_COUNT]):
+        if words[link] == record:
+            return link
+        link = record_in(words, words[link], W.POOLED) + W.NEXT
+    raise IndexDamaged("a pooled file is in no list")
 
 
 def largest_pooled(words: Words) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from .journal import Journal
 from .pool import may_pool
 from .quarantine import forget_history
 from .recycling import SECOND, SMALL, Pin, Recycler, keeper
-from .session import MEMBERS, Session, Side, is_due
+from .session import MEMBERS, Session, Side, operation
 from .table import Words, active, owned
 from .transitions import consume
 
@@ -177,7 +177,7 @@ class Receiver(Side):
         session, recycler = self.session, self.recycler
         words = session.journal.words
         items = space = 0
-        if is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
+        if housekeeping.is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
             _, items, space = housekeeping.round_of(session, False)
             words = session.journal.words
         if len(recycler.pins.pending) > leave:
@@ -206,8 +206,12 @@ class Receiver(Side):
         )
         return _ended(words, self._own)
 
-    def consume(self, record: int, single: bool, pin: Pin | None) -> bool:
-        """The item at `record` leaves the spool for good; whether its file is kept. A step."""
+    def consume(self, record: int, single: bool, pin: Pin | None, spare: object) -> None:
+        """The item at `record` leaves the spool for good. A step.
+
+        pin: of the arrays over its file. spare: lives as long as the item may be put back, None where it may not: until
+        then, a file that is not to be written again is pinned.
+        """
         journal, recycler = self.session.journal, self.recycler
         words = journal.words
         waits, attempt = words[record + W.STATE] == W.WAITING, words[record + W.ATTEMPT]
@@ -221,6 +225,11 @@ class Receiver(Side):
         )
         if not keep:
             recycler.mappings.forget(words[record + W.FILE])
+            if spare is not None:
+                if pin is None:
+                    pin = Pin(journal.identity, record, words[record + W.SEQ])
+                    recycler.pins.add(pin, spare)
+                pin.forks, keep = -1, True  # is not written again
         released = 0
         if waits and recycler.pins.pending:
             if keep and pin is not None:
@@ -241,8 +250,8 @@ class Receiver(Side):
             recycler.pins.pending.popleft()
         if attempt > before:
             forget_history(self.session.directories, words[record + W.SEQ])
-        return keep
 
+    @operation
     def wait_for_item(self, until: Deadline) -> bool:
         """Wait until there may be an item, or the end; false when the deadline is past."""
         if self.recycler.pins.pending:

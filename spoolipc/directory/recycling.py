@@ -71,35 +71,37 @@ class Pin:
 
 
 class _Watched(weakref.ref[Any]):
-    __slots__ = ("pin", "pins")
+    __slots__ = ("pin",)
     pin: Pin
-    pins: Pins
-
-
-def _gone(watched: weakref.ref[Any]) -> None:
-    # Runs at any moment, on any thread, even inside the lock: it only takes note.
-    assert isinstance(watched, _Watched)
-    pin, pins = watched.pin, watched.pins
-    pins.watched.pop(id(watched), None)
-    pin.left.pop()
-    if not pin.left:
-        pins.pending.append(pin)
 
 
 class Pins:
-    """The files that a session's arrays show. `pending` are those that no array shows any more."""
+    """The files that a session's arrays show. pending: of what is gone, to be taken note of in the next step.
+
+    An array goes at any moment, on any thread, even within a step: what happens then is one call in C, amid which comes
+    no interrupt that would be lost.
+    """
 
     def __init__(self) -> None:
-        self.pending: deque[Pin] = deque()
+        self.pending: deque[weakref.ref[Any] | Pin] = deque()
         self.watched: dict[int, _Watched] = {}
 
     def add(self, pin: Pin, shown: object) -> None:
         """Watch what all arrays over a file, their bases and their views keep alive."""
-        pin.left.append(None)
-        watched = _Watched(shown, _gone)
+        watched = _Watched(shown, self.pending.append)
         watched.pin = pin
-        watched.pins = self
+        pin.left.append(None)
         self.watched[id(watched)] = watched
+
+    def first(self) -> Pin:
+        """The pin of the first of what is pending, which does not show it any more. A step."""
+        gone = self.pending[0]
+        if isinstance(gone, Pin):
+            return gone
+        assert isinstance(gone, _Watched)
+        if self.watched.pop(id(gone), None) is not None:
+            gone.pin.left.pop()
+        return gone.pin
 
 
 class Lent:
@@ -294,7 +296,7 @@ class Recycler:
     def releasable(self) -> int:
         """The record of the first file that no array shows any more, if all that is to be done is to pool it; else 0.
         A step."""
-        pin, journal = self.pins.pending[0], self.session.journal
+        pin, journal = self.pins.first(), self.session.journal
         words, record = journal.words, pin.record
         if (
             not pin.left
@@ -315,8 +317,9 @@ class Recycler:
         when the pool is full or a forked child may show them. A step."""
         pending, journal, token = self.pins.pending, self.session.journal, self.session.token
         while len(pending) > leave:
-            pin = pending.popleft()
+            pin = self.pins.first()
             words, record = journal.words, pin.record
+            pending.popleft()
             if pin.left or pin.table is not journal.identity or words[record + W.SEQ] != pin.number:
                 continue
             forked = pin.forks != forks.begun

@@ -41,7 +41,6 @@ _NONE: Final = cast(Journal, None)
 CLOSED: Final = "this was closed; open a new one"
 EVERY: Final = 1.0
 """Seconds between two rounds of housekeeping."""
-_EVERY_NS: Final = int(EVERY * 1e9)
 MEMBERS: Final = len(W.WAITERS)
 """How many to wake so that all are."""
 
@@ -71,6 +70,8 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
         except SpoolError:
             raise
         except OSError as error:
+            if not fs.is_ordinary(error):
+                raise
             explained = session.explained(error)
             explained.seqs = getattr(error, "seqs", ())
             raise explained from error
@@ -80,15 +81,6 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
                 session.let_go()
 
     return cast(Callable[Concatenate[S, P], T], run)
-
-
-def is_due(housekept: int, due: int) -> bool:
-    """Whether nobody has kept house within the second, or a lease or delay has ended.
-
-    housekept, due: the words HOUSEKEPT and NEXT_DUE.
-    """
-    now = time.monotonic_ns()
-    return not now - _EVERY_NS <= housekept <= now or 0 < due <= now
 
 
 class Session:
@@ -135,11 +127,9 @@ class Session:
             self.token = liveness.new_token()
             self.token_bytes = self.token.to_bytes(8, "big")
             self._held = self.directories.descriptors()
-            ends = (os.getpid(), self._held, self.is_open)
-            self._end = weakref.finalize(self, _abandon, *ends)
+            self._end = weakref.finalize(self, _abandon, os.getpid(), self._held, self.is_open)
             self._end.atexit = False
             self.lock = IndexLock(self.directories.items, functools.partial(holder, self.directories))
-            self.journal = _NONE
             self.step(self._join, asked)
         except BaseException as error:
             if "_end" in vars(self):

@@ -4,6 +4,7 @@ A file's record goes round:
 
     NOTHING --put_new--> WAITING --claim--> IN_FLIGHT --requeue--> WAITING or DELAYED
                          WAITING, IN_FLIGHT --consume--> PINNED, POOLED or NOTHING
+                         WAITING <--restore-- PINNED, POOLED
                          WAITING, IN_FLIGHT, DELAYED --dead_letter--> NOTHING
     PINNED, RESERVED --release--> POOLED --reserve--> RESERVED --put--> WAITING
     PINNED, RESERVED --drop--> NOTHING <--evict-- POOLED
@@ -252,6 +253,22 @@ def requeue(words: Words, record: int, due: int) -> Transition:
     return (MEMORY, 0, stores, None)
 
 
+def restore(words: Words, record: int, link: int) -> Transition:
+    """PINNED, or POOLED with the position that links to it, becomes WAITING again, before all never delivered: nobody
+    received it. The file is not written again, as who was interrupted may show it. SEQ is the item that it holds."""
+    seq = words[record + W.SEQ]
+    stores: Stores = {
+        W.ITEM_BYTES: words[W.ITEM_BYTES] + words[record + W.BYTES],
+        W.DELIVERED_TOTAL: words[W.DELIVERED_TOTAL] - 1,
+        record + W.STATE: W.WAITING,
+        record + W.FLAGS: words[record + W.FLAGS] | W.NEVER_AGAIN,
+    }
+    if link:
+        _unpool(words, stores, record, link)
+    _append(words, stores, W.REDELIVERY, record)
+    return (ARRIVE, seq, stores, ("free", free_name(words[record + W.FILE]), "items", item_name(seq)))
+
+
 def extend(words: Words, record: int, due: int) -> Transition:
     """IN_FLIGHT stays so until `due` (monotonic ns)."""
     stores = {record + W.DUE: due}
@@ -294,6 +311,8 @@ def discard(words: Words, record: int) -> Transition:
 def release(words: Words, record: int) -> Transition:
     """PINNED or RESERVED becomes POOLED: no array shows the file and nobody writes it any more."""
     stores: Stores = {record + W.LOAN: 0}
+    if words[record + W.STATE] == W.RESERVED:  # what it holds is that item no more: see `restore`
+        stores[record + W.SEQ] = 0
     _pool(words, stores, record, words[record + W.BYTES])
     return (MEMORY, 0, stores, None)
 
@@ -330,7 +349,7 @@ def donate(words: Words, record: int, number: int, size: int, name: str) -> Tran
     stores = _take_unused(words, record)
     stores[record + W.FILE] = number
     stores[record + W.BYTES] = size
-    stores[record + W.LOAN] = stores[record + W.DUE] = 0
+    stores[record + W.SEQ] = stores[record + W.LOAN] = stores[record + W.DUE] = 0
     _pool(words, stores, record, size)
     return (DONATE, number, stores, ("tmp", name, "free", item_name(number)))
 

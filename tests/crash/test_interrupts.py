@@ -6,19 +6,22 @@ What was interrupted may have been done or not.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.faults import Injector, at, interrupt, interrupted_at
+from support.account import check_spool
+from support.faults import Event, Injector, at, fail, interrupt, interrupted_at
 from support.peek import peek_table
 from support.scenarios import Run, every_or_core
 
 import spoolipc
-from spoolipc import SpoolReader, SpoolWriter, stat
+from spoolipc import Empty, SpoolReader, SpoolWriter, stat
 from spoolipc.directory.recycling import Recycler, Reserved
 
 PACKAGE = str(Path(spoolipc.__file__).parent)
@@ -94,6 +97,152 @@ def test_file_that_an_interrupted_put_reserved_goes_when_its_session_does(
             writer.put_many([array] * 9)
         assert peek_table(path).of("reserved")
     assert not peek_table(path).of("reserved")
+
+
+def puts(path: Path, way: str) -> int:
+    """Put five items; how many."""
+    size = 3 if way.startswith("small") else 5000
+    durability: Any = "fsync" if way == "small and durable" else "none"
+    with SpoolWriter(path, durability=durability, checksum=True) as writer:
+        writer.put_many([np.full(size, number) for number in range(5)])
+    return 5
+
+
+WAYS = ["small", "large", "small and durable", "large and verified", "small and copied", "received again"]
+
+
+def take(reader: SpoolReader, way: str) -> list[Any]:
+    return reader.get_many(4, copy=way == "small and copied")
+
+
+def rest(path: Path) -> list[float]:
+    """The numbers of the items that are left, in the order in which they come."""
+    found = []
+    with SpoolReader(path) as reader, suppress(Empty):
+        while True:
+            found.append(float(np.ravel(reader.get_nowait())[0]))
+    return found
+
+
+def check_what_is_left(path: Path, reader: SpoolReader, way: str, taken: int, where: str) -> None:
+    """All but the first `taken` are, and what was requeued before comes before what is put back."""
+    left = rest(path)
+    assert (sorted(left) if way == "received again" else left) == list(range(taken, 5)), where
+    reader.close()
+    check_spool(path)
+    shutil.rmtree(path)
+
+
+def open_to_take(path: Path, way: str) -> SpoolReader:
+    count = puts(path, way)
+    reader = SpoolReader(path, verify=way == "large and verified")
+    if way == "received again":
+        for item in [reader.receive() for _ in range(count)]:
+            item.nack()
+    return reader
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_get_many_interrupted_at_any_call_leaves_every_item_for_the_next_get(
+    place: Path, way: str, after: bool
+) -> None:
+    path, number, got = place / "spool", 0, list[Any]()
+    while not got:
+        number += 1
+        reader, fault = open_to_take(path, way), at(number, interrupt)
+        faults = {"after": lambda event, _, fault=fault: fault(event)} if after else {"before": fault}
+        with Injector(**faults) as injector, suppress(KeyboardInterrupt):
+            got = take(reader, way)
+        check_what_is_left(path, reader, way, len(got), f"call {number}: {injector.met[number - 1 :]}")
+    assert number > 10
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("way", WAYS)
+def test_a_get_many_interrupted_wherever_a_signal_can_come_leaves_every_item(place: Path, way: str) -> None:
+    path, number, got = place / "spool", 0, list[Any]()
+    while not got:
+        number += 1
+        reader = open_to_take(path, way)
+        with interrupted_at(number, PACKAGE), suppress(KeyboardInterrupt):
+            got = take(reader, way)
+        check_what_is_left(path, reader, way, len(got), f"place {number}")
+    assert number > 100
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ENOLCK])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_get_many_ended_early_by_an_error_returns_what_was_taken(place: Path, way: str, error: int) -> None:
+    path, calls, number = place / "spool", ["first"], 1
+    while number <= len(calls):
+        reader, got = open_to_take(path, way), []
+        with Injector(at(number, fail(error))) as injector, suppress(OSError):
+            got = take(reader, way)
+        calls = injector.met
+        left = [float(number) for number in range(len(got), 5)]
+        assert sorted(rest(path)) == left, f"call {number}: {calls[number - 1 :][:1]}"
+        del got
+        reader.close()
+        SpoolReader(path).close()
+        check_spool(path, orphans=True, checked=False)
+        shutil.rmtree(path)
+        number += 1
+
+
+def test_a_get_many_whose_arrays_cannot_all_be_copied_returns_those_that_can(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = place / "spool", list[Any]()
+
+    def short(message: Any) -> Any:
+        if len(made) == 2:
+            raise MemoryError
+        made.append(message)
+        return message
+
+    puts(path, "large")
+    with SpoolReader(path) as reader:
+        monkeypatch.setattr("spoolipc.queue.copied", short)
+        assert len(reader.get_many(4, copy=True)) == 2
+        with pytest.raises(MemoryError):
+            reader.get_many(4, copy=True)
+        made.clear()
+        assert rest(path) == [2, 3, 4]
+
+
+def test_a_timeout_that_a_signal_handler_raises_passes_through_and_loses_nothing(place: Path) -> None:
+    path, moved = place / "spool", list[Event]()
+
+    def late(event: Event) -> None:
+        if event.name == "rename":
+            moved.append(event)
+            if len(moved) == 3:
+                raise TimeoutError("of a handler")
+
+    puts(path, "large")
+    with SpoolReader(path) as reader, Injector(late), pytest.raises(TimeoutError, match="of a handler"):
+        reader.get_many(4)
+    assert rest(path) == list(range(5))
+
+
+def test_no_code_runs_as_arrays_and_items_go_that_would_swallow_an_interrupt(place: Path) -> None:
+    path, calls = place / "spool", []
+    puts(path, "large")
+    with SpoolReader(path) as reader:
+        held = [reader.get(), reader.receive(), reader.receive()]
+        held.append(held[1].array)
+        before = sys.getprofile()
+        sys.setprofile(
+            lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None
+        )
+        try:
+            held.clear()
+        finally:
+            sys.setprofile(before)
+        assert calls == []
+        with pytest.warns(ResourceWarning):
+            assert reader.qsize() == 4
 
 
 @pytest.mark.exhaustive

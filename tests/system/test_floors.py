@@ -52,7 +52,7 @@ FLOORS: Final = {
     " staging transitions",
     "receiving": "engine format.footer format.item hearing housekeeping itemfile journal pool quarantine recycling"
     " session transitions",
-    "consumer": "engine housekeeping itemfile layout lock quarantine receiving recycling session transitions",
+    "consumer": "engine housekeeping itemfile layout lock pool quarantine receiving recycling session transitions",
     "directory": "engine consumer dead_letters producer reset stat",
     "memory": "engine format.footer format.item",
     "connect": "engine directory memory",

@@ -235,6 +235,11 @@ class Walk:
     def _requeue(self) -> Transition | None:
         return self._on(transitions.requeue, W.IN_FLIGHT, W.DELAYED, due=self.due())
 
+    def _restore(self) -> Transition | None:
+        found = [self.pooled(), *((at, 0) for at in self.of(W.PINNED))]
+        found = [(at, link) for at, link in found if at and self.words[at + W.SEQ]]
+        return transitions.restore(self.words, *self.random.choice(found)) if found else None
+
     def _extend(self) -> Transition | None:
         return self._on(transitions.extend, W.IN_FLIGHT, due=self.random.randrange(1, 1000))
 
