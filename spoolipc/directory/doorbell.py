@@ -32,7 +32,7 @@ from ..engine import Kind
 from ..errors import SpoolError
 from . import fs, hearing
 from . import table as W
-from .liveness import ring, token_name
+from .liveness import crashed_among, ring, token_name
 from .table import Token, Waiter, Words
 
 LOOK_EVERY: Final = {"items": 1.0, "space": 0.05}
@@ -60,6 +60,25 @@ class Host(Protocol):
     @property
     def alive_directory(self) -> int:
         """The descriptor of `alive/`."""
+
+
+def take_place(words: Words, token: Token, kind: int, alive: int) -> int:
+    """The place of a session among those who wait, taken if it has none; -1 where there is none. A step."""
+    free = -1
+    for place, waiter in enumerate(W.WAITERS):
+        if words[waiter.token] == token:
+            return place
+        if free < 0 and not words[waiter.token]:
+            free = place
+    if free < 0:
+        crashed = crashed_among(alive, {words[waiter.token] for waiter in W.WAITERS})
+        places = [place for place, waiter in enumerate(W.WAITERS) if words[waiter.token] in crashed]
+        free = places[0] if places else -1
+    if free >= 0:
+        words[W.WAITERS[free].since] = words[W.LOOKS + free] = 0
+        words[W.WAITERS[free].kind] = kind
+        words[W.WAITERS[free].token] = token
+    return free
 
 
 class Doorbell:

@@ -25,7 +25,7 @@ from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
 from . import fs, liveness
 from . import table as W
-from .doorbell import Doorbell
+from .doorbell import Doorbell, take_place
 from .journal import Journal, holder, set_limits
 from .layout import Directories, agree, open_directories
 from .lock import IndexLock, catch_up, no_fork, put_off, reentered, steps
@@ -312,23 +312,7 @@ class Session:
 
     def place_of(self, kind: int) -> tuple[int, int, int]:
         """As `take_place`, within a step."""
-        words = self.journal.words
-        free = -1
-        for place, waiter in enumerate(W.WAITERS):
-            if words[waiter.token] == self.token:
-                return place, 0, 0
-            if free < 0 and not words[waiter.token]:
-                free = place
-        if free < 0:
-            tokens = {words[waiter.token] for waiter in W.WAITERS}
-            crashed = liveness.crashed_among(self.directories.alive, tokens)
-            places = [place for place, waiter in enumerate(W.WAITERS) if words[waiter.token] in crashed]
-            free = places[0] if places else -1
-        if free >= 0:
-            words[W.WAITERS[free].since] = words[W.LOOKS + free] = 0
-            words[W.WAITERS[free].kind] = kind
-            words[W.WAITERS[free].token] = self.token
-        return free, 0, 0
+        return take_place(self.journal.words, self.token, kind, self.directories.alive), 0, 0
 
     def wait(self, look: Callable[[Words], bool], until: Deadline, each_second: Callable[[], None]) -> bool:
         """Wait until `look(words)` is true (True) or the deadline is past (False).

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.faults import Event, Forked, Injector
-from support.waits import until, until_asleep
+from support.waits import is_locked, until, until_asleep
 
-from spoolipc import Empty, Full, Item, SpoolReader, SpoolWriter, stat
+from spoolipc import AlreadySettled, Empty, Full, Item, LeaseExpired, SpoolReader, SpoolWriter, stat
 from spoolipc.directory import DirectoryEngine
 from spoolipc.engine import ConsumerOptions
 from spoolipc.message import Ack
@@ -466,3 +466,78 @@ with SpoolWriter(sys.argv[1]) as writer, SpoolReader(sys.argv[1]) as reader:
 def test_view_made_when_the_fork_had_begun_stays_in_the_child(spool: Path) -> None:
     ran = subprocess.run([sys.executable, "-W", "error", "-c", BETWEEN, spool], check=False, timeout=60)
     assert ran.returncode == 0
+
+
+@pytest.mark.parametrize("looked", ["array", "meta", "never"])
+def test_an_item_that_the_parent_holds_never_changes_in_the_child(
+    writer: SpoolWriter, reader: SpoolReader, gate: int, looked: str
+) -> None:
+    """It stays as it was looked at before the fork; what was not cannot be had any more."""
+    writer.put(full_of(1), meta="one")
+    item = reader.receive()
+    if looked != "never":
+        getattr(item, looked)
+
+    def work() -> None:
+        os.eventfd_read(gate)
+        if looked == "array":
+            assert (item.array == 1).all()
+        else:
+            with pytest.raises(LeaseExpired):
+                item.array  # noqa: B018
+        if looked == "never":
+            with pytest.raises(LeaseExpired):
+                item.meta  # noqa: B018
+        else:
+            assert item.meta == "one"
+
+    child = Forked(work)
+    item.array  # noqa: B018
+    item.ack()
+    traffic(writer, reader)
+    os.eventfd_write(gate, 1)
+    assert child.ended() == 0
+
+
+def test_child_forked_while_a_thread_is_in_a_step_settles_nothing_of_its_parents_and_hangs_not(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    writer.put(full_of(1))
+    item = reader.receive()
+    children: list[Forked] = []
+
+    def work() -> None:
+        for settle in (item.ack, item.nack):
+            with pytest.raises((LeaseExpired, AlreadySettled)):
+                settle()
+        writer.put(full_of(3))
+
+    def fork(event: Event) -> None:
+        if event.name == "rename" and not children:
+            with ThreadPoolExecutor(1) as aside:
+                aside.submit(lambda: children.append(Forked(work))).result(20)
+
+    with ThreadPoolExecutor(1) as threads, Injector(fork):
+        threads.submit(writer.put, full_of(2)).result(20)
+    assert children[0].ended() == 0
+    item.ack()
+    assert [float(array[0]) for array in drained(reader)] == [2, 3]
+
+
+def test_fork_while_another_thread_makes_a_spool_keeps_its_lock_from_nobody(spool: Path, gate: int) -> None:
+    children: list[Forked] = []
+
+    def fork(event: Event) -> None:
+        if event.name == "sync" and not children:  # under the lock
+            with ThreadPoolExecutor(1) as aside:
+                aside.submit(lambda: children.append(Forked(lambda: os.eventfd_read(gate)))).result(20)
+
+    with ThreadPoolExecutor(1) as threads, Injector(fork):
+        made = threads.submit(SpoolWriter, spool).result(20)
+    try:
+        assert not is_locked(spool)
+        made.put(full_of(1))
+        made.close()
+    finally:
+        os.eventfd_write(gate, 1)
+    assert children[0].ended() == 0
