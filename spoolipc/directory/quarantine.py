@@ -7,6 +7,7 @@ stays beside `failed/SEQ.npy` when the item is dead-lettered. It outlives the ta
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ _log = logging.getLogger("spoolipc")
 _NAME: Final = re.compile(r"(\d{20})\.jsonl")
 _LONGEST: Final = 1 << 20
 _LONGEST_REASON: Final = 4096
+_REFUSED: Final = (errno.EXDEV, errno.EISDIR, errno.EPERM)  # it would be so again
 MOST_ATTEMPTS: Final = 1 << 32
 
 
@@ -104,8 +106,9 @@ def attempts_of(directories: Directories, numbers: set[int]) -> dict[int, int]:
 def set_aside(directories: Directories, journal: Journal, record: int, who: str, why: str) -> None:
     """Move an item to `failed/`: the first that waits, or one in flight or delayed; the caller holds the index lock.
 
-    One that has lost its file is only forgotten. The reason is written first: a crash after it leaves the item where it
-    was, with one line more in its history.
+    One that has lost its file is only forgotten. One that `failed/` does not take, as where that is a file system of
+    its own, stops nobody: it gets another name in `items/`, which is no item's. The reason is written first: a crash
+    after it leaves the item where it was, with one line more in its history.
     """
     words = journal.words
     seq = words[record + SEQ]
@@ -113,7 +116,16 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
     there = fs.exists(directories.items, item_name(seq))
     if not there:
         directories.check()
-    journal.commit(dead_letter(words, record, there=there))
+    try:
+        journal.commit(dead_letter(words, record, there=there))
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        aside = f"{seq:020d}.failed.npy"
+        journal.commit(dead_letter(words, record, there=there, aside=aside))
+        what = "%s: item %d is left aside as items/%s, as failed/ does not take it (%s): %s"
+        _log.error(what, directories.path, seq, aside, error.strerror, why)
+        return
     if there:
         _log.error("%s: item %d is now in failed/: %s", directories.path, seq, why)
     else:

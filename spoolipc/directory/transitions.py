@@ -290,13 +290,15 @@ def _removal(words: Words, record: int) -> Stores:
     return stores
 
 
-def dead_letter(words: Words, record: int, *, there: bool) -> Transition:
-    """WAITING, the first, IN_FLIGHT or DELAYED moves to failed/. there: its file is; else it is only forgotten."""
+def dead_letter(words: Words, record: int, *, there: bool, aside: str = "") -> Transition:
+    """WAITING, the first, IN_FLIGHT or DELAYED moves to failed/. there: its file is; else it is only forgotten. aside:
+    another name for it in items/ instead, which is no item's."""
     seq = words[record + W.SEQ]
     stores = _removal(words, record)
-    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + there
+    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + (there and not aside)
     name = item_name(seq)
-    return (LEAVE, seq, stores, ("items", name, "failed", name) if there else None)
+    target, new_name = ("items", aside) if aside else ("failed", name)
+    return (LEAVE, seq, stores, ("items", name, target, new_name) if there else None)
 
 
 def discard(words: Words, record: int) -> Transition:

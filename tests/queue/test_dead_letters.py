@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.damage import crash, item
 from support.mounts import tmpfs
 from support.peer import Peer
 
@@ -21,6 +22,7 @@ from spoolipc import (
     SpoolWriter,
     failed_list,
     failed_show,
+    gc,
 )
 
 LARGE = 5000
@@ -186,3 +188,29 @@ def test_reader_that_crashes_on_a_full_file_system_blocks_nobody(tmp_path: Path)
                 item.nack()
                 with reader.receive(block=False) as item:
                     assert (item.array == 0).all()
+
+
+@pytest.mark.fault
+@pytest.mark.damaged
+def test_a_dead_letter_that_failed_does_not_take_is_left_aside_and_stops_nobody(
+    spool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where `failed/` is a file system of its own."""
+    with SpoolWriter(spool, max_attempts=1) as writer:
+        for number in range(4):
+            writer.put(np.array([number]))
+    (spool / "failed").rmdir()
+    with tmpfs(spool / "failed", "1m") as failed:
+        failed.chmod(0o700)
+        crash(spool, "reader = SpoolReader(path)\nitem = reader.receive()")
+        (spool / item(3)).write_bytes(b"damaged")
+        with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+            reader.receive().reject("not wanted")
+            writer.put(np.array([4]))
+            assert [int(array[0]) for array in reader.get_many(9)] == [3, 4]
+            gc(spool)
+        aside = sorted(path.name for path in (spool / "items").iterdir())
+        assert aside == [f"{number:020d}.failed.npy" for number in (1, 2, 3)]
+        assert int(np.load(spool / "items" / aside[0])[0]) == 0
+        assert all(name in caplog.text for name in aside)
+        SpoolReader(spool).close()
