@@ -301,6 +301,9 @@ class DirectoryConsumer(Receiver):
             if shown is not None:
                 pins.add(pin, shown)
             return found
+        except FileNotFoundError:  # another thread settled it meanwhile
+            self.session.step(self.session.see_itself)
+            raise self._expired(claim.seq) from None
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
             raise

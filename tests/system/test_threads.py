@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
+import pytest
 
-from spoolipc import ShutDown, SpoolReader, SpoolWriter
+from spoolipc import LeaseExpired, ShutDown, SpoolReader, SpoolWriter
 
 THREADS = 8
 """On each side."""
@@ -71,3 +78,59 @@ def test_threads_that_share_a_writer_and_a_reader_put_and_get_as_processes_would
         for thread in range(THREADS):
             mine = [value for value in each if value // ITEMS == thread]
             assert mine == sorted(mine)
+
+
+@pytest.mark.parametrize("what", ["looks, drops", "looks, keeps", "acknowledges"])
+def test_array_of_an_item_that_another_thread_uses_at_once_stays_as_it_is(spool: Path, what: str) -> None:
+    """The other one does so between each two lines of what gives the first the array."""
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        for line in range(1000):
+            writer.put(np.full(LARGE, line))
+            item = reader.receive()
+            arrays: list[Any] = []
+            look = partial(getattr, item, "array")
+            other = item.ack if what == "acknowledges" else look
+            with contextlib.suppress(LeaseExpired):
+                if not at_once(look, line, other, arrays):
+                    break
+            if not item.settled:
+                item.ack()
+            del item, look, other
+            array = arrays.pop(-1 if what == "looks, keeps" else 0)
+            arrays.clear()
+            for _ in range(3):
+                writer.put_many([np.full(LARGE, -1)] * 3)
+                reader.get_many(3)
+            assert array is None or (array == line).all()  # None where it was acknowledged before
+    assert line > 20
+
+
+def at_once(call: Callable[[], Any], line: int, other: Callable[[], Any], results: list[Any]) -> bool:
+    """Make a call, and another in a thread when the first is at a line of the package; false when it has not so many.
+
+    results: takes what they return, that of the first first.
+    """
+    lines = 0
+    thread = threading.Thread(target=lambda: results.append(other()))
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if "/spoolipc/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            if lines == line:
+                sys.settrace(None)
+                thread.start()
+                thread.join(0.1)  # or it waits for the first
+            lines += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        results.insert(0, call())
+    finally:
+        sys.settrace(before)
+        if thread.ident is not None:
+            thread.join()
+    return thread.ident is not None
