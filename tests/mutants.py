@@ -129,6 +129,8 @@ padding | format/item | test_arrays padding | _opaque(copy)[...] = _opaque(array
 checksum | format/item | test_verify one_flipped | actual != footer.checksum: ==> False:
 verify | receiving | test_verify a_received | verify(buffer, tail) ==> pass
 vanished | receiving | test_hostile_items vanished | raise BadItem("its file is missing") from None ==> raise
+# spool in the lower layer of an overlay
+overlay | receiving | test_overlay | tail[0] != words[record + W.PUT_TIME] ==> False
 # file system full: tmpfs and ext4 filled for real
 shortage | staging | test_order_of_calls loan | fs.is_shortage(error): ==> False:
 hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(fd,
@@ -156,6 +158,15 @@ larger-disk | producer | test_limits than_the_file_system | or need > total ==>
 max-bytes | pool | test_limits metadata_counts | not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes) ==> True
 delayed-room | pool | test_limits redelivered_and | + words[W.DELAYED_COUNT] >= maxsize ==> >= maxsize
 mismatch | layout | test_limits first_who | value is not None and there is not None and there != value: ==> False:
+# a process out of descriptors
+left-open | session | test_process_limits costs_at_most | self.journal.close()¶        self._end() ==> self._end()
+in-a-circle | recycling | test_process_limits costs_at_most | weakref.WeakMethod(self.forget) ==> lambda: self.forget
+alone-or-not | session | test_process_limits left_goes | except OSError:  # no desc ==> except EOFError:  # no desc
+# a process short of address space
+let-go | fs | test_process_limits cannot_be_made | let_go()¶ ==> pass¶
+bounded | recycling | test_process_limits backlog | if self.files < 0 or self._bytes < 0: ==> if False:
+unused | recycling | test_recycling not_used_for | self._trim(self.now - _UNUSED) ==> pass
+used | receiving | test_recycling is_used_stays | kept.used = keeper.now ==> pass
 # EIO, ENOSPC, EDQUOT, EMFILE
 named | session | test_errors failing and put_small | raise explained from error ==> raise
 failed-staged | staging | test_order_of_calls loan | fs.unlink_missing_ok(directories.tmp, name) ==> pass
@@ -186,11 +197,12 @@ ring-end | producer | test_processes shutdown_wakes | self.session.doorbell.ring
 clock | consumer | test_clock leases | return time.monotonic_ns() ==> return time.time_ns()
 clock-age | stat | test_clock age | max(0.0, ==> max(-1e9,
 # fork amid traffic, from a thread
-fork-loan | recycling | test_loans fork_during | shared=not pin.alone ==> shared=False
-fork-pins | recycling | test_fork stay_in_the_child | watched.pin.alone = False ==> pass
+fork-loan | recycling | test_loans fork_during | shared=forked) ==> shared=False)
+fork-pins | lock | test_fork stay_in_the_child | self.begun += 1 ==> pass
+fork-begun | recycling | test_fork had_begun | self.forks = forks.ended ==> self.forks = forks.begun
 fork-pooled | receiving | test_fork stay_in_the_child | recycler.releasable() ==> recycler.pins.pending[0].record
-fork-reclaim | recycling | test_fork stay_in_the_child | = not pin.alone or ==> =
-fork-ack | consumer | test_fork dropped_it | (pin.left > 0 or not pin.alone) ==> pin.left > 0
+fork-reclaim | recycling | test_fork stay_in_the_child | shared = forked or ==> shared =
+fork-ack | consumer | test_fork dropped_it | pin.left or pin.forks != forks.begun ==> pin.left
 fork-crash | housekeeping | test_fork views_got | transitions.drop(journal.words ==> transitions.release(journal.words
 fork-lock | session | test_fork crash_of | in held: ==> in ():
 fork-session | session | test_fork of_its_own | self.is_forked = True ==> pass
@@ -205,6 +217,9 @@ closed-view | receiving | test_views outlive | transitions.drop(session ==> tran
 lender | recycling | test_loans keeps_its_file | words[record + W.LOAN]: ==> False:
 loan-left | staging | test_loans after_an_exception | staged.file is not None and staged.loan: ==> False:
 loan-closed | producer | test_loans read_only | self.array.flags.writeable = False ==> pass
+loan-reopened | producer | test_loans read_only_after | staged.pages.flags.writeable = False ==> pass
+base | receiving | test_views any_view | , pages.base, status ==> , pages, status
+acked-at-once | consumer | test_views another_thread_acknowledges | claim.is_acked = True ==> pass
 never-recycled | pool | test_recycling zero | not limit or pooled + size ==> pooled + size
 trimmed | pool | test_recycling backlog | max(0, pooled - most) ==> 0
 # symlink, FIFO, device, directory or hard link planted anywhere

@@ -262,3 +262,21 @@ def test_item_acknowledged_while_another_thread_asks_for_its_array(
         traffic(writer, reader)
         assert (kept == 7).all()
     assert acked
+
+
+def test_array_asked_for_while_another_thread_acknowledges_the_item(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    """Just before the file is moved: whoever asks waits, and then gets none."""
+    writer.put(full_of(7))
+    item = reader.receive()
+    asked: list[Call] = []
+
+    def act(event: Event) -> None:
+        if event.name == "rename" and not asked:
+            asked.append(Call(lambda: item.array))
+            asked[0].until_asleep()
+
+    with Injector(act):
+        item.ack()
+    assert isinstance(asked[0].error(), LeaseExpired)
