@@ -87,7 +87,7 @@ class DirectoryProducer(Side):
     @operation
     def full(self) -> bool:
         """Whether a put would have to wait for the spool's own limits."""
-        return not has_room(self.session.look(), 0)
+        return not has_room(self.session.look(current=True), 0)
 
     # Putting
 

@@ -278,12 +278,15 @@ class Session:
 
     # Looking without the lock
 
-    def look(self) -> Words:
-        """The table's words, to be looked at without the lock: what they say is a hint."""
+    def look(self, *, current: bool = False) -> Words:
+        """The table's words, to be looked at without the lock: what they say is a hint.
+
+        current: not those of an index that another process has built again since, as the next step would find.
+        """
         if not self.is_open or self.is_forked:
             self.ready()
         journal = self.journal
-        if journal is _NONE or not journal.is_whole():
+        if journal is _NONE or not (journal.is_current() if current else journal.is_whole()):
             self.step(_nothing)
             journal = self.journal
         return journal.words
@@ -294,10 +297,6 @@ class Session:
         if not self.is_open or journal is _NONE or not journal.is_whole():
             return None
         return journal.words
-
-    def qsize(self) -> int:
-        """How many items wait, delayed ones included."""
-        return waiting(self.look())
 
     # Waiting
 
@@ -504,9 +503,9 @@ class Side:
     @operation
     def maxsize(self) -> int:
         """Most items waiting, 0 for no limit."""
-        return self.session.look()[W.MAXSIZE]
+        return self.session.look(current=True)[W.MAXSIZE]
 
     @operation
     def qsize(self) -> int:
         """How many items wait, delayed ones included."""
-        return self.session.qsize()
+        return waiting(self.session.look(current=True))

@@ -342,3 +342,19 @@ def test_random_words_in_the_index_cost_no_item(values: dict[int, int], mapped: 
         kept = [int(np.load(letter.path)[0]) for letter in letters]
         assert sorted(got + kept) == sorted([3, *put])
         assert stat(place).failed == len(letters)
+
+
+def test_qsize_empty_and_full_follow_an_index_that_another_process_built_again(path: Path) -> None:
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        maxsize = writer.maxsize
+        before = reader.qsize()
+        (path / "index").unlink()
+        with Peer(path) as peer:
+            peer.run(f"with SpoolReader(path) as reader: reader.get_many({before})")
+            assert reader.qsize() == writer.qsize() == 0
+            assert reader.empty()
+            peer.run("set_limits(path, maxsize=1)\nimport os\nos.unlink(path + '/index')")
+            peer.run("with SpoolWriter(path) as writer: writer.put(np.zeros(3))")
+            assert writer.full()
+            assert not reader.empty()
+            assert maxsize != writer.maxsize == 1

@@ -89,7 +89,7 @@ COUNTS = {
         "close": 1,
         "renameat": 1,
     },
-    "qsize": {"lseek": 1},
+    "qsize": {"newfstatat": 1},
 }
 """A step takes the lock and releases it, moves one file, and looks: is the table whole, in the step and where something
 is read before it; is the item's file the one that is mapped. Nobody waits, so nothing is written to wake anybody."""
