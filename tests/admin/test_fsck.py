@@ -13,7 +13,17 @@ from support.damage import crash, cut, item, item_name, link_out, picture, pipe
 from support.peek import peek_table, poke
 from support.peer import Peer
 
-from spoolipc import Empty, FsckReport, SpoolError, SpoolReader, SpoolWriter, failed_show, fsck, stat
+from spoolipc import (
+    Empty,
+    FsckReport,
+    SpoolError,
+    SpoolReader,
+    SpoolWriter,
+    failed_list,
+    failed_show,
+    fsck,
+    stat,
+)
 from spoolipc.directory import check
 
 BIG = np.arange(10_000)
@@ -387,3 +397,18 @@ def test_a_rebuild_redelivers_what_is_in_flight_where_its_record_does_not_check(
         with pytest.raises(SpoolError):
             mine.ack()
     assert rest(path) == ALL
+
+
+def test_a_damaged_item_in_a_recycled_file_is_set_aside_while_its_writer_lives(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        for _ in range(3):
+            writer.put(np.arange(9000))
+            reader.get()
+        for _ in range(2):
+            seq = writer.put(np.arange(9000))
+        with open(spool / item(seq), "r+b") as file:
+            file.write(bytes(200))
+        assert fsck(spool, repair=True).clean
+        assert [letter.seq for letter in failed_list(spool)] == [seq]
+        writer.put(np.arange(9000))
+        assert len(reader.get_many(5)) == 2

@@ -93,3 +93,16 @@ def test_a_part_removed_is_made_again_for_who_waits(spool: Path) -> None:
         (spool / "items").rmdir()
         writer.put(SMALL)
         assert peer.answer() == 1
+
+
+def test_a_reader_of_a_spool_made_again_at_the_path_is_woken_while_the_old_one_is_open(spool: Path) -> None:
+    with Peer(spool) as peer, Peer(spool) as other:
+        peer.run("old = SpoolReader(path)\ntry: old.get(timeout=0.01)\nexcept Empty: pass")
+        shutil.rmtree(spool)
+        peer.run("new = SpoolReader(path)")
+        other.run("writer = SpoolWriter(path)")
+        peer.run("from spoolipc.directory import doorbell, session")
+        peer.run("session.EVERY = doorbell.LOOK_EVERY['items'] = 1000")  # it does not look unasked
+        start_waiting(peer, "len(new.get(timeout=500))")
+        other.run("writer.put(np.zeros(3))")
+        assert peer.answer() == 3
