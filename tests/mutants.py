@@ -77,11 +77,11 @@ crash-order | housekeeping | test_leases who_opens | reversed(active(words)): ==
 gc-order | table | test_gc redelivered_in_order | in reversed(active(words)) ==> in active(words)
 first | transitions | test_order before_all | words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] ==> words[W.READY_HEAD]
 # reader hangs
-lease | housekeeping | test_leases goes_to_another | 0 < ends <= now: ==> False:
-late | consumer | test_leases late_settling | 0 < words[record + W.DUE] <= time.monotonic_ns(): ==> False:
-attempt-asked | consumer | test_leases own_item | and words[record + W.ATTEMPT] == delivery.attempt ==>
+lease | housekeeping | test_directory_engine lease_ended | 0 < ends <= now: ==> False:
+late | consumer | test_directory_engine lease_ended | 0 < words[record + W.DUE] <= time.monotonic_ns(): ==> False:
+attempt-asked | consumer | test_directory_engine lease_ended | and words[record + W.ATTEMPT] == delivery.attempt ==>
 sooner | transitions | test_leases shorter_delay | not words[W.NEXT_DUE] or due < ==> not
-extended | transitions | test_leases extend_counts | DUE: due} ==> DUE: words[record + DUE]}
+extended | transitions | test_directory_engine lease_ends_which | DUE: due} ==> DUE: words[record + DUE]}
 hung-view | receiving | test_views outlive | and attempt == before ==>
 # poison item: its reader crashes every time
 poison | housekeeping | test_dead_letters poison_item | most and attempt >= most: ==> False:
@@ -105,7 +105,7 @@ number-donated | rebuild | test_preallocate loss_of | number < W.FIRST_DONATED: 
 kept | rebuild | test_fsck live_session | row[W.OWNER] in alive and row[W.SEQ] in once} ==> False}
 kept-claims | receiving | test_fsck live_session | self.kept[seq] = kept.get(seq, before) ==> pass
 kept-letters | rebuild | test_index_damage stops_no_tool | words[W.FAILED_COUNT] = len(failed) ==> pass
-kept-limits | rebuild | test_fsck contradicts_the | set_limits(words, agree(directories, Limits())) ==> pass
+kept-limits | rebuild | test_fsck contradicts_the | set_limits(words, _limits(directories, old)) ==> pass
 kept-shutdown | rebuild | test_fsck contradicts_the | words[W.SHUTDOWN] = read_shutdown(directories.root) ==> pass
 only-index | housekeeping | test_index_damage only_the | read_shutdown(session.directories.root) ==> W.DISCARDED
 # index or `spool.json` of an unknown version
@@ -173,6 +173,10 @@ failed-staged | staging | test_order_of_calls loan | fs.unlink_missing_ok(direct
 told | producer | test_errors of_many and put_many | error.seqs = tuple(seqs) ==> error.seqs = ()
 told-taken | consumer | test_errors of_many and get_many | if not got:¶                raise ==> raise
 leaked | itemfile | test_errors failing and get_large | None:¶        fs.close(self.fd) ==> None:¶        pass
+# a process short of address space
+give-way | fs | test_process_limits cannot_be_made | for let_go in give_way: ==> for let_go in ():
+# a process out of descriptors
+tracked | fs | test_process_limits 64_descriptors | return pages ==> return mmap.mmap(fd, size, flags, prot)
 # power lost at any moment
 sync-file | staging | test_power_loss zeros | fs.sync(fd) ==> pass
 sync-name | producer | test_power_loss least | fs.sync(self.session.directories.items) ==> pass
@@ -208,6 +212,8 @@ fork-lock | session | test_fork crash_of | in held: ==> in ():
 fork-session | session | test_fork of_its_own | self.is_forked = True ==> pass
 fork-opening | session | test_fork announces | no_fork: ==> contextlib.nullcontext():
 fork-ears | hearing | test_fork that_waits | _ears, _ears_lock, _deaf = None, threading.Lock(), False ==> pass
+# the interpreter ends with sessions open
+final-use | session | test_ends | or session.is_forked or is_finalizing(): ==> or session.is_forked:
 # many threads share a writer or reader
 mutex | session | test_threads | with lock.mutex: ==> with contextlib.nullcontext():
 maxsize | producer | test_limits another_took | left <= 0: ==> False:
@@ -236,11 +242,34 @@ open-to-all | layout | test_planted open_to_others | stat.S_IMODE(status.st_mode
 owner | layout | test_users TestOtherUsers | status.st_uid not in (fs.user(), 0) and not shared: ==> False:
 owner-empty | layout | test_users TestOtherUsers | fs.fstat(root).st_uid != fs.user(): ==> False:
 umask | fs | test_planted everything_made | stat.S_IMODE(status.st_mode) != mode and ==> False and
+# spool of another user that says it is shared
+shared | layout | test_users used_only_by | (as_found or asked.mode == SHARED) ==> True
+# spool shared with a group
+group | layout | test_users TestGroups | fs.fchown(fd, -1, fs.fstat(directory).st_gid) ==> pass
+setgid | layout | test_users TestGroups | mode |= stat.S_ISGID ==> pass
+# root looks after
+as-owner | fs | test_users TestRoot | status is None or user() or ==> True or
+# modes and group of a spool changed
+remedied | layout | test_users orchestrator | chmod -R {whom}= ==> chmod {whom}=
 # network file system
 network | layout | test_planted network | kind in NETWORK: ==> False:
 # spool deleted while in use
-gone-part | session | test_deleted a_part | not fs.fstat(fd).st_nlink: ==> False:
 gone-asleep | housekeeping | test_deleted a_part | session.step(session.see_itself) ==> pass
+# a run that ended badly is started again
+in-use | reset | test_reset fresh | if role not in allowed: ==> if False:
+in-use-items | reset | test_directory_engine producer_is_refused | == W.IN_FLIGHT and ==> == W.NOTHING and
+# a limit is changed while the spool is in use
+limits-said | transitions | test_directory_engine are_changed | 0, limit_stores(limits), ==> 0, limit_stores(Limits()),
+# a directory of the spool removed
+gone-part | session | test_taken_away part | place.check() ==> pass
+# `spool.json` removed
+gone-limits | rebuild | test_taken_away spool_json | set_limits(words, _limits(directories, old)) ==> pass
+# a session's file in `alive/` removed
+gone-file | session | test_taken_away makes_its_file | not fs.fstat(own).st_nlink: ==> False:
+# a cleaner of old files
+cleaned | layout | test_taken_away cleaner | fs.lock_shared(root) ==> pass
+# spool in the lower layer of an overlay
+overlaid | receiving | test_overlay | tail[0] != words[record + W.PUT_TIME] and ==> False and
 # a million leftovers
 batches | fs | test_gc thousand | islice(entries, size)] ==> entries]
 progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass

@@ -23,7 +23,7 @@ from spoolipc import SpoolReader
 WRITES = ("save", "write", "pwrite")
 LOOKS = frozenset(
     "close stat_at fstat statvfs read pread seek sync list_names scan map_file lock lock_shared unlock nearest"
-    " read_text poll sleep yield_core watch_open watch_add".split()
+    " read_text poll sleep yield_core watch_open watch_add replace".split()
 )
 """The calls that change nothing that a process leaves behind; nor does an open that makes nothing."""
 
