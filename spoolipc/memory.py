@@ -81,6 +81,7 @@ class _Spool:
         self.path = path
         self.process = os.getpid()
         self.changed = threading.Condition()
+        self.busy = 0  # the thread that is in a step
         self.asked: dict[str, int] = {}
         self.limits = values.DEFAULTS
         self.state: values.State = "open"
@@ -92,19 +93,25 @@ class _Spool:
 
     @contextmanager
     def step(self, session: _Session | None = None) -> Iterator[_Spool]:
-        """The spool, for a step that nobody sees half done. Raises SpoolClosed, UnsupportedOperation after a fork."""
+        """The spool, for a step that nobody sees half done. Raises SpoolClosed, UnsupportedOperation after a fork,
+        ReentrantCall amid another step of this thread."""
         if os.getpid() != self.process:  # the lock may have been forked while it was held
             raise errors.UnsupportedOperation(
                 f"{self.path} is in the memory of process {self.process}, not of this one;"
                 " between processes use a spool in a directory"
             )
+        if self.busy == threading.get_ident():
+            raise errors.ReentrantCall(f"{self.path} was called by a signal handler amid another call")
         with self.changed:
-            self.look(session)
-            yield self
+            self.busy = threading.get_ident()
+            try:
+                self.look(session)
+                yield self
+            finally:
+                self.busy = 0
 
     def look(self, session: _Session | None) -> None:
-        """See which leases have ended, what was dropped, and whether the session that asks has ended. Raises
-        SpoolClosed."""
+        """See which leases have ended, what was dropped, whether the session is open. Raises SpoolClosed."""
         self.now = time.monotonic()
         for item in [item for item in self.in_flight.values() if item.due <= self.now]:
             self.fail(item, "its lease ended")
@@ -170,14 +177,11 @@ class _Spool:
         if self.full():
             raise errors.Full(f"{self.path} is full: maxsize={self.limits.maxsize} items wait")
         if self.bytes + size > most:
-            raise errors.Full(
-                f"{self.path} is full: {self.bytes} of max_bytes={most} are taken, {size} are needed"
-            )
+            raise errors.Full(f"{self.path} is full: {self.bytes} of max_bytes={most} are taken")
 
     def append(self, item: _Item) -> int:
         """Make it the last item."""
-        self.puts += 1
-        item.seq = self.puts
+        item.seq = self.puts = self.puts + 1
         self.bytes += len(item.image)
         self.fresh.append(item)
         self.changed.notify_all()
@@ -319,7 +323,9 @@ class _Session:
             return False
         away = (*spool.in_flight.values(), *spool.requeued[:1])
         ends += [item.due for item in away if item.due > spool.now]
+        spool.busy = 0  # meanwhile others may be, a signal handler of this thread too
         spool.changed.wait(max(0.0, min(ends) - now))
+        spool.busy = threading.get_ident()
         spool.look(self)
         return True
 
@@ -503,9 +509,7 @@ def _size(layout: items.Layout, message: Message) -> int:
     """Bytes of an item. Raises TooLarge for more than the memory of the machine."""
     size = layout.end + footers.SIZE + footers.json_size(message.names, message.meta)
     if size > _MEMORY:
-        raise errors.TooLarge(
-            f"{size} bytes can never fit into the {_MEMORY} bytes of memory of this machine"
-        )
+        raise errors.TooLarge(f"{size} bytes can never fit: this machine has {_MEMORY}")
     return size
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from spoolipc import memory
 from spoolipc.engine import ConsumerOptions, ProducerOptions
-from spoolipc.errors import AlreadySettled, Empty, NotASpool, UnsupportedOperation
+from spoolipc.errors import AlreadySettled, Empty, NotASpool, ReentrantCall, UnsupportedOperation
 from spoolipc.memory import MemoryEngine
-from spoolipc.message import NOW, Ack, ArraySpec, Message
+from spoolipc.message import NOW, Ack, ArraySpec, Message, Nack, Verdict
 
 
 @pytest.fixture
@@ -58,16 +61,46 @@ def test_delivered_array_is_the_memory_lent_and_read_only(engine: MemoryEngine) 
     assert array.tolist() == [7, 7, 7]
 
 
-def test_item_dropped_unsettled_is_redelivered_by_the_next_call_of_its_reader(engine: MemoryEngine) -> None:
+@pytest.mark.filterwarnings("ignore:.*dropped unsettled:ResourceWarning")
+def test_call_amid_another_of_the_same_thread_is_done_or_refused(engine: MemoryEngine) -> None:
+    """As a signal handler makes it, between any two lines of the engine."""
     producer, consumer = engine.producer(ProducerOptions()), engine.consumer(ConsumerOptions())
-    producer.put([Message((np.zeros(1),))] * 2, NOW)
-    consumer.settle(consumer.claim(1, None, NOW), Ack())
-    consumer.claim(1, None, NOW)
-    assert producer.qsize() == 0
-    with pytest.warns(ResourceWarning, match="item 2 of memory://unit was dropped unsettled"):
-        assert consumer.qsize() == 1
-    (delivery,) = consumer.claim(1, None, NOW)
-    assert (delivery.seq, delivery.attempt) == (2, 2)
+    put, taken, refused = list[int](), list[Message](), 0
+    line = lines = 0
+
+    def use(verdict: Verdict) -> None:
+        put.extend(producer.put([Message((np.zeros(1),))] * 2, NOW))
+        taken.extend(consumer.take(1, NOW))
+        deliveries = consumer.claim(1, None, NOW)
+        loaded = consumer.load(deliveries[0])
+        consumer.settle(deliveries, verdict)
+        if isinstance(verdict, Ack):
+            taken.append(loaded)
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines, refused
+        if not frame.f_code.co_filename.endswith("/memory.py"):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                sys.settrace(None)
+                try:
+                    use(Nack(0, ""))
+                except ReentrantCall:
+                    refused += 1
+        return trace
+
+    before = sys.gettrace()
+    while lines == line or not line:
+        line, lines = line + 1, 0
+        sys.settrace(trace)
+        try:
+            use(Ack())
+        finally:
+            sys.settrace(before)
+    assert 20 < refused < line
+    assert consumer.qsize() == len(put) - len(taken)
 
 
 def test_stat_tells_the_age_of_the_next_item_and_no_files(engine: MemoryEngine) -> None:
