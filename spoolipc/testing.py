@@ -240,6 +240,14 @@ class SharedSuite(Suite):
         assert [(each.seq, each.attempt) for each in again] == list(zip(seqs, (2, 2, 1), strict=True))
         assert number_of(view) == 0
 
+    def test_item_that_is_dropped_unsettled_is_redelivered_by_the_next_call(self) -> None:
+        self.put(0)
+        self.consumer.claim(1, None, NOW)
+        with pytest.warns(ResourceWarning, match="item 1 .* was dropped unsettled"):
+            assert self.consumer.qsize() == 1
+        again = self.claim_other()
+        assert (again.seq, again.attempt) == (1, 2)
+
     @pytest.mark.parametrize("verdict", [Ack(), Nack(0.1, ""), Reject("")], ids=repr)
     def test_end_waits_for_what_others_have_in_flight_or_delayed(self, verdict: Verdict) -> None:
         self.put(0)
