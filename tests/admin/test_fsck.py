@@ -378,7 +378,7 @@ def test_a_rebuild_keeps_attempts_and_neither_delays_nor_the_order_of_redelivery
 
 @pytest.mark.parametrize("name", ["item_bytes", "queue_count", "in_flight", "queue_head"])
 def test_a_rebuild_keeps_what_is_in_flight_at_a_live_session(path: Path, name: str) -> None:
-    with SpoolReader(path) as reader, SpoolReader(path) as other:
+    with SpoolReader(path, lease=60) as reader, SpoolReader(path) as other:
         mine = reader.receive()
         view = mine.array
         crash(path, "reader = SpoolReader(path); item = reader.receive()")
