@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import stat
@@ -42,6 +43,7 @@ from . import fs
 from .lock import exclusively
 from .table import ALL_BITS, CAPACITY, DISCARDED, DRAINING, OPEN, WORD, IndexDamaged
 
+_log = logging.getLogger("spoolipc")
 FORMAT: Final = 2
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
 FILES: Final = (
@@ -102,6 +104,7 @@ class Directories:
         self.file_mode = mode & 0o666
         self.parts: dict[str, int] = {}
         self._shared = shared
+        self.said: list[tuple[int, str, tuple[object, ...]]] = []
         fs.lock_shared(root)
         try:
             for name in PARTS:
@@ -182,6 +185,17 @@ class Directories:
         for name in lost:
             fs.replace(self._open_part(name, True), self.parts[name])
         return "items" in lost
+
+    def say(self, level: int, message: str, *values: object) -> None:
+        """Log something once the lock is let go, as a log may be slow or blocked."""
+        self.said.append((level, message, values))
+
+    def tell(self) -> None:
+        """Log what was said under the lock."""
+        with contextlib.suppress(IndexError):  # another thread told the rest
+            while self.said:
+                level, message, values = self.said.pop(0)
+                _log.log(level, message, *values)
 
     def descriptors(self) -> list[int]:
         """All descriptors held, for closing them in a forked child or at the end."""

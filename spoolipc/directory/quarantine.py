@@ -23,7 +23,6 @@ from .layout import Directories, item_name, item_number
 from .table import ATTEMPT, SEQ
 from .transitions import dead_letter
 
-_log = logging.getLogger("spoolipc")
 _NAME: Final = re.compile(r"(\d{20})\.jsonl")
 _LONGEST: Final = 1 << 20
 _LONGEST_REASON: Final = 4096
@@ -59,7 +58,9 @@ def note_failure(directories: Directories, number: int, attempt: int, who: str, 
         finally:
             fs.close(fd)
     except OSError as error:
-        _log.warning("%s: the history of item %d lacks %s (%s)", directories.path, number, line, error)
+        directories.say(
+            logging.WARNING, "%s: the history of item %d lacks %s (%s)", directories.path, number, line, error
+        )
 
 
 def read_history(directories: Directories, number: int) -> tuple[Failure, ...]:
@@ -124,12 +125,12 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
         aside = f"{seq:020d}.failed.npy"
         journal.commit(dead_letter(words, record, there=there, aside=aside))
         what = "%s: item %d is left aside as items/%s, as failed/ does not take it (%s): %s"
-        _log.error(what, directories.path, seq, aside, error.strerror, why)
+        directories.say(logging.ERROR, what, directories.path, seq, aside, error.strerror, why)
         return
     if there:
-        _log.error("%s: item %d is now in failed/: %s", directories.path, seq, why)
+        directories.say(logging.ERROR, "%s: item %d is now in failed/: %s", directories.path, seq, why)
     else:
-        _log.error("%s: item %d has no file any more", directories.path, seq)
+        directories.say(logging.ERROR, "%s: item %d has no file any more", directories.path, seq)
 
 
 def set_file_aside(directories: Directories, number: int, who: str, why: str) -> None:
@@ -137,4 +138,4 @@ def set_file_aside(directories: Directories, number: int, who: str, why: str) ->
     note_failure(directories, number, 0, who, why)
     name = item_name(number)
     fs.rename(name, name, src_dir_fd=directories.items, dst_dir_fd=directories.failed)
-    _log.error("%s: item %d is now in failed/: %s", directories.path, number, why)
+    directories.say(logging.ERROR, "%s: item %d is now in failed/: %s", directories.path, number, why)

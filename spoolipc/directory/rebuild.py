@@ -27,7 +27,6 @@ from .liveness import has_crashed
 from .quarantine import MOST_ATTEMPTS, attempts_of, failed_numbers
 from .table import Words, rows
 
-_log = logging.getLogger("spoolipc")
 _LEFTOVERS: Final = 4096  # files of free/ unlinked here; more are left to gc, in short steps
 _MOST_BYTES: Final = (
     2**44
@@ -57,7 +56,9 @@ def rebuild(directories: Directories, why: str) -> Journal:
     set_limits(words, _limits(directories, old))
     install(directories, journal)
     if known:
-        _log.warning("%s: %s; built it again with %d items", directories.path, why, len(waiting))
+        directories.say(
+            logging.WARNING, "%s: %s; built it again with %d items", directories.path, why, len(waiting)
+        )
     return journal
 
 

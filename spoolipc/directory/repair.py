@@ -25,7 +25,6 @@ from .rebuild import limits_in, old_table
 from .session import Session, administration
 from .table import IndexDamaged, rows
 
-_log = logging.getLogger("spoolipc")
 _WHO: Final = "spoolipc fsck"
 _REPLACEABLE: Final = ("index", "index.new", "spool.json.new", "shutdown")
 _REBUILT: Final = ("index", "limits", "unknown", "missing", "size")
@@ -128,11 +127,15 @@ def _is_bad_file(problem: Problem) -> bool:
 
 
 def _tried(session: Session, problem: Problem, work: Callable[..., object], *args: object) -> None:
-    _log.warning("%s: repairing %s, which %s", session.path, problem.where, problem.what)
+    session.directories.say(
+        logging.WARNING, "%s: repairing %s, which %s", session.path, problem.where, problem.what
+    )
     try:
         work(*args)
     except OSError as error:
-        _log.warning("%s: %s was not repaired: %s", session.path, problem.where, error)
+        session.directories.say(
+            logging.WARNING, "%s: %s was not repaired: %s", session.path, problem.where, error
+        )
 
 
 def _set_aside(session: Session, problem: Problem) -> None:

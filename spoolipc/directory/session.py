@@ -193,6 +193,8 @@ class Session:
         finally:
             if later:
                 catch_up(later)
+        if self.directories.said:
+            self.directories.tell()
         result, items, space = done
         if items or space:
             journal = self.journal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.damage import PARTS, crash
+from support.damage import PARTS, crash, item
 from support.peek import peek_table
 from support.peer import Peer
+from support.waits import is_locked
 
 from spoolipc import Full, NotASpool, SpoolGone, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
 
@@ -51,8 +53,8 @@ def test_a_part_that_was_removed_is_made_again_and_all_sessions_go_on(
         for _ in range(3):
             writer.put(array)
             peer.run("writer.put(reader.get(timeout=10))")
-            with reader.receive(timeout=10) as item:
-                assert np.array_equal(item.array, array)
+            with reader.receive(timeout=10) as got:
+                assert np.array_equal(got.array, array)
             peer.run(f"writer.put(np.arange({array.size}))")
             reader.receive().reject("not wanted")
         assert peek_table(spool).counts["next_seq"] == before + 9
@@ -79,13 +81,13 @@ def test_steps_without_a_rename_do_not_go_on_under_the_lock_of_a_directory_that_
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
         for number in range(4):
             writer.put(np.array([number]))
-        item = reader.receive()
+        got = reader.receive()
         shutil.rmtree(spool / "items")
         with Peer(spool) as peer:
             peer.run("writer, reader = SpoolWriter(path), SpoolReader(path)\nwriter.put(np.array([9]))")
             peer.run("item = reader.receive()")
             with pytest.raises(Exception, match=r"not in flight|is missing|settled"):
-                item.extend(5.0)
+                got.extend(5.0)
             assert reader.qsize() == 0
             peer.run("item.nack()")
             assert [int(reader.get(timeout=10)[0])] == [9]
@@ -255,3 +257,34 @@ def test_a_lease_ends_though_the_file_of_its_reader_was_removed(spool: Path) -> 
     token.unlink()
     with SpoolReader(spool) as reader:
         assert np.array_equal(reader.get(timeout=10), LARGE)
+
+
+# What is said
+
+
+def test_nothing_is_logged_under_the_lock(spool: Path) -> None:
+    """A full pipe at stderr would stop everybody."""
+    locked = list[bool]()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            locked.append(is_locked(spool))
+
+    handler, log = Handler(), logging.getLogger("spoolipc")
+    log.addHandler(handler)
+    try:
+        with SpoolWriter(spool, max_attempts=1) as writer, SpoolReader(spool) as reader:
+            for _ in range(4):
+                writer.put(LARGE)
+            reader.receive().reject("not wanted")
+            reader.receive().nack(reason="failed")
+            (spool / item(3)).write_bytes(b"damaged")
+            (spool / "index").unlink()
+            reader.get()
+            writer.put(LARGE)
+            (spool / item(5)).write_bytes(b"damaged")
+            fsck(spool, repair=True)
+    finally:
+        log.removeHandler(handler)
+    assert len(locked) >= 6
+    assert not any(locked)
