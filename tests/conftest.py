@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from spoolipc import SpoolReader, SpoolWriter
+from spoolipc.directory import fs
 
 # Whoever starts the tests in the background may have SIGINT ignored; children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -76,7 +77,8 @@ def reader(spool: Path) -> Iterator[SpoolReader]:
 def spend(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let the clock that leases, delays and housekeeping go by go on by so many seconds."""
     real, ahead = time.monotonic_ns, [0]
-    monkeypatch.setattr(time, "monotonic_ns", lambda: real() + ahead[0])
+    for module in (time, fs):
+        monkeypatch.setattr(module, "monotonic_ns", lambda: real() + ahead[0])
 
     def pass_by(seconds: float) -> None:
         ahead[0] += int(seconds * 1e9)

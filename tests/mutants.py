@@ -78,7 +78,7 @@ gc-order | table | test_gc redelivered_in_order | in reversed(active(words)) ==>
 first | transitions | test_order before_all | words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] ==> words[W.READY_HEAD]
 # reader hangs
 lease | housekeeping | test_directory_engine lease_ended | 0 < ends <= now: ==> False:
-late | consumer | test_directory_engine lease_ended | 0 < words[record + W.DUE] <= time.monotonic_ns(): ==> False:
+late | consumer | test_directory_engine lease_ended | 0 < words[record + W.DUE] <= fs.monotonic_ns(): ==> False:
 attempt-asked | consumer | test_directory_engine lease_ended | and words[record + W.ATTEMPT] == delivery.attempt ==>
 sooner | transitions | test_leases shorter_delay | not words[W.NEXT_DUE] or due < ==> not
 extended | transitions | test_directory_engine lease_ends_which | DUE: due} ==> DUE: words[record + DUE]}
@@ -198,7 +198,7 @@ ring | session | test_wakeups idle_reader | self.doorbell.ring("items", items) =
 ring-delay | session | test_wakeups reader_sleeps | or 0 < words[W.NEXT_DUE] < until_ns ==>
 ring-end | producer | test_processes shutdown_wakes | self.session.doorbell.ring_all() ==> pass
 # wall clock jumps a day either way
-clock | consumer | test_clock leases | return time.monotonic_ns() ==> return time.time_ns()
+clock | consumer | test_clock leases | return fs.monotonic_ns() ==> return time.time_ns()
 clock-age | stat | test_clock age | max(0.0, ==> max(-1e9,
 # fork amid traffic, from a thread
 fork-loan | recycling | test_loans fork_during | shared=forked) ==> shared=False)

@@ -388,7 +388,7 @@ class DirectoryConsumer(Receiver):
         if not record:
             raise self._expired(delivery.seq)
         words = self.session.journal.words
-        if 0 < words[record + W.DUE] <= time.monotonic_ns():
+        if 0 < words[record + W.DUE] <= fs.monotonic_ns():
             housekeeping.redeliver(self.session, record, "its lease ended", 0)
             raise self._expired(delivery.seq)
         return record
@@ -508,4 +508,4 @@ def _who() -> str:
 
 def _due_in(seconds: float) -> int:
     """So many seconds from now, in monotonic ns."""
-    return time.monotonic_ns() + int(min(seconds, _LONGEST) * 1e9)
+    return fs.monotonic_ns() + int(min(seconds, _LONGEST) * 1e9)

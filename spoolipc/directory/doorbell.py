@@ -130,7 +130,7 @@ class Doorbell:
         code = _CODES[kind]
         sinces = enumerate(words[W.SINCES : W.SINCES + W.MOST_WAITERS].tolist())
         asleep = sorted((since, place) for place, since in sinces if since and words[W.KINDS + place] == code)
-        fresh = time.monotonic_ns() - FRESH
+        fresh = fs.monotonic_ns() - FRESH
         for since, place in asleep:
             if count <= 0:
                 return
@@ -218,7 +218,7 @@ class Doorbell:
         waiter, words = self._own_place()
         if waiter is None or words is None:
             return False
-        words[waiter.since] = time.monotonic_ns()
+        words[waiter.since] = fs.monotonic_ns()
         # This store must reach memory before the look that follows reads: entering the scheduler is a full barrier,
         # which a plain store followed by a plain load is not.
         fs.yield_core()

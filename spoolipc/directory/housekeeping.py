@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from collections.abc import Collection
 from typing import Final
 
@@ -70,7 +69,7 @@ def is_due(housekept: int, due: int) -> bool:
 
     housekept, due: the words HOUSEKEPT and NEXT_DUE.
     """
-    now = time.monotonic_ns()
+    now = fs.monotonic_ns()
     return not now - _EVERY_NS <= housekept <= now or 0 < due <= now
 
 
@@ -88,7 +87,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     words = session.journal.words
     if not force and not is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
         return None, 0, 0
-    now = time.monotonic_ns()
+    now = fs.monotonic_ns()
     crashed = _crashed(session)
     items, space, left = _settle_round(session, crashed, now)
     words = session.journal.words

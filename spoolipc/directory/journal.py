@@ -29,7 +29,7 @@ from ..message import Limits
 from . import fs
 from . import table as W
 from .layout import Directories, agree, item_name, read_shutdown, write_shutdown
-from .liveness import process_of, token_name
+from .liveness import is_alone, process_of, token_name
 from .table import IndexDamaged, Words, known, record_in, violations
 from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, UNLINK, Stores, Transition, limit_stores
 
@@ -47,9 +47,22 @@ _MOST_VERIFIED: Final = 512  # records, so that a long backlog is not checked in
 
 @functools.cache
 def boot_words() -> tuple[int, int]:
-    """The identity of the running boot, as two words."""
-    number = int(fs.read_text(BOOT_ID).strip().replace("-", ""), 16)
+    """The identity of the running boot, as two words; zeros where it is not told. A container may have its own."""
+    try:
+        number = int(fs.read_text(BOOT_ID).strip().replace("-", ""), 16)
+    except (OSError, ValueError):
+        return 0, 0
     return number >> 64, number & W.ALL_BITS
+
+
+def is_of_this_boot(directories: Directories, words: Words) -> bool:
+    """Whether a table is of the running boot; the caller holds the lock.
+
+    One of another boot id is, where anybody has the spool open: in a container with a boot id of its own, or none. Who
+    opens a spool sees to its index before it can be seen to live.
+    """
+    boot = words[W.BOOT], words[W.BOOT + 1]
+    return (any(boot) and boot == boot_words()) or not is_alone(directories.alive, 0)
 
 
 class Journal:
@@ -59,8 +72,9 @@ class Journal:
     looks any more; the mapping goes with the last array of words.
     """
 
-    def __init__(self, directories: Directories, name: str = NAME) -> None:
+    def __init__(self, directories: Directories, name: str = NAME, *, writable: bool = True) -> None:
         """Map the index. Raises IndexDamaged, UnknownVersion, UnsafeSpool."""
+        self._writable = writable
         self._directories = directories
         self._parts = {**directories.parts, ".": directories.root}
         self._root = directories.root
@@ -68,7 +82,7 @@ class Journal:
         self._guard = b""  # the first words as they are in a whole index with no transition under way
         self.identity = object()
         try:
-            self._fd = fs.open_own(directories.root, name, os.O_RDWR)
+            self._fd = fs.open_own(directories.root, name, os.O_RDWR if writable else os.O_RDONLY)
         except FileNotFoundError:
             raise IndexDamaged("the index is missing") from None
         end = weakref.finalize(self, fs.close, self._fd)
@@ -86,7 +100,7 @@ class Journal:
             raise IndexDamaged("the index is too short, or was deleted")
         self.size = status.st_size // W.WORD * W.WORD
         self._inode = status.st_ino
-        self.map = fs.map_file(self._fd, self.size, writable=True)
+        self.map = fs.map_file(self._fd, self.size, writable=self._writable)
         self.words: Words = memoryview(self.map).cast("Q")
         if name == NEW:
             return
@@ -96,7 +110,10 @@ class Journal:
         if words[W.VERSION] != W.VERSION_VALUE:
             what = f"the index has version {words[W.VERSION]}, this release knows version {W.VERSION_VALUE}"
             raise UnknownVersion(errno.EINVAL, what, str(self._directories.path))
-        if (words[W.BOOT], words[W.BOOT + 1]) != boot_words():
+
+    def check_boot(self) -> None:
+        """Raise IndexDamaged for an index of an earlier boot; the caller holds the lock."""
+        if not is_of_this_boot(self._directories, self.words):
             raise IndexDamaged("the index is of an earlier boot")
 
     def is_whole(self) -> bool:
@@ -139,6 +156,8 @@ class Journal:
         words = self.words
         if words[W.MAGIC] != W.MAGIC_VALUE or words[W.VERSION] != W.VERSION_VALUE:
             raise IndexDamaged("the index was overwritten")
+        if not self._known:
+            self.check_boot()
         if words[W.CAPACITY] * W.WORD > self.size:
             if words[W.CAPACITY] * W.WORD > size:
                 raise IndexDamaged("the index is shorter than it says")
@@ -305,6 +324,7 @@ def create(directories: Directories, records: int) -> Journal:
     finally:
         fs.close(fd)
     journal = Journal(directories, NEW)
+    journal._known = True
     words = journal.words
     words[W.VERSION] = W.VERSION_VALUE
     words[W.BOOT], words[W.BOOT + 1] = boot_words()

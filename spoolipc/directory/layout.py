@@ -339,7 +339,11 @@ def open_root(place: Path) -> int:
     try:
         return fs.open_place(place)
     except FileNotFoundError:
-        raise NotASpool(errno.ENOENT, "there is no spool here", str(place)) from None
+        is_tilde = any(part.startswith("~") for part in place.parts)
+        what = (
+            "there is no spool here" + "; '~' was not expanded: os.path.expanduser(path) does that" * is_tilde
+        )
+        raise NotASpool(errno.ENOENT, what, str(place)) from None
     except NotADirectoryError:
         link = stat.S_ISLNK(fs.stat_at(place).st_mode)
         what = "is a symbolic link; give the directory itself" if link else "is not a directory"

@@ -84,7 +84,7 @@ def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
 
 
 def is_alone(alive: int, token: int) -> bool:
-    """Whether no session but that of `token` is alive; the caller holds the index lock."""
+    """Whether no session but that of `token`, 0 for none, is alive; the caller holds the index lock."""
     others = {token_of(name) for name in fs.list_names(alive)} - {0, token}
     return all(has_crashed(alive, other) for other in others)
 

@@ -21,7 +21,7 @@ from ..errors import NotASpool
 from ..message import Limits
 from . import fs
 from . import table as W
-from .journal import NAME, Journal, boot_words, create, install, set_limits
+from .journal import NAME, Journal, create, install, is_of_this_boot, set_limits
 from .layout import Directories, agree, item_name, item_number, read_shutdown
 from .liveness import has_crashed
 from .quarantine import MOST_ATTEMPTS, attempts_of, failed_numbers
@@ -110,7 +110,7 @@ def _last_seq(old: Words | None) -> int:
 
 def _still_in_flight(directories: Directories, old: Words | None, there: set[int]) -> dict[int, list[int]]:
     """The rows of the items that live sessions have in flight, by number."""
-    if old is None or (old[W.BOOT], old[W.BOOT + 1]) != boot_words():
+    if old is None or not is_of_this_boot(directories, old):
         return {}
     records = rows(old)
     mine = (records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.OWNER] > 0)

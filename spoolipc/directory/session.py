@@ -327,10 +327,11 @@ class Session:
             event = now + EVERY
             words = self.look()
             if words[W.NEXT_DUE]:
-                event = min(event, words[W.NEXT_DUE] / 1e9)
+                event = min(event, now + (words[W.NEXT_DUE] - fs.monotonic_ns()) / 1e9)
             if until is not None:
                 event = min(event, until)
-            if self.doorbell.wait(self._glance(look, int(event * 1e9)), max(0.0, event - now)):
+            seconds = max(0.0, event - now)
+            if self.doorbell.wait(self._glance(look, fs.monotonic_ns() + int(seconds * 1e9)), seconds):
                 found = self.peek_words()
                 if found is None or look(found):
                     return True

@@ -44,7 +44,7 @@ class Visitor:
     def step(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do `work`, which only looks, under the index lock. Raises LockTimeout, naming the holder."""
         with self._lock.held(self.path, self._patience):
-            self._refresh()
+            self._refresh(locked=True)
             return work(*args)
 
     def look(self) -> str:
@@ -52,7 +52,7 @@ class Visitor:
         try:
             self.step(lambda: None)
         except LockTimeout:
-            self._refresh()
+            self._refresh(locked=False)
             return self.holder()
         return ""
 
@@ -60,17 +60,17 @@ class Visitor:
         """Who took the index lock last, for messages."""
         return holder(self.directories)
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, locked: bool) -> None:
         self._forget()
         try:
-            journal = Journal(self.directories)
-            if not journal.holds_what_it_says():
-                journal.close()
+            self.journal = Journal(self.directories, writable=False)
+            if not self.journal.holds_what_it_says():
                 raise IndexDamaged("the index is shorter than it says")
+            if locked:
+                self.journal.check_boot()
         except IndexDamaged as damage:
+            self._forget()
             self.damage = str(damage)
-        else:
-            self.journal = journal
 
     def snapshot(self) -> Words | None:
         """A copy of the words, up to the last record used or about to be, as they will be when a transition that its

@@ -22,7 +22,7 @@ import pytest
 from support.faults import Event, Injector
 
 from spoolipc import Empty, SpoolReader, SpoolWriter, failed_list, fsck, gc
-from spoolipc.directory import fs, journal, rebuild
+from spoolipc.directory import fs, journal
 
 Mode = Literal["least", "zeros", "most", "some"]
 Names = dict[str, int]
@@ -272,7 +272,6 @@ def test_what_a_synced_put_returned_is_whole_after_power_loss_at_any_moment(
     rng = random.Random(20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "boot_words", lambda: (1, 2))
-        patch.setattr(rebuild, "boot_words", lambda: (1, 2))
         patch.setattr(fs, "sync", lambda _: None)  # these trees need not last
         before: tuple[object, ...] = ()
         for state in recorder.states:

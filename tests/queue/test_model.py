@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,7 @@ from spoolipc import (
     SpoolWriter,
     TooLarge,
 )
+from spoolipc.directory import fs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # of threads, from Python 3.12
@@ -95,7 +95,7 @@ class SpoolMachine(RuleBasedStateMachine):
         self.place = Path(tempfile.mkdtemp(prefix="spoolipc-model-", dir=MEMORY))
         self.path = self.place / "spool"
         self.model = Model()
-        self.clock = mock.patch.object(time, "monotonic_ns", self.now)
+        self.clock = mock.patch.object(fs, "monotonic_ns", self.now)
         self.clock.start()
         self.writers: list[SpoolWriter] = []
         self.readers: list[Reader] = []

@@ -26,11 +26,11 @@ for line in sys.stdin:
 
 
 class Peer:
-    """A process of its own that knows `path`, numpy as `np` and everything spoolipc exports."""
+    """A process of its own that knows `path`, numpy as `np` and everything spoolipc exports. prefix: starts it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *prefix: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _LOOP, str(path)],
+            [*prefix, sys.executable, "-W", "error", "-c", _LOOP, str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
