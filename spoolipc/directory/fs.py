@@ -333,9 +333,9 @@ def make_own(directory: int, name: str, mode: int = 0o600) -> int:
     return open_own(directory, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
 
 
-def read_own(directory: int, name: str, most: int, *, linked: bool = False) -> bytes:
+def read_own(directory: int, name: str, most: int) -> bytes:
     """Up to `most` bytes of a file of the spool's own. Raises UnsafeSpool, FileNotFoundError, OSError."""
-    fd = open_own(directory, name, os.O_RDONLY, linked=linked)
+    fd = open_own(directory, name, os.O_RDONLY, linked=True)
     try:
         found: list[bytes] = []
         while most and (more := read(fd, min(most, _AT_ONCE))):

@@ -82,7 +82,9 @@ class Journal:
         self._guard = b""  # the first words as they are in a whole index with no transition under way
         self.identity = object()
         try:
-            self._fd = fs.open_own(directories.root, name, os.O_RDWR if writable else os.O_RDONLY)
+            self._fd = fs.open_own(
+                directories.root, name, os.O_RDWR if writable else os.O_RDONLY, linked=True
+            )
         except FileNotFoundError:
             raise IndexDamaged("the index is missing") from None
         end = weakref.finalize(self, fs.close, self._fd)
@@ -96,8 +98,10 @@ class Journal:
 
     def _map(self, name: str) -> None:
         status = fs.fstat(self._fd)
-        if status.st_nlink != 1 or status.st_size < W.HEADER * W.WORD:
-            raise IndexDamaged("the index is too short, or was deleted")
+        if not status.st_nlink or (status.st_nlink > 1 and self._writable):
+            raise IndexDamaged("the index was deleted, or is linked from elsewhere")
+        if status.st_size < W.HEADER * W.WORD:
+            raise IndexDamaged("the index is too short")
         self.size = status.st_size // W.WORD * W.WORD
         self._inode = status.st_ino
         self.map = fs.map_file(self._fd, self.size, writable=self._writable)
@@ -147,7 +151,7 @@ class Journal:
         """
         status = fs.fstat(self._fd)
         if status[3] != 1 or status[6] < self.size:
-            raise IndexDamaged("the index was deleted or truncated")
+            raise IndexDamaged("the index was deleted, linked or truncated")
         if self.map[: W.GUARD] != self._guard:
             self._check(status[6])
         self.words[W.HOLDER] = token
@@ -337,5 +341,22 @@ def create(directories: Directories, records: int) -> Journal:
 
 def install(directories: Directories, journal: Journal) -> None:
     """Put a new index in the place of the old: the magic number, then the rename that makes it the spool's."""
+    _retire(directories)
     journal.words[W.MAGIC] = W.MAGIC_VALUE
     fs.rename(NEW, NAME, src_dir_fd=directories.root, dst_dir_fd=directories.root)
+
+
+def _retire(directories: Directories) -> None:
+    """Take the magic number from an old index that a backup by hard links has too: who maps it would not see by its
+    count of links that it is the spool's no more."""
+    with contextlib.suppress(OSError):  # missing, or something planted, which nobody maps
+        fd = fs.open_own(directories.root, NAME, os.O_RDWR, linked=True)
+        try:
+            at = W.MAGIC * W.WORD
+            if (
+                fs.fstat(fd).st_nlink > 1
+                and int.from_bytes(fs.pread(fd, W.WORD, at), "little") == W.MAGIC_VALUE
+            ):
+                fs.pwrite(fd, bytes(W.WORD), at)
+        finally:
+            fs.close(fd)

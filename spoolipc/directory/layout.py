@@ -353,7 +353,7 @@ def open_root(place: Path) -> int:
 def read_limits(place: Path, root: int) -> Limits | None:
     """The limits in spool.json, None where there is none. Raises NotASpool, UnsafeSpool, UnknownVersion."""
     try:
-        text = fs.read_own(root, "spool.json", _LONGEST_JSON, linked=True)
+        text = fs.read_own(root, "spool.json", _LONGEST_JSON)
     except FileNotFoundError:
         return None
     try:

@@ -21,6 +21,7 @@ from spoolipc import (
     Empty,
     LimitMismatch,
     NotASpool,
+    ShutDown,
     SpoolError,
     SpoolReader,
     SpoolWriter,
@@ -134,13 +135,23 @@ def test_what_is_planted_at_an_items_name_costs_that_item_only(
 def test_what_is_planted_at_a_name_of_the_spools_own_is_refused(
     path: Path, victim: Path, elsewhere: Path, name: str, kind: str
 ) -> None:
-    if kind == "directory" and name in PARTS:
-        return  # that is what stands there
+    if (kind == "directory" and name in PARTS) or (kind, name) == ("hard link", "index"):
+        return  # that is what stands there, or is replaced
     plant(path, name, kind, elsewhere if name in PARTS and "symlink" in kind else victim)
     refused(path, SpoolError, str(path))
     before = picture(path)
     fsck(path)
     assert picture(path) == before
+
+
+def test_a_hard_link_planted_at_the_index_is_replaced_and_not_written_through(
+    path: Path, victim: Path
+) -> None:
+    plant(path, "index", "hard link", victim)
+    assert stat(path).index_damage
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        writer.put(np.full(LARGE, 4))
+        assert numbers(reader, 4) == [1, 2, 3, 4]
 
 
 @pytest.mark.damaged
@@ -166,6 +177,10 @@ def test_what_is_planted_at_the_shutdown_marker_is_refused(path: Path, victim: P
     with SpoolWriter(path) as writer:
         with pytest.raises(UnsafeSpool, match="shutdown"):
             writer.shutdown()
+        if kind == "hard link":  # as in a backup: it says that the spool was shut down
+            with pytest.raises(ShutDown):
+                writer.put(np.full(LARGE, 4))
+            return
         writer.put(np.full(LARGE, 4))
     (path / "index").unlink()
     with pytest.raises(UnsafeSpool, match="shutdown"):
