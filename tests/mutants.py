@@ -232,7 +232,7 @@ trimmed | pool | test_recycling backlog | max(0, pooled - most) ==> 0
 follow | fs | test_planted own and index-symlink | = os.O_NOFOLLOW | ==> =
 follow-part | fs | test_planted own and items-symlink | os.O_DIRECTORY | os.O_NOFOLLOW ==> os.O_DIRECTORY
 fifo | fs | test_planted own and json-fifo | os.O_NOFOLLOW | os.O_NONBLOCK ==> os.O_NOFOLLOW
-own-linked | fs | test_planted own and hard | (status.st_nlink > 1 and not linked): ==> False:
+own-linked | fs | test_planted history and hard | (status.st_nlink > 1 and not linked): ==> False:
 own-regular | fs | test_planted own and index | if not stat.S_ISREG(status.st_mode) or ==> if
 item-regular | itemfile | test_planted items_name | not stat.S_ISREG(status.st_mode): ==> False:
 linked-large | staging | test_recycling tampered | status[3] != 1 or status[6] != size: ==> False:

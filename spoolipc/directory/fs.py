@@ -34,8 +34,8 @@ from ..message import Array
 from .table import IndexDamaged
 
 CALLS: Final = tuple(
-    "open_at close stat_at fstat statvfs rename unlink mkdir replace fchmod fchown read pread write pwrite truncate"
-    " allocate sync list_names scan map_file seek save lock lock_shared unlock make_parents nearest read_text"
+    "open_at close stat_at fstat statvfs rename unlink mkdir replace chmod fchmod fchown read pread write pwrite"
+    " truncate allocate sync list_names scan map_file seek save lock lock_shared unlock make_parents nearest read_text"
     " poll sleep yield_core watch_open watch_add".split()
 )
 """The names that are system calls (`save` is one `np.save` and the writes that go with it)."""
@@ -60,6 +60,7 @@ statvfs = os.fstatvfs
 rename = os.rename
 unlink = os.unlink
 mkdir = os.mkdir
+chmod = os.chmod
 fchmod = os.fchmod
 fchown = os.fchown
 read = os.read
@@ -349,6 +350,13 @@ def read_own(directory: int, name: str, most: int) -> bytes:
 def open_directory(name: str | Path, directory: int | None = None) -> int:
     """A descriptor of a directory, no link followed."""
     return open_at(name, DIRECTORY, dir_fd=directory)
+
+
+def make_directory(name: str | Path, directory: int | None = None) -> None:
+    """Make a directory for its owner alone, whatever the umask."""
+    mkdir(name, 0o700, dir_fd=directory)
+    if stat_at(name, dir_fd=directory).st_mode & 0o700 != 0o700:
+        chmod(name, 0o700, dir_fd=directory)
 
 
 def exists(directory: int, name: str) -> bool:

@@ -327,7 +327,7 @@ def _merged(first: Limits, second: Limits) -> Limits:
 def _make_root(place: Path) -> None:
     try:
         fs.make_parents(place)
-        fs.mkdir(place, PRIVATE)
+        fs.make_directory(place)
     except FileExistsError:
         return
     except NotADirectoryError as error:
@@ -429,7 +429,7 @@ def _stage(root: int, limits: Limits) -> None:
 def make_part(root: int, name: str, mode: int) -> None:
     """Make a directory of the spool, where there is none."""
     with contextlib.suppress(FileExistsError):
-        fs.mkdir(name, PRIVATE, dir_fd=root)
+        fs.make_directory(name, root)
         if mode != PRIVATE:
             permit(root, name, mode)
 

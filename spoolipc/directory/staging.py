@@ -10,6 +10,7 @@ import errno
 import itertools
 import mmap
 import os
+import stat
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -72,6 +73,7 @@ class Staging:
         self.limits_bytes = False
         self.no_space: tuple[int, ...] | None = None
         self._numbers = itertools.count()
+        self._is_masked: bool | None = None  # whether new files lack bits of their mode, by the umask
 
     def most(self, need: int) -> int:
         """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
@@ -199,7 +201,9 @@ class Staging:
                     session.step(session.see_itself)
                     fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
                 try:
-                    if directories.file_mode != 0o600:
+                    if self._is_masked is None:
+                        self._is_masked = stat.S_IMODE(fs.fstat(fd).st_mode) != directories.file_mode
+                    if self._is_masked:
                         fs.fchmod(fd, directories.file_mode)
                     return name, fill(fd)
                 except BaseException:

@@ -32,6 +32,7 @@ ERRORS = {
     "rename": "EIO ENOSPC EDQUOT EACCES",
     "unlink": "EIO EACCES",
     "mkdir": "EACCES EDQUOT",
+    "chmod": "EACCES",
     "fchmod": "EACCES",
     "fchown": "EPERM",
     "read": "EIO EINTR",

@@ -139,6 +139,28 @@ class TestOtherUsers:
         as_user(OTHER_USER + 1, OTHER_USER + 1, work)
         assert os.listdir(place) == ["spool"]
 
+    @pytest.mark.parametrize("umask", [0, 0o777])
+    @pytest.mark.parametrize("mode", [0o700, 0o770])
+    def test_no_umask_keeps_a_user_from_his_own_spool(self, tmp_path: Path, umask: int, mode: int) -> None:
+        tmp_path.chmod(0o777)
+
+        def user() -> None:
+            os.umask(umask)
+            with (
+                SpoolWriter(tmp_path / "spool", mode=mode) as writer,
+                SpoolReader(tmp_path / "spool") as reader,
+            ):
+                writer.put_many([np.zeros(LARGE)] * 3)
+                reader.receive().reject("no")
+                reader.get()
+                (tmp_path / "spool" / "tmp").rmdir()
+            assert fsck(tmp_path / "spool", repair=True).clean
+            with SpoolReader(tmp_path / "spool") as reader:
+                assert len(reader.get()) == LARGE
+
+        as_user(OTHER_USER, OTHER_USER, user)
+        assert fsck(tmp_path / "spool").problems == ()
+
     def test_a_shared_spool_of_another_user_is_used_only_by_who_asks_for_it(self, shared: Path) -> None:
         def owner() -> None:
             with SpoolWriter(shared, mode=0o770) as writer:
