@@ -1,7 +1,12 @@
-# Everything a developer does here. Each target first makes .venv by itself, once per pyproject.toml.
+# Everything a developer does here. Each target first makes .venv by itself, once per pyproject.toml;
+# PYTHON=python3.12, of the path or of pyenv, makes and uses .venv-3.12 beside it.
 
 PYTHON ?= python3
-VENV := .venv
+INTERPRETER := $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null || \
+  ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$(PYTHON) 2>/dev/null | tail -n 1)
+INTERPRETER := $(or $(INTERPRETER),$(PYTHON))
+RELEASE := $(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(RELEASE))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -13,13 +18,13 @@ help:  ## say what the targets are
 install: $(STAMP)  ## make .venv and install the package in it, editable, with the development tools
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "spoolipc needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	@$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "spoolipc needs Python 3.11 or later; $(PYTHON) is $$($(INTERPRETER) --version 2>&1)." >&2; \
 	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	@test -x $(BIN)/python || $(INTERPRETER) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make a virtual environment: it lacks venv or ensurepip." >&2; \
 	  echo "On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(INTERPRETER) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -66,6 +71,6 @@ docs: $(STAMP)  ## write docs/reference.md from the docstrings; a test fails whe
 
 clean:  ## remove what building and testing left; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 all: format docs lint test  ## what to run before a commit

@@ -14,7 +14,7 @@ TOP = """
     benchmarks docs examples pyproject.toml spoolipc tests
 """.split()
 MADE = re.compile(
-    r"(^|/)(build|dist|__pycache__|\.venv|\.\w+_cache|\.hypothesis|[^/]*\.egg-info)/"
+    r"(^|/)(build|dist|__pycache__|\.venv[^/]*|\.\w+_cache|\.hypothesis|[^/]*\.egg-info)/"
     r"|\.(whl|egg|zip|tar|tgz|gz|bz2|xz|zst|deb|so|o|a|py[co]|log|prof|trace|orig|rej|bak|swp|tmp)$"
     r"|~$|(^|/)(\.DS_Store|\.coverage|nohup\.out|core)$"
 )
