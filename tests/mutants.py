@@ -241,6 +241,29 @@ linked-small | staging | test_recycling not_mapped | opened.status.st_nlink != 1
 open-to-all | layout | test_planted open_to_others | stat.S_IMODE(status.st_mode) & 0o777 & ~mode: ==> False:
 owner | layout | test_users TestOtherUsers | status.st_uid not in (fs.user(), 0) and not shared: ==> False:
 owner-empty | layout | test_users TestOtherUsers | fs.fstat(root).st_uid != fs.user(): ==> False:
+# spool of another user that says it is shared
+asked | layout | test_users who_asks | (as_found or asked.mode == SHARED) ==> True
+mode-taken | layout | test_users no_mode_but | _check_asked(limits) ==> pass
+# spool shared with a group that is nobody's primary one
+group | layout | test_users primary | mode |= stat.S_ISGID ==> pass
+together | layout | test_users together | permit(root, name, limits.mode or PRIVATE) ==> pass
+closed-item | itemfile | test_users closes and items | error.errno == errno.EACCES: ==> False:
+closed-session | liveness | test_users closes and alive | except PermissionError: ==> except ZeroDivisionError:
+# root looks after a user's spool
+as-owner | fs | test_users TestRoot | with _acting(status.st_uid, status.st_gid): ==> if True:
+# modes and group of a spool changed from outside
+remedy | layout | test_users orchestrator | "o" if mode == SHARED else "go" ==> "o"
+# containers with a boot id of their own or none
+boot-alive | journal | test_places another_boot_id | is_alone(self._directories.alive, 0): ==> True:
+boot-none | journal | test_places nobody_there | or not any(boot) ==>
+time-namespace | fs | test_places time_namespace | if offset else ==> if False else
+# read-only file system
+look-only | visitor | test_places looked_at | writable=False ==> writable=True
+# backup by hard links
+retired | journal | test_copies hard_links | fs.pwrite(fd, bytes(W.WORD), at) ==> pass
+linked-index | journal | test_copies hard_links | (status.st_nlink > 1 and self._writable) ==> False
+# strange names of spools
+mount-names | fs | test_places mount_point | "surrogateescape" ==> "strict"
 umask | fs | test_planted everything_made | stat.S_IMODE(status.st_mode) != mode and ==> False and
 # spool of another user that says it is shared
 shared | layout | test_users used_only_by | (as_found or asked.mode == SHARED) ==> True
