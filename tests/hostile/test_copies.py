@@ -84,7 +84,8 @@ def test_a_copy_of_a_spool_in_use_holds_whole_items_once_it_is_repaired(spool: P
         for number in range(10):
             copy = tmp_path / f"copy{number}"
             subprocess.run(["cp", "-a", spool, copy], check=False, stderr=subprocess.DEVNULL)
-            assert fsck(copy, repair=True).clean
+            left = {problem.kind for problem in fsck(copy, repair=True).problems if not problem.repaired}
+            assert left <= {"orphan"}  # a file in free/, which costs space only
             with SpoolReader(copy) as reader:
                 assert len(drained(reader)) >= 10
             shutil.rmtree(copy)

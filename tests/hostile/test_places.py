@@ -20,6 +20,7 @@ from support.peer import Peer
 from support.users import give_away
 
 from spoolipc import (
+    LeaseExpired,
     NotASpool,
     SpoolReader,
     SpoolWriter,
@@ -128,16 +129,20 @@ class TestContainers:
                 assert int(mine.get_nowait()[0]) == 4
                 assert (stat(spool).in_flight, stat(spool).delayed) == (2, 2)
                 kept.ack()
-                other.run("item.ack(); item = SpoolReader(path, lease=0.3).receive()")
+                other.run("item.ack(); short = SpoolReader(path, lease=0.3); item = short.receive()")
                 began = time.monotonic()
-                assert int(mine.receive(timeout=20).array[0]) == 5
+                late = mine.receive(timeout=20)
+                assert int(late.array[0]) == 5
                 assert time.monotonic() - began < 10
+                late.nack()
             other.run("reader.close(); reader = SpoolReader(path, lease=3600)")
-            assert other.ask("int(reader.receive(timeout=20).array[0])") == 5
+            assert other.ask("int((last := reader.receive(timeout=20)).array[0])") == 5
             with SpoolReader(spool, lease=0.3) as short:
                 writer.put(np.full(LARGE, 6))
-                short.receive()
-                assert other.ask("int(reader.receive(timeout=20).array[0])") == 6
+                lost = short.receive()
+                assert other.ask("int((more := reader.receive(timeout=20)).array[0])") == 6
+                with pytest.raises(LeaseExpired):
+                    lost.ack()
 
     @pytest.mark.parametrize(
         "options",
