@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
 
-from ..errors import LockTimeout, SpoolError
+from ..errors import LockTimeout, ReentrantCall, SpoolError
 from ..message import Limits
 from . import fs
 from . import table as W
@@ -51,7 +51,7 @@ class Visitor:
         """Look at the index, without the lock if need be; returns who held it too long, "" as a rule."""
         try:
             self.step(lambda: None)
-        except LockTimeout:
+        except (LockTimeout, ReentrantCall):
             self._refresh(locked=False)
             return self.holder()
         return ""

@@ -6,18 +6,21 @@ Nothing waits for itself, nobody else's lock times out, and what was interrupted
 from __future__ import annotations
 
 import gc
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.account import check_spool
-from support.faults import Injector, at, forked
+from support.faults import Injector, at, forked, interrupted_at
 from support.waits import is_locked
 
+import spoolipc
 from spoolipc import (
     AlreadySettled,
     Empty,
@@ -30,6 +33,7 @@ from spoolipc import (
     stat,
 )
 
+PACKAGE = str(Path(spoolipc.__file__).parent)
 SIZE = 5000
 """Of float64: 40 KB, which is given out as a view of the file."""
 
@@ -171,6 +175,35 @@ def test_a_collection_amid_any_call_closes_what_was_abandoned(
 
     gc.disable()
     forked(lambda: amid_each_call(place, amid, collect, check, prepare))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("amid", AMID)
+def test_a_handler_wherever_a_signal_can_come_is_done_or_refused_at_once(place: Path, amid: str) -> None:
+    """It puts, gets, receives and settles."""
+
+    def handle(scene: Scene) -> None:
+        for name in ("put", "get", "receive", "ack", "stat"):
+            with suppress(ReentrantCall, *OVERTAKEN):
+                HANDLERS[name](scene)
+
+    number, places = 1, 1
+    while number <= places:
+        scene = Scene(place / str(number))
+        act = partial(handle, scene)
+        try:
+            with interrupted_at(number, PACKAGE, act) as met, suppress(*OVERTAKEN):
+                AMID[amid](scene)
+            places = met()
+            assert not is_locked(scene.path)
+            scene.close()
+        except BaseException as failure:
+            failure.add_note(f"amid {amid}, at place {number}")
+            raise
+        shutil.rmtree(scene.path)
+        number += 1
+    assert places > 50
 
 
 def test_handlers_that_put_and_get_all_the_time(place: Path) -> None:

@@ -50,7 +50,7 @@ def test_leases_delays_and_timeouts_neither_end_early_nor_never(spool: Path, jum
         for value in range(3):
             writer.put(np.full(3, value))
         begun = time.monotonic()
-        leasing.receive()
+        held = leasing.receive()
         reader.receive().nack(delay=0.5)
         extended = leasing.receive()
         jump(days * DAY)
@@ -67,6 +67,7 @@ def test_leases_delays_and_timeouts_neither_end_early_nor_never(spool: Path, jum
             reader.get(timeout=0.2)
         assert time.monotonic() - begun >= 0.2
         extended.ack()
+        assert not held.settled
 
 
 def test_sessions_of_another_time_keep_what_they_have(spool: Path, jump: Jump, days: int) -> None:

@@ -147,5 +147,6 @@ def test_attempts_are_remembered_when_the_index_is_lost(pair: Pair, spool: Path)
     (spool / "index").unlink()
     item = reader.receive(block=False)
     assert (item.array[0], item.attempt) == (0, 4)
-    assert reader.receive(block=False).attempt == 1
+    other = reader.receive(block=False)
+    assert other.attempt == 1
     assert [failure.attempt for failure in history(spool, item)] == [1, 2, 3]

@@ -232,8 +232,10 @@ def _begin(code: CodeType) -> int:
 
 
 @contextmanager
-def interrupted_at(number: int, package: str) -> Iterator[Callable[[], int]]:
-    """Raise KeyboardInterrupt at that one of the places where a signal can arrive in the package's code, 0 for none.
+def interrupted_at(
+    number: int, package: str, act: Callable[[], object] = interrupt
+) -> Iterator[Callable[[], int]]:
+    """Do `act` at that one of the places where a signal can arrive in the package's code, 0 for none.
 
     Yields how many there were so far.
     """
@@ -248,7 +250,7 @@ def interrupted_at(number: int, package: str) -> Iterator[Callable[[], int]]:
             if code.co_code[last] in _DELIVERING and _handler(code, last) == _handler(code, frame.f_lasti):
                 met += 1
                 if met == number:
-                    raise KeyboardInterrupt
+                    act()
         elif event == "return":
             previous.pop(frame, None)
         return step
