@@ -56,9 +56,7 @@ _TEMPORARY: Final = re.compile(r"([0-9a-f]{16})-\d+\.npy")
 _LONGEST_JSON: Final = 65536
 PRIVATE: Final = 0o700
 SHARED: Final = 0o770
-_DELETING: Final = (
-    0.1  # seconds after which more is gone where not only a part, but all of a spool is being removed
-)
+_DELETING: Final = 0.1  # seconds after which more is gone where all of a spool is being removed, not a part
 _MARKS: Final = {DRAINING: b"draining", DISCARDED: b"discarded"}
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
 NETWORK: Final = frozenset(
