@@ -111,7 +111,11 @@ class DirectoryProducer(Side):
                     until,
                 )
         except (SpoolError, OSError) as error:
+            self._recycler.has_strays |= isinstance(error, OSError)
             error.seqs = tuple(seqs)  # type: ignore[union-attr]
+            raise
+        except BaseException:
+            self._recycler.has_strays = True
             raise
         finally:
             for left in staged:
@@ -301,6 +305,8 @@ class DirectoryProducer(Side):
             pin = Pin(journal.identity, record, seq)
             self._recycler.pins.add(pin, staged.pages.base)
         pin.record, pin.number = record, seq
+        if staged.file is not None:
+            self._recycler.lent.discard(staged.file.number)
         if staged.status is not None and staged.buffer is not None:
             self._recycler.mappings.keep(staged.buffer, staged.status, seq, record)
 
@@ -323,9 +329,15 @@ class DirectoryProducer(Side):
         self._discard_dropped()
         message, layout = Message((), None, meta), layout_of_spec(spec)
         need = layout.end + footer.SIZE + footer.json_size(None, meta)
-        return retry(
-            lambda: self._lend(message, layout, need), lambda until: self._wait_for_room(need, until), until
-        )
+        try:
+            return retry(
+                lambda: self._lend(message, layout, need),
+                lambda until: self._wait_for_room(need, until),
+                until,
+            )
+        except BaseException:
+            self._recycler.has_strays = True
+            raise
 
     def _lend(self, message: Message, layout: Layout, need: int) -> DirectoryLoan:
         """Raises Full, ShutDown, TooLarge."""
@@ -346,6 +358,8 @@ class DirectoryProducer(Side):
         held = _Held(loan, self._dropped.append)
         held.staged = staged
         self.lent[staged.id] = held
+        if staged.file is not None:
+            self._recycler.lent.add(staged.file.number)
         return loan
 
     def _discard_dropped(self) -> None:

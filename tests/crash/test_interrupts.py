@@ -7,6 +7,7 @@ What was interrupted may have been done or not.
 from __future__ import annotations
 
 import errno
+import functools
 import shutil
 import sys
 from contextlib import suppress
@@ -21,8 +22,10 @@ from support.peek import peek_table
 from support.scenarios import Run, every_or_core
 
 import spoolipc
-from spoolipc import Empty, SpoolReader, SpoolWriter, stat
-from spoolipc.directory.recycling import Recycler, Reserved
+from spoolipc import Empty, LockTimeout, SpoolReader, SpoolWriter, stat
+from spoolipc.directory import fs
+from spoolipc.directory.lock import IndexLock
+from spoolipc.directory.recycling import Recycler
 
 PACKAGE = str(Path(spoolipc.__file__).parent)
 ANYWHERE = (
@@ -80,22 +83,41 @@ def test_interrupted_reader_leaves_nothing_in_flight(place: Path, verify: bool) 
     assert number > 3
 
 
-def test_file_that_an_interrupted_put_reserved_goes_when_its_session_does(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def without_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gets the lock."""
+    monkeypatch.setattr(fs, "lock", lambda _: False)
+    monkeypatch.setattr(IndexLock, "take", functools.partialmethod(IndexLock.take, 0))
+
+
+@pytest.mark.parametrize("how", ["interrupted", "without the lock"])
+def test_file_that_a_failed_put_reserved_is_found_by_the_next(
+    place: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    path, array = place / "spool", np.zeros(50_000)
-
-    def interrupted(recycler: Recycler, record: int) -> Reserved:
-        raise KeyboardInterrupt
-
-    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        for _ in range(9):
-            writer.put(array)
+    path, array, other = place / "spool", np.zeros(5_000), np.zeros(50_000)
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader, writer.loan(5_000) as lent:
+        for _ in range(5):
+            for _ in range(9):  # and some more files lie in the pool
+                for _ in range(9):
+                    writer.put(array)
+                for _ in range(9):
+                    reader.get()
+            lent[0] = 1
+            with monkeypatch.context() as patch:
+                if how == "interrupted":
+                    patch.setattr(Recycler, "reserved_at", interrupted)
+                else:
+                    without_lock(patch)
+                with pytest.raises((KeyboardInterrupt, LockTimeout)):
+                    writer.put(array)
+            writer.put(other)
             reader.get()
-        monkeypatch.setattr(Recycler, "reserved_at", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            writer.put_many([array] * 9)
-        assert peek_table(path).of("reserved")
+        # That which is lent, and those of the next puts
+        assert len(peek_table(path).of("reserved")) <= 1 + 2
+        lent[:] = 1
     assert not peek_table(path).of("reserved")
 
 

@@ -15,7 +15,7 @@ from support.calls import Call
 from support.peer import Peer
 
 from spoolipc import Full, LimitMismatch, ShutDown, SpoolReader, SpoolWriter, TooLarge
-from spoolipc.directory import fs
+from spoolipc.directory import doorbell, fs, session
 
 PAGE = 4096
 NAMES = ("maxsize", "max_bytes", "recycle_bytes", "max_attempts")
@@ -136,6 +136,25 @@ class TestBytes:
                 assert not waiting.done
                 reader.get_nowait()
             assert waiting.result() == 11
+
+    @pytest.mark.parametrize("maxsize", [0, 100])
+    @pytest.mark.parametrize("how", ["ack", "reject"])
+    def test_blocked_put_is_woken_when_an_item_is_settled(
+        self, spool: Path, monkeypatch: pytest.MonkeyPatch, how: str, maxsize: int
+    ) -> None:
+        monkeypatch.setitem(doorbell.LOOK_EVERY, "space", 1000.0)  # it does not look by itself
+        monkeypatch.setattr(session, "EVERY", 1000.0)
+        with SpoolWriter(spool, max_bytes=2 * PAGE, maxsize=maxsize) as writer, SpoolReader(spool) as reader:
+            writer.put(pages(2))
+            waiting = Call(writer.put, pages(2))
+            waiting.until_asleep()
+            item = reader.receive()
+            assert not waiting.done
+            if how == "ack":
+                item.ack()
+            else:
+                item.reject("unwanted")
+            assert waiting.result() == 2
 
     def test_small_item_is_put_though_a_large_one_waits_for_room(self, spool: Path) -> None:
         writer, other, reader = (

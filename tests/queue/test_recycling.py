@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.arrays import Array
 
-from spoolipc import Empty, SpoolReader, SpoolWriter, stat
+from spoolipc import Empty, Limits, SpoolReader, SpoolWriter, stat
 
 PAGE = 4096
 SIZE = 5000
@@ -59,6 +59,21 @@ def test_traffic_keeps_to_a_few_files(
 ) -> None:
     traffic(writer, reader, np.ones(size), 200)
     assert len(inodes(spool)) <= 8
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_bytes": 1 << 30}, {"maxsize": 1}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(50, SIZE), (SIZE, 3 * SIZE), (100_000, 50_000), (50, 600, 2000, SIZE)], ids=str
+)
+def test_sizes_in_turn_keep_to_a_few_files(
+    spool: Path, sizes: tuple[int, ...], limits: dict[str, int]
+) -> None:
+    with SpoolWriter(spool, limits=Limits(**limits)) as writer, SpoolReader(spool) as reader:
+        for _ in range(50):
+            for size in sizes:
+                writer.put(np.ones(size))
+                reader.get()
+        assert len(inodes(spool)) <= 4 * len(sizes)
 
 
 @pytest.mark.parametrize("when", ["waiting", "got", "received"])
