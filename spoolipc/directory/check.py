@@ -36,7 +36,7 @@ from .layout import (
     read_shutdown,
     temporary_owner,
 )
-from .quarantine import failed_numbers, history_number, read_history
+from .quarantine import failed_numbers, history_number
 from .repair import Kind, Problem, put_right, repair_all, wrong_at_top, wrong_status
 from .table import Rows, Words, files_in, owners, rows, violations
 from .visitor import Visitor
@@ -266,8 +266,6 @@ class _Look:
                     listed.append((number, status.st_size))
                     if part == "items":
                         self._item(number)
-                if part == "failed":
-                    self._reason(number)
             self._looked_at(len(names))
         table = np.array(listed, np.uint64).reshape(-1, 2)
         return table[:, 0], table[:, 1]
@@ -310,11 +308,6 @@ class _Look:
         if said:
             self._damaged.add(number)
             self._note("item", f"items/{name}", said)
-
-    def _reason(self, number: int) -> None:
-        name = item_name(number)
-        if not read_history(self.directories, number) and fs.exists(self.directories.failed, name):
-            self._note("failed", f"failed/{name}", "has no reason")
 
     def _compare(self, words: Words, part: str, listed: tuple[Rows, Rows], states: tuple[int, ...]) -> None:
         """Hold the files of a part against the records of its states."""

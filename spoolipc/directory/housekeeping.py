@@ -41,7 +41,7 @@ def redeliver(session: Session, record: int, why: str, due: int) -> tuple[bool, 
     if most and attempt >= most:
         set_aside(directories, journal, record, who, f"{why}; that was attempt {attempt} of {most}")
         return False, MEMBERS if words[W.SHUTDOWN] else 0, 1
-    note_failure(directories, words[record + W.SEQ], attempt, who, why)
+    note_failure(directories, journal, words[record + W.SEQ], attempt, who, why)
     journal.commit(transitions.requeue(words, record, due))
     return True, MEMBERS if due else 1, 0  # after a delay all who wait must know when to look
 

@@ -20,6 +20,7 @@ from ..message import Failure
 from . import fs
 from .journal import Journal
 from .layout import Directories, item_name, item_number
+from .pool import with_room
 from .table import ATTEMPT, SEQ
 from .transitions import dead_letter
 
@@ -41,22 +42,32 @@ def history_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def note_failure(directories: Directories, number: int, attempt: int, who: str, why: str) -> None:
+def note_failure(
+    directories: Directories, journal: Journal | None, number: int, attempt: int, who: str, why: str
+) -> None:
     """Add a failure to an item's history; the caller holds the index lock.
 
-    Where it cannot be written, as on a full file system, the log has it: that must keep nobody from the items.
+    Where it cannot be written, as on a full file system, the log has it: that must keep nobody from the items. journal:
+    whose pool gives way first, None while the table is not to be trusted.
     """
     line = json.dumps({"attempt": attempt, "when": time.time(), "who": who, "why": why[:_LONGEST_REASON]})
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-    try:
+
+    def append() -> None:
         fd = fs.open_own(directories.failed, history_name(number), flags, directories.file_mode)
         try:
             # A crash or a full disk may have ended the last line early: it must not spoil this one.
             end = fs.fstat(fd).st_size
             is_cut = end > 0 and fs.pread(fd, 1, end - 1) != b"\n"
-            fs.write(fd, (b"\n" if is_cut else b"") + line.encode() + b"\n")
+            fs.write_whole(fd, (b"\n" if is_cut else b"") + line.encode() + b"\n")
         finally:
             fs.close(fd)
+
+    try:
+        if journal is None:
+            append()
+        else:
+            with_room(directories, journal, append)
     except OSError as error:
         directories.say(
             logging.WARNING, "%s: the history of item %d lacks %s (%s)", directories.path, number, line, error
@@ -113,7 +124,7 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
     """
     words = journal.words
     seq = words[record + SEQ]
-    note_failure(directories, seq, words[record + ATTEMPT], who, why)
+    note_failure(directories, journal, seq, words[record + ATTEMPT], who, why)
     there = fs.exists(directories.items, item_name(seq))
     if not there:
         directories.check()
@@ -135,7 +146,7 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
 
 def set_file_aside(directories: Directories, number: int, who: str, why: str) -> None:
     """Move the file of an item that no record stands for, or whose record is to be built again, to `failed/`."""
-    note_failure(directories, number, 0, who, why)
+    note_failure(directories, None, number, 0, who, why)
     name = item_name(number)
     fs.rename(name, name, src_dir_fd=directories.items, dst_dir_fd=directories.failed)
     directories.say(logging.ERROR, "%s: item %d is now in failed/: %s", directories.path, number, why)

@@ -19,8 +19,8 @@ from ..message import Limits
 from . import fs, liveness
 from . import table as W
 from .gc import gc
-from .layout import FILES, PARTS, item_name, item_number, make_part, permit, write_limits
-from .quarantine import forget_history, note_failure, read_history, set_file_aside
+from .layout import FILES, PARTS, item_number, make_part, permit, write_limits
+from .quarantine import set_file_aside
 from .rebuild import limits_in, old_table
 from .session import Session, administration
 from .table import IndexDamaged, rows
@@ -33,7 +33,7 @@ _REBUILT: Final = ("index", "limits", "unknown", "missing", "size")
 
 Kind: TypeAlias = Literal[
     "directory", "index", "limits", "item", "unknown", "missing", "size", "orphan",
-    "mode", "owner", "link", "planted", "foreign", "failed",
+    "mode", "owner", "link", "planted", "foreign",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Problem:
     where it contradicts spool.json or the shutdown marker; "item", a damaged one; "unknown" to the table; "missing"
     though the table has it; "size", another than the table has; "orphan", of no item; "mode", open to others, and
     "owner", somebody else; "link", has another name too; "planted", not a regular file; "foreign", none of the
-    spool's names; "failed", a dead letter without a reason.
+    spool's names.
     """
 
     kind: Kind
@@ -112,8 +112,6 @@ def repair_all(place: Path, found: list[Problem]) -> None:
                 part, _, name = problem.where.partition("/")
                 directory, mode = session.directories.parts[part], session.directories.file_mode
                 _tried(session, problem, permit, directory, name, mode)
-            elif problem.kind == "failed":
-                _tried(session, problem, session.step, _explain, session, problem)
         sessions = [problem for problem in found if problem.where.startswith("alive/")]
         if aside or any(problem.kind in _REBUILT for problem in found if problem not in sessions):
             session.step(_rebuild, session, aside, [])
@@ -167,15 +165,4 @@ def _rebuild(session: Session, aside: list[Problem], done: list[bool]) -> tuple[
         for problem in aside:
             _tried(session, problem, _set_aside, session, problem)
         raise IndexDamaged("fsck found that it is not as the directories are")
-    return None, 0, 0
-
-
-def _explain(session: Session, problem: Problem) -> tuple[None, int, int]:
-    """Give a dead letter a reason. A step."""
-    directories = session.directories
-    number = item_number(problem.where.removeprefix("failed/"))
-    assert number is not None
-    if fs.exists(directories.failed, item_name(number)) and not read_history(directories, number):
-        forget_history(directories, number)  # a torn line in it would spoil the next
-        note_failure(directories, number, 0, _WHO, "unknown: its history was lost")
     return None, 0, 0

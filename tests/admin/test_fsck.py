@@ -262,15 +262,15 @@ def test_very_many_problems_of_a_kind_are_counted_and_all_repaired(
 
 
 @pytest.mark.parametrize("said", [None, b"torn{"])
-def test_a_dead_letter_without_a_reason_gets_one(path: Path, said: bytes | None) -> None:
+def test_a_dead_letter_without_a_reason_is_no_problem(path: Path, said: bytes | None) -> None:
+    """A full file system may have had no room for it."""
     history = path / "failed" / f"{2:020d}.jsonl"
     if said is None:
         history.unlink()
     else:
         history.write_bytes(said)
-    assert found(fsck(path)) == {("failed", f"failed/{item_name(2)}")}
-    repaired(path)
-    assert failed_show(path, 2).reason == "unknown: its history was lost"
+    assert fsck(path).problems == ()
+    assert failed_show(path, 2).reason == "unknown: its history is lost"
 
 
 @pytest.mark.parametrize("attempt", ["1e999", "-1", str(10**30), "[]", "NaN"])

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from support.faults import Event, Injector
 from support.mounts import tmpfs
 from support.peer import Peer
 
-from spoolipc import Empty, Full, SpoolReader, SpoolWriter, fsck, gc, stat
+from spoolipc import Empty, Full, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
 
 MIB = 1 << 20
 LITTLE = MIB  # what a spool without items may take: its table
@@ -185,6 +186,24 @@ def test_frames_through_a_small_file_system_take_no_longer_than_without_recyclin
             return time.monotonic() - began
 
     assert seconds("recycling", None) < 5 * seconds("not", 0)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_reject_evicts_for_its_reason_and_without_one_is_no_problem(disk: Path, pooled: bool) -> None:
+    path = disk / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        writer.put_many([np.zeros(1000)] * 2)
+        writer.put(np.ones(1000))
+        reader.get_many(2)
+        if not pooled:
+            writer.put_many([np.zeros(1000)] * 2)
+        with open(disk / "foreign", "wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        reader.receive().reject("unwanted")
+        assert fsck(path).problems == ()
+        (letter,) = failed_list(path)
+        assert letter.reason == ("unwanted" if pooled else "unknown: its history is lost")
 
 
 # Leaving

@@ -33,7 +33,7 @@ FLOORS: Final = {
     "transitions": "layout",
     "journal": "layout liveness transitions",
     "pool": "journal layout liveness transitions",
-    "quarantine": "journal layout transitions",
+    "quarantine": "journal layout pool transitions",
     "rebuild": "journal layout liveness quarantine",
     "hearing": "lock",
     "doorbell": "engine hearing liveness",
