@@ -329,15 +329,9 @@ class DirectoryProducer(Side):
         self._discard_dropped()
         message, layout = Message((), None, meta), layout_of_spec(spec)
         need = layout.end + footer.SIZE + footer.json_size(None, meta)
-        try:
-            return retry(
-                lambda: self._lend(message, layout, need),
-                lambda until: self._wait_for_room(need, until),
-                until,
-            )
-        except BaseException:
-            self._recycler.has_strays = True
-            raise
+        return retry(
+            lambda: self._lend(message, layout, need), lambda until: self._wait_for_room(need, until), until
+        )
 
     def _lend(self, message: Message, layout: Layout, need: int) -> DirectoryLoan:
         """Raises Full, ShutDown, TooLarge."""
@@ -470,9 +464,10 @@ class DirectoryProducer(Side):
         journal, token = self.session.journal, self.session.token
         self._recycler.release_all()
         housekeeping.end_loans(self.session, (token,))
-        # What is still reserved is being written, or is left of a put that was interrupted.
+        # What is still reserved, or in tmp/, is being written, lent, or left of a put that was interrupted.
         for record in owned(journal.words, (token,)):
             journal.commit(transitions.drop(journal.words, record))
+        self._staging.clear()
         return None, 0, 0
 
 

@@ -21,6 +21,7 @@ from ..format.item import Layout, checksum_of, layout_of, store, to_bytes
 from ..message import Message
 from . import fs
 from .itemfile import ItemFile, check_regular
+from .layout import temporary_owner
 from .liveness import token_name
 from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, keeper, rounded
 from .session import Session
@@ -247,6 +248,13 @@ class Staging:
                 fs.unlink_missing_ok(self.session.directories.tmp, staged.name)
         except SpoolClosed:
             pass
+
+    def clear(self) -> None:
+        """Remove what this session still has in `tmp/`. A step."""
+        tmp = self.session.directories.tmp
+        for name in fs.list_names(tmp):
+            if temporary_owner(name) == self.session.token:
+                fs.unlink_missing_ok(tmp, name)
 
     def map_reserved(self, staged: Staged) -> mmap.mmap | None:
         """The mapping of a consumed file to be lent, None where there is none."""

@@ -225,6 +225,16 @@ def test_the_last_session_to_leave_empties_the_pool(disk: Path, first: str) -> N
     check_spool(path)
 
 
+def test_a_writer_that_leaves_takes_along_what_it_lent(spool: Path) -> None:
+    writer = SpoolWriter(spool)
+    loan = writer.loan(5000)
+    loan.__enter__()
+    assert os.listdir(spool / "tmp")
+    writer.close()
+    assert os.listdir(spool / "tmp") == []
+    loan.discard()
+
+
 def test_of_sessions_that_leave_at_once_one_empties_the_pool(spool: Path) -> None:
     for _ in range(10):
         sessions = [SpoolWriter(spool, preallocate=(3, 1000)), *[SpoolReader(spool) for _ in range(3)]]
@@ -310,7 +320,7 @@ def test_who_crashed_looking_at_an_item_keeps_nothing(disk: Path) -> None:
 
 def test_readers_and_writers_live_through_evictions_under_their_eyes(disk: Path) -> None:
     """Two readers look at the same items, and each put evicts what the one before left."""
-    path, count = disk / "spool", 300
+    path, count = disk / "spool", 100
     read = """
 def read():
     got = 0

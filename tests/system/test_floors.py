@@ -46,7 +46,7 @@ FLOORS: Final = {
     "dead_letters": "format.footer itemfile layout quarantine session transitions visitor",
     "repair": "gc layout liveness quarantine rebuild session",
     "check": "gc itemfile layout liveness quarantine repair visitor",
-    "staging": "format.footer format.item itemfile liveness pool recycling session",
+    "staging": "format.footer format.item itemfile layout liveness pool recycling session",
     "reset": "housekeeping layout liveness session transitions",
     "producer": "engine format.footer format.item hearing housekeeping itemfile lock pool recycling reset session"
     " staging transitions",
