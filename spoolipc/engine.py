@@ -85,7 +85,7 @@ class Producer(Session, Protocol):
         """
 
     def full(self) -> bool:
-        """Whether a put would have to wait for `maxsize`."""
+        """Whether a put would have to wait for `maxsize`, or one has been waiting for space."""
 
     def shutdown(self, immediate: bool) -> None:
         """End the spool for all: no more puts; with `immediate` no more gets either."""

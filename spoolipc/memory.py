@@ -493,9 +493,9 @@ def clear(name: str) -> None:
 
 _spools: dict[str, _Spool] = {}
 _NO_FILES: Final[dict[str, Any]] = {
-    **dict.fromkeys(("free_files", "free_bytes", "pinned_files", "pinned_bytes"), 0),
+    **dict.fromkeys(("free_files", "free_bytes", "pinned_files", "pinned_bytes", "wanted_bytes"), 0),
     **{"file_system": "memory", "in_memory": True, "waiting_mode": "condition"},
-    **{"index_damage": "", "stuck_on": ""},
+    **{"index_damage": "", "stuck_on": "", "pinned_by": {}},
 }
 """What `stat` says of every spool in memory."""
 

@@ -246,7 +246,7 @@ class SpoolWriter(_Face):
         return Loan(producer.loan(_spec(shape, dtype, order), meta, deadline_of(block, timeout)))
 
     def full(self) -> bool:
-        """Whether `maxsize` items wait."""
+        """Whether `maxsize` items wait, or a put has been waiting for what the file system lacks."""
         return self._producer.full()
 
     def shutdown(self, immediate: bool = False) -> None:

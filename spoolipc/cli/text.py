@@ -110,6 +110,11 @@ def stat_text(found: SpoolStat) -> str:
         f"  open in     {live} readers and writers",
         f"  ever        {found.puts:,} put, {found.gets:,} delivered",
     ]
+    if found.wanted_bytes:
+        by = ", ".join(f"process {process} {size(held)}" for process, held in (found.pinned_by or {}).items())
+        lines.append(
+            f"  a put waits for {size(found.wanted_bytes)} that the file system lacks; pinned by {by or 'nobody'}"
+        )
     if found.index_damage:
         lines.append(
             f"  the index cannot be used ({found.index_damage}); the next reader, writer or gc repairs it"

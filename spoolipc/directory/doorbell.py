@@ -75,7 +75,7 @@ def take_place(words: Words, token: Token, kind: int, alive: int) -> int:
         places = [place for place, waiter in enumerate(W.WAITERS) if words[waiter.token] in crashed]
         free = places[0] if places else -1
     if free >= 0:
-        words[W.WAITERS[free].since] = words[W.LOOKS + free] = 0
+        words[W.WAITERS[free].since] = words[W.LOOKS + free] = words[W.WANTED + free] = 0
         words[W.WAITERS[free].kind] = kind
         words[W.WAITERS[free].token] = token
     return free

@@ -14,7 +14,7 @@ from . import fs, transitions
 from . import table as W
 from .journal import Journal
 from .layout import Directories, item_name
-from .liveness import has_crashed
+from .liveness import has_crashed, process_of
 from .table import IndexDamaged, Words, bucket, record_in
 
 T = TypeVar("T")
@@ -153,6 +153,33 @@ def largest_pooled(words: Words) -> tuple[int, int]:
             if words[head]:
                 return record_in(words, words[head], W.POOLED), head
     return 0, 0
+
+
+# Space that a put waits for
+
+
+def want(words: Words, token: int, size: int) -> None:
+    """Note for how many bytes a writer waits that the file system lacks, 0 for none any more; of one that has a place
+    among those who wait. A step."""
+    for place, waiter in enumerate(W.WAITERS):
+        if words[waiter.token] == token:
+            words[W.WANTED + place] = size
+
+
+def wanted(words: Words) -> int:
+    """The most bytes for which a put waits, as the file system lacks them; 0 as a rule. Without the lock, a hint."""
+    waits = words[W.SINCES : W.SINCES + W.MOST_WAITERS].tolist()
+    sizes = words[W.WANTED : W.WANTED + W.MOST_WAITERS].tolist()
+    return max(size for size, since in zip(sizes, waits, strict=True) if since or not size)
+
+
+def held_by(directories: Directories, words: Words) -> dict[str, int]:
+    """Bytes of files that arrays show or writers have reserved, by process. A step."""
+    found: dict[str, int] = {}
+    for token, size in W.held(words).items():
+        process = process_of(directories.alive, token)
+        found[process] = found.get(process, 0) + size
+    return found
 
 
 # Giving way

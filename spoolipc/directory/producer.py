@@ -86,8 +86,9 @@ class DirectoryProducer(Side):
 
     @operation
     def full(self) -> bool:
-        """Whether a put would have to wait for the spool's own limits."""
-        return not has_room(self.session.look(current=True), 0)
+        """Whether a put would have to wait for the spool's own limits, or one waits for what the file system lacks."""
+        words = self.session.look(current=True)
+        return not has_room(words, 0) or pool.wanted(words) > 0
 
     # Putting
 
@@ -201,16 +202,15 @@ class DirectoryProducer(Side):
                 return before != self._staging.space(words)
             return has_room(words, need) and (bool(words[W.POOL_COUNT]) or not self._recycler.lacking(need))
 
-        soon = until
-        if before is not None:
-            retry_at = time.monotonic() + RETRY_AFTER
-            soon = retry_at if until is None else min(retry_at, until)
-        if self.session.wait(look, soon, self._each_second):
+        retry_at = time.monotonic() + RETRY_AFTER
+        soon = until if before is None else min(retry_at, until or retry_at)
+        if self.session.wait(look, soon, lambda: self._each_second(need, before is not None)):
             return True
         return soon != until and (until is None or time.monotonic() < until)
 
-    def _each_second(self) -> None:
+    def _each_second(self, need: int, refused: bool) -> None:
         housekeeping.round_if_due(self.session)
+        self._staging.say_what_for(need, refused)
         if keeper.is_due():
             self._recycler.mappings.sweep(self.session.look())
 

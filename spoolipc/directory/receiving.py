@@ -7,6 +7,7 @@ opened ahead is the item, or is thrown away.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
@@ -19,7 +20,7 @@ from ..errors import BadItem, Empty, ShutDown
 from ..format.footer import Buffer
 from ..format.item import message, parse, verify
 from ..message import Deadline, Message
-from . import fs, housekeeping, transitions
+from . import fs, housekeeping, liveness, transitions
 from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile, check_regular
@@ -31,6 +32,9 @@ from .session import MEMBERS, Session, Side, operation
 from .table import Words, active, owned
 from .transitions import consume
 
+_log = logging.getLogger("spoolipc")
+PATIENCE = 3.0
+"""Seconds after which a wait on a path where nothing ever was is told."""
 _AHEAD: Final = 64  # items opened without the lock for one call
 
 
@@ -57,6 +61,7 @@ class Receiver(Side):
         self._own = 0  # items in flight here, as they were last counted
         self.recycler = Recycler(self.session, writable=False)
         self._places: list[int] = []
+        self._opened, self._told = time.monotonic(), False
         self._table: object = self.session.journal.identity
         # Of claims that outlived the table they were made in: its identity, by sequence number.
         self.kept: dict[int, object] = {}
@@ -251,6 +256,11 @@ class Receiver(Side):
         if attempt > before:
             forget_history(self.session.directories, words[record + W.SEQ])
 
+    def _has_writer(self) -> tuple[bool, int, int]:
+        alive = self.session.directories.alive
+        tokens = map(liveness.token_of, fs.list_names(alive))
+        return any(liveness.said_by(alive, token)[1] == "writer" for token in tokens if token), 0, 0
+
     @operation
     def wait_for_item(self, until: Deadline) -> bool:
         """Wait until there may be an item, or the end; false when the deadline is past."""
@@ -269,6 +279,11 @@ class Receiver(Side):
         if self.session.dropped:
             self.give_back()
         housekeeping.round_if_due(self.session)
+        if not self._told and time.monotonic() - self._opened >= PATIENCE:
+            self._told = True
+            if self.session.look()[W.NEXT_SEQ] == 1 and not self.session.step(self._has_writer):
+                what = "%s: a get waits, but nothing was ever put here and no writer has it open; is the path right?"
+                _log.warning(what, self.path)
         if self.recycler.pins.pending:
             self.session.step(self._reclaim)
         if keeper.is_due():

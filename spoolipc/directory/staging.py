@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import mmap
 import os
 import stat
@@ -19,15 +20,27 @@ from ..errors import BadItem, Full, SpoolClosed, SpoolError
 from ..format import footer
 from ..format.item import Layout, checksum_of, layout_of, store, to_bytes
 from ..message import Message
-from . import fs
+from . import fs, pool
 from .itemfile import ItemFile, check_regular
 from .layout import temporary_owner
 from .liveness import token_name
 from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, keeper, rounded
-from .session import Session
-from .table import DELIVERED_TOTAL, HAS_METADATA, NEVER_AGAIN, POOL_COUNT, Words
+from .session import EVERY, Session
+from .table import (
+    DELIVERED_TOTAL,
+    HAS_METADATA,
+    ITEM_BYTES,
+    NEVER_AGAIN,
+    NEXT_SEQ,
+    POOL_BYTES,
+    POOL_COUNT,
+    Words,
+)
 
 T = TypeVar("T")
+_log = logging.getLogger("spoolipc")
+PATIENCE = 3.0
+"""Seconds after which a wait for space is told."""
 
 
 class Staged:
@@ -73,6 +86,10 @@ class Staging:
         self.checksum = checksum
         self.limits_bytes = False
         self.no_space: tuple[int, ...] | None = None
+        # Of the wait for space under way: when it began and was last heard of, and what was said of it
+        self._since = self._waited = 0.0
+        self._next_seq = 0
+        self._wanted = self._told = False
         self._numbers = itertools.count()
         self._is_masked: bool | None = None  # whether new files lack bits of their mode, by the umask
 
@@ -83,6 +100,35 @@ class Staging:
     def space(self, words: Words) -> tuple[int, ...]:
         """What a full file system is like: another answer later is a reason to try again."""
         return words[DELIVERED_TOTAL], words[POOL_COUNT], *fs.room(self.session.directories.root)
+
+    def say_what_for(self, need: int, refused: bool) -> None:
+        """To be called each second that a put waits. After some without any put done: note for `stat` what the file
+        system lacks, and say once in the log who has it. refused: it refused what `statvfs` says it has."""
+        words, now = self.session.look(), time.monotonic()
+        if words[NEXT_SEQ] != self._next_seq or now - self._waited > 2 * EVERY:
+            self._since, self._told, self._next_seq = now, False, words[NEXT_SEQ]
+        self._waited = now
+        lacks = refused or (not words[POOL_COUNT] and self.recycler.lacking(need) > 0)
+        if now - self._since < PATIENCE or not pool.has_room(words, need) or not lacks:
+            need = 0
+        if need or self._wanted:
+            said = self.session.step(self._want, need)
+            if need and not self._told:
+                self._told = True
+                what = "%s: a put waits for %d bytes that the file system lacks: %s"
+                _log.warning(what, self.session.path, need, said)
+
+    def _want(self, need: int) -> tuple[str, int, int]:
+        session, words = self.session, self.session.journal.words
+        pool.want(words, session.token, need)
+        self._wanted = need > 0
+        status = fs.statvfs(session.directories.root)
+        held = pool.held_by(session.directories, words)
+        other = (status.f_blocks - status.f_bfree) * status.f_frsize - words[ITEM_BYTES] - words[POOL_BYTES]
+        parts = [f"{status.f_bavail * status.f_frsize} are free", f"items have {words[ITEM_BYTES]}"]
+        parts += [f"arrays shown or filled by process {process} {size}" for process, size in held.items()]
+        parts += [f"the pool {words[POOL_BYTES]}", f"other files {max(0, other - sum(held.values()))}"]
+        return ", ".join(parts), 0, 0
 
     def stage(self, message: Message) -> Staged:
         """Write a message to a file that nobody sees yet. Raises Full when the file system is full."""

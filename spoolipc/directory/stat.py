@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import LockTimeout
 from ..message import Limits, SpoolStat, State
-from . import fs, hearing, liveness
+from . import fs, hearing, liveness, pool
 from . import table as W
 from .layout import MEMORY, agree, file_system, item_number, read_shutdown
 from .table import Words, rows
@@ -32,19 +32,20 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
         damage = visitor.damage
         counts = _listed(visitor) if visitor.journal is None else _counted(visitor.journal.words)
         kind = file_system(Path(visitor.path))
-        pinned: tuple[int | None, int | None] = None, None
+        pinned: tuple[int | None, int | None, dict[str, int] | None] = None, None, None
         sessions = None
         try:
             if not stuck_on:
                 pinned = visitor.step(_pinned, visitor)
                 sessions = _live_sessions(visitor)
         except LockTimeout:
-            stuck_on, pinned, sessions = visitor.holder(), (None, None), None
+            stuck_on, pinned, sessions = visitor.holder(), (None, None, None), None
         return SpoolStat(
             path=visitor.path,
             **counts,
             pinned_files=pinned[0],
             pinned_bytes=pinned[1],
+            pinned_by=pinned[2],
             live_sessions=sessions,
             limits=agree(visitor.directories, Limits()),
             file_system=kind,
@@ -69,13 +70,14 @@ def _counted(words: Words) -> dict[str, Any]:
         "gets": words[W.DELIVERED_TOTAL],
         "free_files": words[W.POOL_COUNT],
         "free_bytes": words[W.POOL_BYTES],
+        "wanted_bytes": pool.wanted(words),
     }
 
 
 def _listed(visitor: Visitor) -> dict[str, Any]:
     """What the directories say, for a spool without an index."""
     counts = dict.fromkeys(
-        ["depth", "bytes", "failed", "delayed", "in_flight", "puts", "gets", "free_files", "free_bytes"], 0
+        "depth bytes failed delayed in_flight puts gets free_files free_bytes wanted_bytes".split(), 0
     )
     directories = visitor.directories
     for names in fs.batches(directories.items):
@@ -96,13 +98,14 @@ def _oldest_age(words: Words) -> float | None:
     return max(0.0, (time.time_ns() - min(times)) / 1e9) if times else None
 
 
-def _pinned(visitor: Visitor) -> tuple[int, int]:
-    """How many files of `free/` are pinned or reserved, and their bytes: a step."""
+def _pinned(visitor: Visitor) -> tuple[int, int, dict[str, int]]:
+    """How many files of `free/` are pinned or reserved, their bytes, and these by process: a step."""
     if visitor.journal is None:
-        return 0, 0
+        return 0, 0, {}
     records = rows(visitor.journal.words)
     pinned = np.isin(records[:, W.STATE], W.UNLISTED)
-    return int(pinned.sum()), int(records[pinned, W.BYTES].sum())
+    by = pool.held_by(visitor.directories, visitor.journal.words)
+    return int(pinned.sum()), int(records[pinned, W.BYTES].sum()), by
 
 
 def _live_sessions(visitor: Visitor) -> int:

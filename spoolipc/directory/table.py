@@ -121,6 +121,10 @@ SHARE_BYTES: Final = (
     _at()
 )  # what the pool may hold of the file system, as of late: half of what is free without it
 SHARE_FILES: Final = _at()
+WANTED: Final = _at(
+    MOST_WAITERS
+)  # by place: bytes for which that writer waits, as the file system lacks them
+WANTED_BYTES: Final = slice(WANTED * WORD, (WANTED + MOST_WAITERS) * WORD)
 assert _at.next <= HEADER
 
 # Record
@@ -248,6 +252,14 @@ def owned(words: Words, owners: Collection[int]) -> list[int]:
         if words[record + STATE] == IN_FLIGHT and words[record + OWNER] in owners
     ]
     return in_flight + _found(words, OWNER, owners, UNLISTED)
+
+
+def held(words: Words) -> dict[int, int]:
+    """Bytes of files pinned or reserved, by the token of who has them."""
+    records = rows(words)
+    records = records[np.isin(records[:, STATE], UNLISTED)]
+    owners = np.unique(records[:, OWNER])
+    return {int(owner): int(records[records[:, OWNER] == owner, BYTES].sum()) for owner in owners}
 
 
 def lent(words: Words, lenders: Collection[int]) -> list[int]:

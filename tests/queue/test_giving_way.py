@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,11 @@ from support.damage import crash
 from support.faults import Event, Injector
 from support.mounts import tmpfs
 from support.peer import Peer
+from support.waits import until
 
 from spoolipc import Empty, Full, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
+from spoolipc.cli.text import stat_text
+from spoolipc.directory import receiving, staging
 
 MIB = 1 << 20
 LITTLE = MIB  # what a spool without items may take: its table
@@ -204,6 +207,48 @@ def test_a_reject_evicts_for_its_reason_and_without_one_is_no_problem(disk: Path
         assert fsck(path).problems == ()
         (letter,) = failed_list(path)
         assert letter.reason == ("unwanted" if pooled else "unknown: its history is lost")
+
+
+# Waiting
+
+
+def test_a_put_that_waits_says_once_for_what_and_who_holds_it(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(staging, "PATIENCE", 0.0)
+    path = disk / "spool"
+    with Peer(path) as peer, SpoolWriter(path) as writer:
+        peer.run("reader = SpoolReader(path)")
+        writer.put_many([frame(20)] * 3)
+        peer.run("kept = reader.get_many(3)")
+        assert not writer.full()
+        putting = Call(writer.put, frame(20))
+        until(lambda: stat(path).wanted_bytes)
+        found = stat(path)
+        assert (found.wanted_bytes, found.pinned_by) == (20 * MIB, {str(peer.pid): 60 * MIB})
+        until(writer.full)
+        assert f"pinned by process {peer.pid}" in stat_text(found)
+        peer.run("del kept\ntry: reader.get_nowait()\nexcept Empty: pass")
+        putting.result()
+        assert stat(path).wanted_bytes == 0
+        assert not writer.full()
+    said = [record.message for record in caplog.records if "lacks" in record.message]
+    assert len(said) == 1
+    assert f"arrays shown or filled by process {peer.pid} {60 * MIB}" in said[0]
+
+
+@pytest.mark.parametrize("writers", [0, 1])
+def test_a_get_that_waits_where_no_writer_was_says_so_once(
+    spool: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, writers: int
+) -> None:
+    monkeypatch.setattr(receiving, "PATIENCE", 0.0)
+    with SpoolReader(spool) as reader, ExitStack() as stack:
+        for _ in range(writers):
+            stack.enter_context(SpoolWriter(spool))
+        for _ in range(3):
+            with pytest.raises(Empty):
+                reader.get(timeout=0.01)
+    assert len([record for record in caplog.records if "is the path right" in record.message]) == 1 - writers
 
 
 # Leaving

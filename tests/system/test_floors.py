@@ -42,7 +42,7 @@ FLOORS: Final = {
     "recycling": "itemfile layout lock pool session transitions",
     "housekeeping": "layout liveness pool quarantine session transitions",
     "gc": "housekeeping journal layout liveness pool quarantine session visitor",
-    "stat": "hearing layout liveness session visitor",
+    "stat": "hearing layout liveness pool session visitor",
     "dead_letters": "format.footer itemfile layout quarantine session transitions visitor",
     "repair": "gc layout liveness quarantine rebuild session",
     "check": "gc itemfile layout liveness quarantine repair visitor",
@@ -50,8 +50,8 @@ FLOORS: Final = {
     "reset": "housekeeping layout liveness session transitions",
     "producer": "engine format.footer format.item hearing housekeeping itemfile lock pool recycling reset session"
     " staging transitions",
-    "receiving": "engine format.footer format.item hearing housekeeping itemfile journal pool quarantine recycling"
-    " session transitions",
+    "receiving": "engine format.footer format.item hearing housekeeping itemfile journal liveness pool quarantine"
+    " recycling session transitions",
     "consumer": "engine housekeeping itemfile layout lock pool quarantine receiving recycling session transitions",
     "directory": "engine consumer dead_letters producer reset stat",
     "memory": "engine format.footer format.item",
