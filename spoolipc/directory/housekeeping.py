@@ -97,7 +97,8 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
         left |= _remove_temporary(session, crashed)
     for place, waiter in enumerate(W.WAITERS):
         if words[waiter.token] in crashed:
-            words[waiter.since] = words[waiter.token] = words[W.WANTED + place] = 0
+            words[waiter.since] = words[waiter.token] = 0
+            words[W.LOOKS + place] = words[W.WANTED + place] = 0
     for token in () if left else crashed:
         fs.unlink_missing_ok(session.directories.alive, liveness.token_name(token))
     words[W.PEAK_BYTES] = pool.lower_peak(words)
