@@ -46,9 +46,7 @@ from .table import ALL_BITS, CAPACITY, DISCARDED, DRAINING, OPEN, WORD, IndexDam
 _log = logging.getLogger("spoolipc")
 FORMAT: Final = 2
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
-FILES: Final = (
-    "spool.json", "spool.json.new", "index", "index.new", "shutdown", "sources.json",
-)  # fmt: skip
+FILES: Final = ("spool.json", "spool.json.new", "index", "index.new", "shutdown", "sources.json")
 NUMBERS: Final = 2**64
 """Numbers of files are below this, as the table holds them in 64 bits."""
 _ITEM: Final = re.compile(r"(\d{20})\.npy")
