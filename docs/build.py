@@ -25,6 +25,7 @@ SECTIONS: dict[str, list[str]] = {
     "Looking after a spool": [
         "stat",
         "purge",
+        "remove",
         "set_limits",
         "gc",
         "fsck",

@@ -2,7 +2,7 @@
 
 import logging
 
-from .admin import failed_drop, failed_list, failed_retry, failed_show, purge, set_limits
+from .admin import failed_drop, failed_list, failed_retry, failed_show, purge, remove, set_limits
 from .admin import stat as stat
 from .directory.check import FsckReport, fsck
 from .directory.gc import GcReport
@@ -83,6 +83,7 @@ __all__ = [
     "failed_show",
     "fsck",
     "purge",
+    "remove",
     "set_limits",
 ]
 

@@ -68,6 +68,16 @@ def purge(path: Place) -> int:
     return connect(path).admin().purge()
 
 
+def remove(path: Place) -> None:
+    """Delete the spool at `path` with all that is in it, dead letters included, and its directory.
+
+    Crash-safe: until it is gone it is a spool that was shut down, with some of its items; another call finishes.
+    Raises SpoolInUse while anybody has it open, StorageError, having done nothing, where it holds names that are not
+    the spool's, and what SpoolReader raises.
+    """
+    connect(path).admin().remove()
+
+
 def set_limits(
     path: Place,
     *,

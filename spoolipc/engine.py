@@ -198,6 +198,10 @@ class Admin(Protocol):
     def purge(self) -> int:
         """Remove the items that wait or are delayed; returns how many. What is in flight stays."""
 
+    def remove(self) -> None:
+        """Delete the spool and all that is in it, dead letters included. Raises SpoolInUse while anybody has it
+        open."""
+
     def set_limits(self, limits: Limits) -> Limits:
         """Let the limits that are not None be in force from now on, for all; returns all limits."""
 

@@ -65,9 +65,10 @@ class _Item:
         arrays, names, meta, put_time, _ = self.message()
         each = zip(names or (None,) * len(arrays), arrays, strict=True)
         stored = tuple(values.StoredArray(name, str(a.dtype), a.shape, a.nbytes) for name, a in each)
-        size, history = len(self.image), tuple(self.history)
-        reason, when = history[-1].why, put_time / 1e9
-        return values.DeadLetter(self.seq, "", size, reason, self.attempt, history, stored, meta, when, "")
+        size, history, when = len(self.image), tuple(self.history), put_time / 1e9
+        return values.DeadLetter(
+            self.seq, "", size, history[-1].why, self.attempt, history, stored, meta, when, ""
+        )
 
 
 class _Spool:
@@ -128,9 +129,8 @@ class _Spool:
 
     def agree(self, asked: Limits) -> None:
         """Let limits be decided by who asks first. Raises LimitMismatch."""
-        given = {name: value for name, value in asdict(asked).items() if value is not None}
-        for name, value in given.items():
-            if self.asked.get(name, value) != value:
+        for name, value in asdict(asked).items():
+            if value is not None and self.asked.get(name, value) != value:
                 raise errors.LimitMismatch(
                     f"{self.path} has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there"
                 )
@@ -144,22 +144,11 @@ class _Spool:
 
     def empty(self) -> int:
         """Remove what waits; how many items."""
-        count = self.waiting()
-        self.bytes -= sum(len(item.image) for item in chain(self.requeued, self.fresh))
-        self.requeued.clear()
-        self.fresh.clear()
+        gone = [*self.requeued, *self.fresh]
+        self.bytes -= sum(len(item.image) for item in gone)
+        self.requeued, self.fresh = [], deque()
         self.changed.notify_all()
-        return count
-
-    def begin_anew(self, asked: Limits) -> None:
-        """Have no items, and the limits asked for. Raises SpoolInUse."""
-        if any(isinstance(session, Producer) for session in self.sessions):
-            raise errors.SpoolInUse(f"{self.path} is in use: it has another writer")
-        for seq in self.in_flight:
-            raise errors.SpoolInUse(f"{self.path} is in use: item {seq} is in flight")
-        self.empty()
-        self.state = "open"
-        self.change(asked)
+        return len(gone)
 
     def waiting(self) -> int:
         return len(self.requeued) + len(self.fresh)
@@ -207,7 +196,7 @@ class _Spool:
         self.changed.notify_all()
         return found
 
-    def remove(self, item: _Item) -> None:
+    def forget(self, item: _Item) -> None:
         """Let an item in flight be gone, and its bytes be free."""
         del self.in_flight[item.seq]
         self.bytes -= len(item.image)
@@ -220,11 +209,11 @@ class _Spool:
             why, last = f"{why}; that was attempt {item.attempt} of {most}", True
         item.history.append(values.Failure(item.attempt, time.time(), f"process {os.getpid()}", why))
         if last:
-            self.remove(item)
+            self.forget(item)
             self.dead[item.seq] = item
             _log.error("%s: item %d is now a dead letter: %s", self.path, item.seq, why)
         elif self.state == "discarded":
-            self.remove(item)
+            self.forget(item)
         else:
             item.due = self.now + delay
             insort(self.requeued, self.in_flight.pop(item.seq), key=lambda item: item.due)
@@ -273,6 +262,12 @@ class _Spool:
         with self.step():
             return self.empty()
 
+    def remove(self) -> None:
+        with self.step():
+            if self.sessions:
+                raise errors.SpoolInUse(f"{self.path} is in use: {len(self.sessions)} sessions have it open")
+            clear(self.path.removeprefix("memory://"))
+
     def set_limits(self, limits: Limits) -> Limits:
         with self.step():
             self.change(limits)
@@ -294,8 +289,11 @@ class _Session:
         self._spool, self.path = spool, spool.path
         self.dropped = deque[tuple[_Item, int]]()  # of deliveries that are gone: the item, and its attempt
         with spool.step():
+            if fresh and (spool.in_flight or any(isinstance(one, Producer) for one in spool.sessions)):
+                raise errors.SpoolInUse(f"{spool.path} is in use: it has another writer, or items in flight")
             if fresh:
-                spool.begin_anew(limits)
+                spool.empty()
+                spool.change(limits)
             spool.agree(limits)
             spool.state = "open" if reopen else spool.state
             spool.sessions.add(self)
@@ -404,7 +402,7 @@ class Consumer(_Session):
             found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
             spool.gets += len(found)
             for item in found:
-                spool.remove(item)
+                spool.forget(item)
             return [item.message(writable) for item in found]
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
@@ -441,7 +439,7 @@ class Consumer(_Session):
                 match verdict:
                     case values.Ack():
                         spool.gets += 1
-                        spool.remove(item)
+                        spool.forget(item)
                     case values.Nack(delay, reason):
                         spool.fail(item, reason, delay)
                     case values.Reject(reason):
@@ -472,7 +470,7 @@ class MemoryEngine:
     def producer(self, options: ProducerOptions) -> Producer:
         if options.durability != "none":
             raise ValueError(f"memory://{self._name} ends with the process: durability can only be 'none'")
-        return Producer(self._spool(), options.limits, options.reopen, options.fresh)
+        return Producer(self._spool(), options.limits, options.reopen or options.fresh, options.fresh)
 
     def consumer(self, options: ConsumerOptions) -> Consumer:
         return Consumer(self._spool(), options.limits)

@@ -661,6 +661,21 @@ class EngineSuite(SharedSuite):
         open_fresh()
         assert (self.consumer.qsize(), self.consumer.maxsize) == (0, 7)
 
+    def test_removed_spool_is_no_more_and_the_next_one_begins_anew(self) -> None:
+        self.producer = self.open_producer(maxsize=5)
+        seqs = self.put(0, 1, 2, size=LARGE)
+        self.settle(self.claim(), Reject(""))
+        self.producer.close()
+        refused(errors.SpoolInUse, self.admin.remove)
+        assert self.take() == [1, 2]
+        self.consumer.close()
+        self.admin.remove()
+        refused(errors.NotASpool, lambda: self.admin.remove(), lambda: self.admin.stat())
+        self.producer, self.consumer = self.open_producer(maxsize=6), self.open_consumer()
+        assert self.put(3) == seqs[:1]
+        assert self.take() == [3]
+        assert self.dead_letters == []
+
     # The end
 
     def test_shutdown_ends_puts_and_lets_what_waits_be_taken_until_it_is_reopened(self) -> None:

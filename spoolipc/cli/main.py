@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
-from ..admin import failed_drop, failed_list, failed_retry, purge, set_limits, stat
+from ..admin import failed_drop, failed_list, failed_retry, purge, remove, set_limits, stat
 from ..directory.check import fsck
 from ..directory.gc import Progress, gc
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
@@ -62,6 +62,15 @@ _PURGE_EXAMPLES = """\
 examples:
   %(prog)s /dev/shm/frames
   %(prog)s /dev/shm/frames && spoolipc failed drop /dev/shm/frames"""
+_RM = """\
+Delete a spool: its items, its dead letters, its directory. Refused while anybody
+has it open, and where it holds names that are not the spool's."""
+_RM_EXAMPLES = """\
+examples:
+  %(prog)s /dev/shm/frames
+  %(prog)s /dev/shm/frames && echo gone
+
+exit codes: 0 done, 1 it is in use, 2 no spool"""
 _SET = """\
 Change limits of a spool, for all who have it open and all to come; without any,
 show them. Nothing is removed: where more waits than a new maxsize, puts wait
@@ -161,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dry-run", action="store_true", help="only say what would be done")
     _command(commands, "stat", "show what is in a spool", _STAT, _STAT_EXAMPLES, _run_stat)
     _command(commands, "purge", "remove the items that wait", _PURGE, _PURGE_EXAMPLES, _run_purge)
+    _command(commands, "rm", "delete a spool", _RM, _RM_EXAMPLES, _run_rm)
     one = _command(commands, "set", "change the limits of a spool", _SET, _SET_EXAMPLES, _run_set)
     one.add_argument("limits", metavar="NAME=NUMBER", type=_limit, nargs="*", help="what they are to be")
     one = _command(
@@ -263,6 +273,12 @@ def _run_stat(options: argparse.Namespace) -> int:
 def _run_purge(options: argparse.Namespace) -> int:
     count = purge(options.path)
     _print(options, count, f"removed {text.count(count, 'item')}")
+    return DONE
+
+
+def _run_rm(options: argparse.Namespace) -> int:
+    remove(options.path)
+    _print(options, None, f"removed {options.path}")
     return DONE
 
 

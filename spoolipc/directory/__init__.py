@@ -71,7 +71,7 @@ from ..message import DeadLetter, Limits, Retried, SpoolStat
 from .consumer import DirectoryConsumer
 from .dead_letters import failed_drop, failed_list, failed_retry
 from .producer import DirectoryProducer
-from .reset import purge, set_limits
+from .reset import purge, remove, set_limits
 from .stat import stat
 
 
@@ -114,6 +114,10 @@ class DirectoryEngine:
     def purge(self) -> int:
         """Remove the items that wait or are delayed; returns how many."""
         return purge(self.path)
+
+    def remove(self) -> None:
+        """Delete the spool and all that is in it. Raises SpoolInUse."""
+        remove(self.path)
 
     def set_limits(self, limits: Limits) -> Limits:
         """Let the limits that are not None be in force; returns all limits. Raises LimitMismatch for another mode."""

@@ -64,7 +64,7 @@ def failed_drop(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> lis
     done: list[int] = []
 
     def drop(session: Session, number: int) -> None:
-        if session.step(_drop, session, number):
+        if session.step(drop_letter, session, number):
             done.append(number)
 
     _each(path, seqs, drop, lambda _: None)
@@ -151,7 +151,7 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     return seq, 1, 0
 
 
-def _drop(session: Session, number: int) -> tuple[bool, int, int]:
+def drop_letter(session: Session, number: int) -> tuple[bool, int, int]:
     """Remove a dead letter; false when it is gone already. A step."""
     journal, directories = session.journal, session.directories
     name = item_name(number)

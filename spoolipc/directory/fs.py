@@ -34,7 +34,7 @@ from ..message import Array
 from .table import IndexDamaged
 
 CALLS: Final = tuple(
-    "open_at close stat_at fstat statvfs rename unlink mkdir replace chmod fchmod fchown read pread write pwrite"
+    "open_at close stat_at fstat statvfs rename unlink mkdir rmdir replace chmod fchmod fchown read pread write pwrite"
     " truncate allocate sync list_names scan map_file seek save lock lock_shared unlock make_parents nearest read_text"
     " poll sleep yield_core watch_open watch_add".split()
 )
@@ -61,6 +61,7 @@ rename = os.rename
 unlink = os.unlink
 mkdir = os.mkdir
 chmod = os.chmod
+rmdir = os.rmdir
 fchmod = os.fchmod
 fchown = os.fchown
 read = os.read

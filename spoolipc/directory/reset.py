@@ -1,21 +1,30 @@
-"""Starting again: a spool emptied, given other limits, or begun anew.
+"""Starting again: a spool emptied, given other limits, begun anew, or removed.
 
 Items go one by one, each by the transition that discards it, some in a step: a crash leaves the rest, which wait as
-before. Limits change in one transition, whose move puts the new spool.json in the place of the old.
+before. Limits change in one transition, whose move puts the new spool.json in the place of the old. To remove a spool
+is to shut it down at once, and to unlink its names when nothing is left in it: the index, then spool.json, after which
+it is no spool, and last items/, whose lock is held meanwhile, so that whoever makes it again waits and finds it gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Container
+from functools import partial
+from pathlib import Path
 from typing import Final
 
-from ..errors import SpoolInUse
+from ..errors import NotASpool, SpoolInUse, StorageError
 from ..message import Limits
 from . import fs, housekeeping, liveness, transitions
 from . import table as W
-from .layout import stage_limits
+from .dead_letters import drop_letter
+from .gc import foreign_at_top
+from .layout import FILES, PARTS, item_number, open_root, stage_limits, temporary_owner
+from .lock import exclusively
+from .quarantine import failed_numbers, history_number
 from .session import MEMBERS, Session, administration
 from .table import active
 
@@ -33,6 +42,24 @@ def purge(path: str | os.PathLike[str]) -> int:
         while some := session.step(housekeeping.discard_some, session, below):
             removed += some
         return removed
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Delete the spool at `path` with all that is in it. Raises SpoolInUse, and what `purge` raises."""
+    place = Path(os.path.abspath(os.fspath(path)))
+    try:
+        with administration(place) as session:
+            session.step(_end, session)
+            while session.step(housekeeping.discard_if_shut_down, session):
+                pass
+            for number in failed_numbers(session.directories):
+                session.step(drop_letter, session, number)
+            session.step(_remove, session)
+    except NotASpool:
+        if not _finish_removal(place):
+            raise
+    with contextlib.suppress(OSError):  # a mount point, perhaps, or made again by now
+        fs.rmdir(place)
 
 
 def set_limits(path: str | os.PathLike[str], asked: Limits) -> Limits:
@@ -64,6 +91,76 @@ def _set_limits(session: Session, asked: Limits) -> tuple[Limits, int, int]:
     session.journal.commit(transitions.set_limits(limits))
     fs.sync(session.directories.root)
     return limits, 0, MEMBERS
+
+
+def _end(session: Session) -> tuple[None, int, int]:
+    """Shut it down at once. A step."""
+    _refuse_company(session, ())
+    _refuse_foreign(session)
+    if session.journal.words[W.SHUTDOWN] != W.DISCARDED:
+        session.journal.commit(transitions.set_shutdown(W.DISCARDED))
+    return None, 0, 0
+
+
+def _remove(session: Session) -> tuple[None, int, int]:
+    """Remove what is left of a spool in which nothing is left. A step."""
+    _refuse_company(session, ())
+    _remove_names(session.directories.root)
+    return None, 0, 0
+
+
+def _remove_names(root: int) -> None:
+    """The caller holds the lock. Without its index a spool is whole; without spool.json it is none."""
+    for name in ("index", "spool.json", *FILES):
+        fs.unlink_missing_ok(root, name)
+    for part in reversed(PARTS):
+        with contextlib.suppress(FileNotFoundError):
+            _remove_part(root, part)
+
+
+def _remove_part(root: int, part: str) -> None:
+    fd = fs.open_directory(part, root)
+    try:
+        for name in filter(partial(_is_ours, part), fs.list_names(fd)):
+            fs.unlink_missing_ok(fd, name)
+    finally:
+        fs.close(fd)
+    fs.rmdir(part, dir_fd=root)
+
+
+def _finish_removal(place: Path) -> bool:
+    """Finish a removal that ended early: where there is neither spool.json nor an index, but items/ and no name that
+    is not the spool's. Whether that was so."""
+    with contextlib.suppress(NotASpool, FileNotFoundError):
+        root = open_root(place)
+        try:
+            with exclusively(root, str(place)):
+                names = set(fs.list_names(root))
+                if names <= {*PARTS, *FILES} - {"spool.json", "index"}:
+                    _remove_names(root)
+                    return True
+        finally:
+            fs.close(root)
+    return False
+
+
+def _is_ours(part: str, name: str) -> bool:
+    """Whether a name in a part of the spool is one of its own."""
+    if part == "tmp":
+        return temporary_owner(name) != 0
+    if part == "alive":
+        return liveness.token_of(name) != 0
+    return item_number(name) is not None or (part == "failed" and history_number(name) is not None)
+
+
+def _refuse_foreign(session: Session) -> None:
+    """Raise StorageError where a directory of the spool holds what is none of its own."""
+    found = foreign_at_top(session.directories)
+    for part, fd in session.directories.parts.items():
+        found += [f"{part}/{name}" for name in fs.list_names(fd) if not _is_ours(part, name)]
+    if found:
+        what = f"holds {found[0]!r}, which is not the spool's; move it away first"
+        raise StorageError(errno.ENOTEMPTY, what, session.path)
 
 
 def _refuse_company(session: Session, allowed: Container[str]) -> None:

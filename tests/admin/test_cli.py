@@ -31,6 +31,7 @@ from spoolipc import (
     fsck,
     gc,
     purge,
+    remove,
     set_limits,
     stat,
 )
@@ -132,6 +133,17 @@ def test_purge_removes_what_waits(path: Path, run: Command) -> None:
     assert (stat(path).depth, stat(path).failed) == (0, 2)
 
 
+def test_rm_deletes_the_spool_unless_it_is_in_use(path: Path, run: Command) -> None:
+    with SpoolWriter(path):
+        said = run("rm", path)
+        assert (said.code, said.out) == (1, "")
+        assert f"process {os.getpid()} has it open as writer" in said.err
+        assert stat(path).depth == 1
+    assert run("rm", path) == (0, f"removed {path}\n", "")
+    assert not path.exists()
+    assert run("rm", path).code == 2
+
+
 def test_set_changes_limits_and_shows_them_as_they_can_be_given_again(path: Path, run: Command) -> None:
     said = run("set", path, "maxsize=7", "max_bytes=2000000000")
     assert said == (0, f"maxsize=7 max_bytes=2000000000 recycle_bytes={1 << 30} max_attempts=5\n", "")
@@ -218,6 +230,7 @@ COMMANDS = {
     "gc --dry-run": lambda path: gc(path, dry_run=True),
     "stat": stat,
     "purge": purge,
+    "rm": remove,
     "set": set_limits,
     "fsck": fsck,
     "fsck --repair": lambda path: fsck(path, repair=True),

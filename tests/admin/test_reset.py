@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.damage import crash
+from support.damage import crash, killed_at
 from support.peer import Peer
 
 from spoolipc import (
@@ -19,11 +20,14 @@ from spoolipc import (
     SpoolInUse,
     SpoolReader,
     SpoolWriter,
+    StorageError,
     purge,
+    remove,
     set_limits,
     stat,
 )
 from spoolipc.directory import DirectoryEngine, housekeeping
+from spoolipc.directory.layout import FILES, PARTS
 from spoolipc.directory.session import Session
 from spoolipc.message import Limits
 
@@ -84,6 +88,46 @@ def test_second_of_two_fresh_writers_is_refused_and_the_first_goes_on(spool: Pat
         with pytest.raises(SpoolInUse):
             SpoolWriter(spool, fresh=True, maxsize=3)
         assert (writer.qsize(), writer.maxsize) == (1, 2)
+
+
+def test_removal_killed_at_any_name_is_finished_by_the_next(tmp_path: Path) -> None:
+    for place in itertools.count(1):
+        path = tmp_path / str(place)
+        with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+            writer.put_many([np.zeros(3000)] * 3)
+            reader.receive().reject("on purpose")
+            reader.get()
+            writer.shutdown()
+        killed = killed_at(place, remove, False, path)
+        if path.exists():
+            assert sorted(set(os.listdir(path)) - {*PARTS, *FILES}) == []
+            if os.listdir(path):
+                remove(path)
+        assert not path.exists() or os.listdir(path) == []
+        if not killed:
+            assert place > 10
+            break
+
+
+def test_spool_that_holds_a_foreign_file_is_not_removed(spool: Path) -> None:
+    with SpoolWriter(spool) as writer:
+        writer.put(np.zeros(3))
+    for name in ("notes", "items/notes"):
+        (spool / name).touch(mode=0o600)
+        with pytest.raises(StorageError, match=f"'{name}', which is not the spool's"):
+            remove(spool)
+        assert (stat(spool).depth, stat(spool).state) == (1, "open")
+        (spool / name).unlink()
+    remove(spool)
+
+
+def test_directory_that_is_no_spool_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "items").mkdir()
+    (tmp_path / "mine").touch()
+    for path in (tmp_path, tmp_path / "items"):
+        with pytest.raises(NotASpool):
+            remove(path)
+    assert sorted(os.listdir(tmp_path)) == ["items", "mine"]
 
 
 def test_mismatch_of_a_limit_names_the_command_that_changes_it(spool: Path) -> None:

@@ -85,7 +85,7 @@ def killed_at(place: int, work: Callable[P, object], after: bool, *args: P.args,
     left = itertools.count(place - 1, -1)
 
     def deadly(event: Event, _: object = None) -> None:
-        if event.name in ("unlink", "rename") and not next(left):
+        if event.name in ("unlink", "rename", "rmdir") and not next(left):
             kill()
 
     def doomed() -> None:

@@ -711,6 +711,20 @@ def purge(stage: Stage) -> Iterator[None]:
     del item
 
 
+@alone
+def remove(stage: Stage) -> Iterator[None]:
+    _requeued(stage)
+    item = stage.receive(stage.readers[0], 1, attempt=2)
+    stage.settle(1, "failed", lambda: item.reject("not wanted"))
+    stage.put(stage.writers[0], "large")
+    stage.close()
+    stage.writers, stage.readers = [], []
+    yield
+    stage.log.say("try", [(SPOOL, "shut")])
+    with stage.change({SPOOL: "open", **dict.fromkeys(range(1, 5), "gone")}, partly=True):
+        spoolipc.remove(stage.path)
+
+
 @scenario
 def set_limits(stage: Stage) -> Iterator[None]:
     filled(stage)

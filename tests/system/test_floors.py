@@ -47,7 +47,7 @@ FLOORS: Final = {
     "repair": "gc layout liveness quarantine rebuild session",
     "check": "gc itemfile layout liveness quarantine repair visitor",
     "staging": "format.footer format.item itemfile layout liveness pool recycling session",
-    "reset": "housekeeping layout liveness session transitions",
+    "reset": "dead_letters gc housekeeping layout liveness lock quarantine session transitions",
     "producer": "engine format.footer format.item hearing housekeeping itemfile lock pool recycling reset session"
     " staging transitions",
     "receiving": "engine format.footer format.item hearing housekeeping itemfile journal liveness pool quarantine"
