@@ -11,11 +11,13 @@ import multiprocessing
 import os
 import platform
 import queue
+import signal
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import cycle, product
+from multiprocessing import resource_tracker
 from time import perf_counter
 from typing import Any
 
@@ -59,10 +61,14 @@ CARRIERS: dict[str, Callable[[str, int], tuple[Any, Any]]] = {  # the putting an
 
 
 def bench(directory: str | None = None, *, quick: bool = False) -> Json:
-    """Measure every carrier at every size (bytes of a float64 array), one way and round trip. Raises OSError.
+    """Measure every carrier at every size (bytes of a float64 array), one way and round trip.
+
+    Raises OSError, and ValueError for a `directory` that cannot be used.
 
     The spools are made in `directory`, /dev/shm where there is one, and removed again. quick: fewer arrays and turns.
     """
+    if directory is not None and not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
+        raise ValueError(f"{directory}: is not a directory that spools can be made in")
     place = directory or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     results: list[Json] = []
     for nbytes in SIZES:
@@ -96,7 +102,29 @@ def _pair(stack: ExitStack, name: str, path: str, nbytes: int) -> list[Any]:
     for end in there + back:
         stack.callback(getattr(end, "close", int))
     sides = (there[0], back[1], True, nbytes), (back[0], there[1], False, nbytes)
-    return [stack.enter_context(SPAWN.Pool(1, _begin, side)) for side in sides]
+    resource_tracker.ensure_running()  # which changes the mask
+    with _undisturbed():
+        return [stack.enter_context(SPAWN.Pool(1, _begin, side)) for side in sides]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A block at whose end the signals take effect that came in it. Processes started in it leave Ctrl-C, which reaches
+    all, to this one."""
+    came: list[int] = []
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in stops]
+    mask = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # not enough here, where numpy has threads
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in zip(stops, before, strict=True):
+            signal.signal(number, handler)
+        for sent in came:
+            signal.raise_signal(sent)
 
 
 def _ask(pair: list[Any], both: bool, count: int) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
-import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from typing import Any
 
 from .. import __version__
 from ..admin import failed_drop, failed_list, failed_retry, purge, remove, set_limits, stat
+from ..connect import connect
 from ..directory.check import fsck
 from ..directory.gc import Progress, gc
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
 from ..message import DeadLetter
 from . import text
 
-DONE, PROBLEM, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+DONE, PROBLEM, WRONG_USE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _SUMMARY = """\
 Look after a spool: a directory through which processes hand NumPy arrays to
 each other.
@@ -42,7 +44,10 @@ _GC_EXAMPLES = """\
 examples:
   %(prog)s /dev/shm/frames              tidy up
   %(prog)s /dev/shm/frames --dry-run    only say what would be done
-  %(prog)s /dev/shm/frames --json | jq .bytes_freed"""
+  %(prog)s /dev/shm/frames --json | jq .bytes_freed
+
+exit codes: 0 done, also where a damaged index was built again, which the report
+says; 1 it could not be done; 2 no spool"""
 _STAT = """\
 Show what is in a spool: items waiting and in flight, dead letters,
 files kept to be written again, who has it open, its limits, and how old the
@@ -133,20 +138,15 @@ _ACTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    if not logging.getLogger("spoolipc").hasHandlers():
-        logging.getLogger("spoolipc").addHandler(logging.NullHandler())  # what matters is in the report
-    command: Callable[[argparse.Namespace], int] = options.command
     try:
-        code = command(options)
-        sys.stdout.flush()
-        return code
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a name may be of any bytes
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has enough; nothing more can be written, not at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return _complain(KeyboardInterrupt("interrupted"), INTERRUPTED)
     except (NotASpool, NetworkFileSystem, UnknownVersion, NoSuchItem) as error:
         return _complain(error, WRONG_USE)
     except (SpoolError, OSError) as error:
@@ -155,8 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, WRONG_USE)
 
 
-def _complain(error: Exception, code: int) -> int:
-    print(f"spoolipc: {text.one_line(error)}", file=sys.stderr)
+def _complain(error: BaseException, code: int) -> int:
+    if sys.stderr is not None:
+        print(f"spoolipc: {text.one_line(error)}", file=sys.stderr)
     return code
 
 
@@ -194,6 +195,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _directory(text: str) -> str:
+    try:
+        shared = connect(text).crosses_processes
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not shared:
+        raise argparse.ArgumentTypeError(
+            f"{text} is in the memory of one process, which alone can look after it"
+        )
+    return text
+
+
 def _seq(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not the number of an item")
@@ -222,14 +235,23 @@ def _command(
     commands: Any, name: str, help: str, about: str, examples: str, run: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
     parser = _described(commands, name, help, about, examples)
-    parser.add_argument("path", metavar="DIR", help="the spool's directory")
+    parser.add_argument("path", metavar="DIR", type=_directory, help="the spool's directory")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(command=run)
     return parser
 
 
 def _print(options: argparse.Namespace, value: Any, text: str) -> None:
-    print(json.dumps(_plain(value), indent=2) if options.json else text)
+    if sys.stdout is None:
+        return  # it was closed: the exit code says how it went
+    try:
+        print(json.dumps(_plain(value), indent=2) if options.json else text, flush=True)
+    except OSError as error:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that nothing is written at exit either
+        if not isinstance(error, BrokenPipeError):  # then whoever read our output has enough
+            raise OSError(error.errno, f"what was done cannot be printed: {error.strerror}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -249,7 +271,8 @@ def _progress(what: str) -> Iterator[Progress]:
     """A bar of names looked at, on a terminal, from the first second on."""
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit=" names", unit_scale=True, delay=1.0, disable=None, leave=False) as bar:
+    off = True if sys.stderr is None else None
+    with tqdm(desc=what, unit=" names", unit_scale=True, delay=1.0, disable=off, leave=False) as bar:
 
         def show(done: int, total: int | None) -> None:
             bar.update(done - bar.n)
@@ -278,7 +301,7 @@ def _run_purge(options: argparse.Namespace) -> int:
 
 def _run_rm(options: argparse.Namespace) -> int:
     remove(options.path)
-    _print(options, None, f"removed {options.path}")
+    _print(options, None, f"removed {text.printable(options.path)}")
     return DONE
 
 
@@ -299,7 +322,13 @@ def _run_fsck(options: argparse.Namespace) -> int:
 def _run_bench(options: argparse.Namespace) -> int:
     from .bench import bench, table
 
-    found = bench(options.path, quick=options.quick)
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(TERMINATED)
+    )  # so that what was made is removed
+    try:
+        found = bench(options.path, quick=options.quick)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _print(options, found, table(found["results"]))
     return DONE
 

@@ -85,7 +85,7 @@ def gc_text(done: GcReport) -> str:
     if done.foreign_files:
         is_not = "is a name that is" if done.foreign_files == 1 else "are names that are"
         said.append(f"  left alone: {done.foreign_files:,} {is_not} not the spool's")
-    return "\n".join([f"{done.path}: {head}{freed}", *said])
+    return "\n".join([f"{printable(done.path)}: {head}{freed}", *said])
 
 
 def stat_text(found: SpoolStat) -> str:
@@ -99,7 +99,7 @@ def stat_text(found: SpoolStat) -> str:
     pinned_bytes = "?" if found.pinned_bytes is None else size(found.pinned_bytes)
     live = "?" if found.live_sessions is None else f"{found.live_sessions:,}"
     lines = [
-        f"{found.path}: {found.state}, on {found.file_system} ({medium}), waiting by {found.waiting_mode}",
+        f"{printable(found.path)}: {found.state}, on {found.file_system} ({medium}), waiting by {found.waiting_mode}",
         f"  waiting     {found.depth:,}{most} items{age}",
         f"  delayed     {found.delayed:,}",
         f"  in flight   {found.in_flight:,}",
@@ -135,14 +135,14 @@ def fsck_text(found: FsckReport) -> str:
     """What is wrong in a spool."""
     checked = f"{count(found.items, 'item')} checked, {size(found.bytes)}"
     if not found.problems:
-        return f"{found.path}: clean; {checked}"
+        return f"{printable(found.path)}: clean; {checked}"
     left = sum(not problem.repaired for problem in found.problems)
     repaired = len(found.problems) - left
-    head = f"{found.path}: {count(len(found.problems), 'problem')}"
+    head = f"{printable(found.path)}: {count(len(found.problems), 'problem')}"
     if repaired:
         head += f", {repaired:,} repaired, {left:,} left"
     lines = [
-        f"  {'repaired: ' if problem.repaired else ''}{problem.where} {problem.what}"
+        f"  {'repaired: ' if problem.repaired else ''}{printable(problem.where)} {printable(problem.what)}"
         for problem in found.problems
     ]
     return "\n".join([f"{head}; {checked}", *lines])
@@ -167,7 +167,7 @@ def letter_text(letter: DeadLetter) -> str:
     """All that is known of a dead letter."""
     lines = [
         f"item {letter.seq}: {printable(letter.reason)}",
-        f"  file      {letter.path} ({size(letter.bytes)})",
+        f"  file      {printable(letter.path)} ({size(letter.bytes)})",
     ]
     if letter.put_time is not None:
         lines.append(f"  put       {_moment(letter.put_time)}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.waits import until
 
 from benchmarks import __main__ as everything
 from benchmarks import compare as trees
@@ -43,6 +47,54 @@ def test_the_command_measures_all_three_both_ways(
     assert cli.main(["bench", "--quick"]) == 0
     rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [["| one way", "1,000"], ["| round trip", "1,000"]]
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def semaphores(pid: int) -> list[Path]:
+    """Files of named semaphores that a process has mapped."""
+    return [
+        Path(line.split()[-1])
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+        if "/sem." in line
+    ]
+
+
+@pytest.mark.parametrize("measuring", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_stopped_by_a_signal_leaves_nothing_and_says_one_line(
+    number: signal.Signals, measuring: bool, tmp_path: Path
+) -> None:
+    """Ctrl-C reaches the processes that it started as well, while they start and while they measure."""
+    command = [sys.executable, "-m", "spoolipc", "bench", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        # The first child is the one that looks after the semaphores.
+        until(lambda: len(children(process.pid)) > (6 if measuring else 1))
+        if measuring:
+            until(lambda: list(tmp_path.glob("*/spoolipc.*/items/*")))
+        left = semaphores(process.pid)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        out, err = process.communicate(timeout=50)
+    said = (130, "spoolipc: interrupted\n") if number == signal.SIGINT else (143, "")
+    assert (process.returncode, out, err) == (said[0], "", said[1])
+    assert [path for path in left if path.exists()] == []
+    assert not list(tmp_path.iterdir()), "it left something behind"
+
+
+def test_the_command_refuses_what_is_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "nothing", tmp_path / "file"):
+        assert cli.main(["bench", str(place)]) == 2
+        assert (
+            capsys.readouterr().err == f"spoolipc: {place}: is not a directory that spools can be made in\n"
+        )
 
 
 class FalseRing(cli_bench.Ring):

@@ -62,7 +62,7 @@ FLOORS: Final = {
     "spoolipc": "admin item queue check gc repair",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
-    "cli.main": "spoolipc admin check gc cli.bench cli.text",
+    "cli.main": "spoolipc admin check connect gc cli.bench cli.text",
     "__main__": "cli.main",
 }
 """From the ground up: a module, and which others it may import. Those of `directory/` are named without it."""
