@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.waits import until
 
 import spoolipc
+from spoolipc import NotASpool, UnsafeSpool
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -47,19 +49,63 @@ def test_what_the_tutorial_shows_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
     program = tmp_path / "tutorial.py"
     program.write_text("\n".join(blocks).replace("/dev/shm/", f"{tmp_path}/"))
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", str(program)], capture_output=True, text=True, check=False, timeout=50
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines() == [
-        "(480, 640) 0",
-        "(480, 640) 1",
-        "(480, 640) 2",
-        "nobody is watching",
-        "[0, 1, 2, 3, 4]",
-        "attempt 2 of an image of camera 3",
-        "64",
-    ]
+    for _ in range(2):
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", str(program)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=50,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines() == [
+            "(480, 640) 0",
+            "(480, 640) 1",
+            "(480, 640) 2",
+            "nobody is watching",
+            "[0, 1, 2, 3, 4]",
+            "2 images removed",
+            "attempt 2 of an image of camera 3",
+            "64",
+        ]
+
+
+def is_open(path: Path) -> bool:
+    """Whether somebody has a spool open there."""
+    try:
+        return bool(spoolipc.stat(path).live_sessions)
+    except (NotASpool, UnsafeSpool):  # none yet, or half made
+        return False
+
+
+@pytest.mark.parametrize("reader_first", [False, True])
+@pytest.mark.parametrize(
+    ("page", "spool", "said"),
+    [
+        ("README.md", "frames", [f"{number}.0" for number in range(10)]),
+        ("docs/tutorial.md", "tutorial", [f"(480, 640) {number}" for number in range(3)]),
+    ],
+    ids=["README", "tutorial"],
+)
+def test_producer_and_consumer_of_a_page_run_again_and_again_in_either_order(
+    page: str, spool: str, said: list[str], reader_first: bool, tmp_path: Path
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[:2]
+    programs = [tmp_path / name for name in ("producer.py", "consumer.py")]
+    for program, block in zip(programs, blocks, strict=True):
+        program.write_text(block.replace("/dev/shm/", f"{tmp_path}/"))
+    producer, consumer = ([sys.executable, "-W", "error", str(program)] for program in programs)
+    for run in range(3):
+        if run == 2:  # after one of which only the producer was started
+            subprocess.run(producer, check=True, timeout=50)
+        if not reader_first:
+            subprocess.run(producer, check=True, timeout=50)
+        with subprocess.Popen(consumer, stdout=subprocess.PIPE, text=True) as reading:
+            if reader_first and run < 2:
+                until(lambda: is_open(tmp_path / spool))
+                subprocess.run(producer, check=True, timeout=50)
+            out, _ = reading.communicate(timeout=50)
+        assert (reading.returncode, out.splitlines()) == (0, said)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
