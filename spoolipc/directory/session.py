@@ -27,7 +27,7 @@ from . import fs, liveness
 from . import table as W
 from .doorbell import Doorbell, take_place
 from .journal import Journal, holder, set_limits
-from .layout import Directories, agree, open_directories
+from .layout import Directories, agree, open_directories, temporary_owner
 from .lock import IndexLock, catch_up, no_fork, put_off, reentered, steps
 from .pool import MOST_EVICTED, evict, is_worth_waking, waiting, with_room
 from .rebuild import rebuild
@@ -412,6 +412,9 @@ class Session:
                 if words[waiter.token] == self.token:
                     words[waiter.since] = words[waiter.token] = 0
             with contextlib.suppress(OSError):  # now, so that whoever leaves next knows to be the last
+                for name in fs.list_names(self.directories.tmp):
+                    if temporary_owner(name) == self.token:  # left of a put that was interrupted
+                        fs.unlink_missing_ok(self.directories.tmp, name)
                 fs.unlink_missing_ok(self.directories.alive, liveness.token_name(self.token))
         return None, 0, 0
 
