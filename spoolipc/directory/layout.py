@@ -259,9 +259,10 @@ def _opened(place: Path, asked: Limits, create: bool, as_found: bool, restore: b
     root = open_root(place)
     try:
         found = read_limits(place, root)
+        # Looked for again: somebody may just have made both.
+        if found is None and fs.exists(root, "index") and (found := read_limits(place, root)) is None:
+            raise _lost_limits(place)
         if found is None:
-            if fs.exists(root, "index"):
-                raise _lost_limits(place)
             if not create:
                 raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
             found = _make_spool(place, root, asked)
