@@ -130,6 +130,8 @@ class DirectoryProducer(Side):
         if not 0 <= time.monotonic_ns() - keeper.now < SECOND:
             self._recycler.mappings.sweep(self.session.look())
         if not staged:
+            if self._recycler.has_strays:
+                self.session.step(self._recycler.release_strays)
             if self._places <= 0:
                 self._look_for_room(_need(messages[start]))
             batch = messages
@@ -336,6 +338,8 @@ class DirectoryProducer(Side):
     def _lend(self, message: Message, layout: Layout, need: int) -> DirectoryLoan:
         """Raises Full, ShutDown, TooLarge."""
         self._look_for_room(need)
+        if self._recycler.has_strays:
+            self.session.step(self._recycler.release_strays)
         staged = Staged(message, layout, self._staging.new_id(), self._staging.flags)
         staged.loan = True
         buffer = None if self._durable else self._staging.map_reserved(staged)

@@ -382,29 +382,28 @@ class Recycler:
             file = self.reserved.pop()
             if self.is_ours(file):
                 journal.commit(transitions.release(journal.words, file.record))
-        if self.has_strays:
-            self._release_strays()
 
-    def _release_strays(self) -> None:
-        """Find what a put that was interrupted, or had no lock, still has reserved. Not while another thread is in an
-        operation, which may have a file that it took off the list. A step."""
+    def release_strays(self) -> tuple[None, int, int]:
+        """Find what a put that failed or was interrupted still has reserved. For an operation that has staged nothing
+        yet; nothing is done while another thread is in one, which may have a file that it took off the list. A step."""
         journal, token = self.session.journal, self.session.token
         kept = {file.record for file in self.reserved}
         words = journal.words
         ours = [record for record in owned(words, {token}) if words[record + W.STATE] == W.RESERVED]
         if len(self.session.users) > 1:  # looked at last: who came later took what is on the list
-            return
+            return None, 0, 0
         self.has_strays = False
         for record in ours:
             if record not in kept and words[record + W.FILE] not in self.lent:
                 journal.commit(transitions.release(words, record))
+        return None, 0, 0
 
     def make_room(self, need: int) -> tuple[bool, int, int]:
         """Evict pooled files of `need` bytes, one at least, and then what is reserved here; false when there is none.
         A step."""
         session = self.session
         found = pool.evict(session.directories, session.journal, need)
-        if not found and (self.reserved or self.has_strays):
+        if not found and self.reserved:
             self.release_all()
             found = pool.evict(session.directories, session.journal, need)
         return bool(found), 0, 0
@@ -441,7 +440,7 @@ class Recycler:
             # One file more in circulation, so that the next commit finds one to reserve in the same step.
             self._short[kind] = short - 1
             return None
-        if not self.has_strays and not self.session.look()[W.POOL_COUNT]:
+        if not self.session.look()[W.POOL_COUNT]:
             return None
         return self.session.step(self._reserve_one, need, most)
 
@@ -453,7 +452,7 @@ class Recycler:
         return True
 
     def _reserve_one(self, need: int, most: int) -> tuple[Reserved | None, int, int]:
-        if self.has_strays or len(self.reserved) >= _MOST_KINDS:  # of sizes that nobody puts any more
+        if len(self.reserved) >= _MOST_KINDS:  # of sizes that nobody puts any more
             self.release_all()
         return self.reserve(need, most), 0, 0
 
@@ -489,17 +488,4 @@ class Recycler:
         if self.is_ours(file):
             journal.commit(transitions.drop(journal.words, file.record))
         self.lent.discard(file.number)
-        return None, 0, 0
-
-    def put_aside(self, file: Reserved) -> None:
-        """Keep a reserved file after all, unless an interrupted commit has made it an item."""
-        try:
-            self.session.step(self._put_aside, file)
-        except BaseException:
-            self.has_strays = True
-            raise
-
-    def _put_aside(self, file: Reserved) -> tuple[None, int, int]:
-        if self.is_ours(file):
-            self.reserved.append(file)
         return None, 0, 0

@@ -182,11 +182,11 @@ class Staging:
             if error.errno == errno.ELOOP:
                 self.recycler.discard(file)
                 return False
-            self.recycler.put_aside(file)
+            self.recycler.has_strays = True
             where = str(self.session.directories.path / "free" / name)
             raise fs.storage_error(error, where) from error
         except BaseException:
-            self.recycler.put_aside(file)
+            self.recycler.has_strays = True
             raise
         staged.file, staged.size = file, size
         return True
@@ -289,7 +289,7 @@ class Staging:
             if staged.file is not None and staged.loan:
                 self.recycler.discard(staged.file)  # whoever filled it may still write to it
             elif staged.file is not None:
-                self.recycler.put_aside(staged.file)
+                self.recycler.has_strays = True
             elif staged.name:
                 fs.unlink_missing_ok(self.session.directories.tmp, staged.name)
         except SpoolClosed:
@@ -316,7 +316,7 @@ class Staging:
             except (BadItem, FileNotFoundError):
                 pass  # not as it should be any more
             except BaseException:
-                self.recycler.put_aside(file)
+                self.recycler.has_strays = True
                 raise
             self.recycler.discard(file)
         return None

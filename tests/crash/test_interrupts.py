@@ -23,7 +23,7 @@ from support.scenarios import Run, every_or_core
 
 import spoolipc
 from spoolipc import Empty, LockTimeout, SpoolReader, SpoolWriter, stat
-from spoolipc.directory import fs
+from spoolipc.directory import fs, staging
 from spoolipc.directory.lock import IndexLock
 from spoolipc.directory.recycling import Recycler
 
@@ -119,6 +119,26 @@ def test_file_that_a_failed_put_reserved_is_found_by_the_next(
         assert len(peek_table(path).of("reserved")) <= 1 + 2
         lent[:] = 1
     assert not peek_table(path).of("reserved")
+
+
+def test_files_written_for_one_call_are_not_taken_for_those_of_a_failed_put(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [np.full(5_000, number) for number in range(3)]
+    with SpoolWriter(place / "spool") as writer, SpoolReader(place / "spool") as reader:
+        for _ in range(30):  # whichever file the failed put had
+            writer.put_many(arrays)
+            assert len(reader.get_many(3)) == 3
+            with pytest.raises(Empty):
+                reader.get(block=False)
+            with monkeypatch.context() as patch:
+                patch.setattr(staging, "store", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    writer.put_many(arrays)
+            writer.put_many(arrays)
+            for array, got in zip(arrays, reader.get_many(3), strict=True):
+                assert (array == got).all()
+            del got
 
 
 def puts(path: Path, way: str) -> int:
