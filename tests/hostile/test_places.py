@@ -105,8 +105,11 @@ class TestContainers:
         with SpoolWriter(spool) as writer:
             writer.put_many([np.full(LARGE, n) for n in range(3)])
         for number in range(3):
+            found = (spool / "index").stat().st_ino
             with container(spool, setup) as one:
                 one.run("reader = SpoolReader(path)")
+                is_known = kind == "boot id" and number > 0  # built in a container with this boot id
+                assert ((spool / "index").stat().st_ino == found) == is_known
                 assert one.ask("int(reader.get_nowait()[0])") == number
                 one.run("reader.close()")
         SpoolReader(spool).close()
