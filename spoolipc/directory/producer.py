@@ -32,17 +32,7 @@ from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .lock import put_off
 from .pool import LARGE, find_pooled, has_room, places
-from .recycling import (
-    ENOUGH_MAPPED,
-    MOST_RESERVED,
-    NO_FILE,
-    SECOND,
-    Lent,
-    Pin,
-    Recycler,
-    keeper,
-    rounded,
-)
+from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, SECOND, Lent, Pin, Recycler, keeper, rounded
 from .session import Session, Side, operation
 from .staging import Staged, Staging
 from .table import Words, bucket, owned
