@@ -209,7 +209,7 @@ def evict_one(directories: Directories, journal: Journal, record: int, link: int
     """
     name = item_name(journal.words[record + W.FILE])
     try:
-        fd = fs.open_at(name, os.O_WRONLY | fs.CAREFUL, dir_fd=directories.free)
+        fd = fs.open_own(directories.free, name, os.O_WRONLY, linked=True)
     except OSError:
         fd = -1
     try:

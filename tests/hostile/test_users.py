@@ -411,7 +411,6 @@ class TestRoot:
             "directory",
             "index",
             "item",
-            "failed",
         }
         assert stat(theirs).failed == 3
 

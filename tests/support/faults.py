@@ -65,6 +65,8 @@ class Injector:
 
             def wire(journal: Any) -> Any:
                 words = journal.__dict__["words"]
+                if words.readonly:
+                    return words
                 return wires.setdefault(id(words), tripwire(words, lambda: self._meet(STORE)))
 
             def lay(journal: Any, words: memoryview[int]) -> None:

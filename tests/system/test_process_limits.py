@@ -250,6 +250,7 @@ with SpoolReader(path) as reader, SpoolWriter(path) as writer:
         while not (reader.get() == array).all():
             pass
     refused(writer.close)
+    SpoolWriter(path).close()  # which finds what could not be left
     assert len(os.listdir(f"{path}/alive")) == 1, "only the reader's is left"
 """,
     )
