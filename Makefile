@@ -41,9 +41,12 @@ test: $(STAMP)  ## run the tests; ARGS="tests/queue -k loan" narrows them
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
 else
-	@$(BIN)/python -m pytest -m "not exhaustive" tests/system >$(VENV)/system.log 2>&1 & beside=$$!; \
-	SPOOLIPC_VERIFY=1 $(BIN)/python -m pytest -m "not exhaustive" --ignore=tests/system; others=$$?; \
-	wait $$beside; system=$$?; cat $(VENV)/system.log; exit $$((others || system))
+	@{ $(BIN)/python -m pytest -m "not exhaustive" tests/system; system=$$?; \
+	SPOOLIPC_VERIFY=1 $(BIN)/python -m pytest -m "not exhaustive" tests/crash tests/contract; exit $$((system || $$?)); \
+	} >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	SPOOLIPC_VERIFY=1 $(BIN)/python -m pytest -m "not exhaustive" \
+	  --ignore=tests/system --ignore=tests/crash --ignore=tests/contract; others=$$?; \
+	wait $$beside; beside=$$?; cat $(VENV)/beside.log; exit $$((others || beside))
 endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
