@@ -119,7 +119,7 @@ class DirectoryConsumer(Receiver):
         items, space = self.begin(1)
         journal = self.session.journal
         words = journal.words
-        spare = set[None]() if limit > 1 else None
+        undo = set[None]() if limit > 1 else None
         got.clear()  # what was taken before the index proved damaged, which is none
         try:
             while len(got) < limit:
@@ -142,7 +142,7 @@ class DirectoryConsumer(Receiver):
                     pin = Pin(journal.identity, record, seq)
                     recycler.pins.add(pin, shown)
                 got.places.append((record, seq))
-                self.consume(record, single, pin, spare)
+                self.consume(record, single, pin, undo)
                 got.append(found)
         except BaseException as error:
             if not fs.is_ordinary(error):

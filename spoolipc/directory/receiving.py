@@ -143,8 +143,8 @@ class Receiver(Side):
             status = fs.stat_at(name, dir_fd=items)
         except FileNotFoundError:
             raise BadItem("its file is missing") from None
-        size, generation = status[6], words[record + W.FILE]
-        kept = mappings.kept.get(generation)
+        size, number = status[6], words[record + W.FILE]
+        kept = mappings.kept.get(number)
         if kept is not None and kept.identity == status[1:3] and kept.size == size and not writable:
             buffer: Buffer = kept.buffer
             kept.used = keeper.now
@@ -155,17 +155,17 @@ class Receiver(Side):
             if writable:
                 with ItemFile(items, name) as file:
                     buffer = file.map(private=True)
-            elif size <= SMALL and not mappings.wants(generation):
+            elif size <= SMALL and not mappings.wants(number):
                 with ItemFile(items, name) as file:
                     buffer = file.read(size)
             else:
-                buffer = mappings.of(items, name, status, generation, record)
+                buffer = mappings.of(items, name, status, number, record)
         blocks, tail = parse(buffer, size)
         if kept is not None and tail[0] != words[record + W.PUT_TIME] and buffer is kept.buffer:
             # Device, inode and size prove nothing on an overlay: whoever mapped a file before it was copied up goes on
             # to see the old one. Its footer tells.
-            mappings.forget(generation)
-            buffer = mappings.of(items, name, status, generation, record)
+            mappings.forget(number)
+            buffer = mappings.of(items, name, status, number, record)
             blocks, tail = parse(buffer, size)
         if self.verify:
             verify(buffer, tail)
@@ -211,10 +211,10 @@ class Receiver(Side):
         )
         return _ended(words, self._own)
 
-    def consume(self, record: int, single: bool, pin: Pin | None, spare: object) -> None:
+    def consume(self, record: int, single: bool, pin: Pin | None, undo: object) -> None:
         """The item at `record` leaves the spool for good. A step.
 
-        pin: of the arrays over its file. spare: lives as long as the item may be put back, None where it may not: until
+        pin: of the arrays over its file. undo: lives as long as the item may be put back, None where it may not: until
         then, a file that is not to be written again is pinned.
         """
         journal, recycler = self.session.journal, self.recycler
@@ -230,10 +230,10 @@ class Receiver(Side):
         )
         if not keep:
             recycler.mappings.forget(words[record + W.FILE])
-            if spare is not None:
+            if undo is not None:
                 if pin is None:
                     pin = Pin(journal.identity, record, words[record + W.SEQ])
-                    recycler.pins.add(pin, spare)
+                    recycler.pins.add(pin, undo)
                 pin.forks, keep = -1, True  # is not written again
         released = 0
         if waits and recycler.pins.pending:

@@ -138,7 +138,7 @@ class Mapping:
 class Mappings:
     """Mappings that a session keeps: a file that comes back is already mapped, its pages already entered.
 
-    Kept under the file's generation, which no other file ever has, and used again only when the file at hand is the
+    Kept under the file's number, which no other file ever has, and used again only when the file at hand is the
     same one (device, inode, size). Threads may share it, and what is kept may go at any moment: see `Keeper`.
     """
 
@@ -148,52 +148,50 @@ class Mappings:
         self._seen: set[int] = set()
         keeper.members[id(self)] = self
 
-    def wants(self, generation: int) -> bool:
+    def wants(self, number: int) -> bool:
         """Whether a small file is better mapped than read or written: when it comes back while there is room. One that
         is seen once, as in a long backlog, is not worth a map."""
-        if generation in self._seen:
+        if number in self._seen:
             return keeper.files > 0
         if len(self._seen) >= _MOST_SEEN:
             self._seen.clear()
-        self._seen.add(generation)
+        self._seen.add(number)
         return False
 
-    def of(
-        self, directory: int, name: str, status: os.stat_result, generation: int, record: int
-    ) -> mmap.mmap:
+    def of(self, directory: int, name: str, status: os.stat_result, number: int, record: int) -> mmap.mmap:
         """The mapping of the file that `status` was just read from.
 
         Raises BadItem when another file stands at the name now, OSError when it cannot be opened.
         """
-        kept = self.kept.get(generation)
+        kept = self.kept.get(number)
         if kept is not None:
             if kept.identity == status[1:3] and kept.size == status[6]:
                 kept.used = keeper.now
                 return kept.buffer
-            self.forget(generation)
+            self.forget(number)
         with ItemFile(directory, name, writable=self._writable) as file:
             if not file.is_the_one(status):
                 raise BadItem("the file was replaced while it was opened")
             buffer = file.map(writable=self._writable)
-        self.keep(buffer, status, generation, record)
+        self.keep(buffer, status, number, record)
         return buffer
 
-    def keep(self, buffer: mmap.mmap, status: os.stat_result, generation: int, record: int) -> None:
+    def keep(self, buffer: mmap.mmap, status: os.stat_result, number: int, record: int) -> None:
         """Keep the mapping of a file for the next time it is seen."""
-        self.kept[generation] = Mapping(buffer, status[1:3], status.st_size, record, time.monotonic_ns())
+        self.kept[number] = Mapping(buffer, status[1:3], status.st_size, record, time.monotonic_ns())
         keeper.note(status.st_size)
 
-    def forget(self, generation: int) -> None:
+    def forget(self, number: int) -> None:
         """Let go of a mapping; views of it keep their pages."""
-        self.kept.pop(generation, None)
+        self.kept.pop(number, None)
 
     def sweep(self, words: Words) -> None:
         """Let go of the mappings of files that are no more, whose memory they would hold, and of all in this process
         that were not used lately. For when `keeper` is due, and not in a step: to unmap takes its time."""
-        for generation, mapping in list(self.kept.items()):
+        for number, mapping in list(self.kept.items()):
             at = mapping.record + W.FILE
-            if at >= len(words) or words[at] != generation:
-                self.forget(generation)
+            if at >= len(words) or words[at] != number:
+                self.forget(number)
         keeper.sweep()
 
 
@@ -237,20 +235,20 @@ class Keeper:
         """Let go of what was not used since then and, above the limits, of what was used longest ago, a quarter at
         once so that it is seldom counted."""
         kept = [
-            (mapping.used, mapping.size, generation, member)
+            (mapping.used, mapping.size, number, member)
             for member in self._all()
-            for generation, mapping in list(member.kept.items())
+            for number, mapping in list(member.kept.items())
         ]
         kept.sort(key=itemgetter(0))
         files, total = len(kept), sum(size for _, size, _, _ in kept)
         left = fs.address_space_left()
         most = _MOST_MAPPED_BYTES if left is None else min(_MOST_MAPPED_BYTES, (left + total) // 2)
         over = files > _MOST_MAPPED or total > most
-        for used, size, generation, member in kept:
+        for used, size, number, member in kept:
             over = over and (files * 4 > _MOST_MAPPED * 3 or total * 4 > most * 3)
             if used >= since and not over:
                 break
-            member.forget(generation)
+            member.forget(number)
             files, total = files - 1, total - size
         self.files, self._bytes = _MOST_MAPPED - files, most - total
 

@@ -196,8 +196,8 @@ gc.disable()
 fill(f"{base}/spool", 1, 32 << 10)
 before = descriptors()
 failed = 0
-for spare in range(12):
-    limit(resource.RLIMIT_NOFILE, before + spare)
+for more in range(12):
+    limit(resource.RLIMIT_NOFILE, before + more)
     try:
         SpoolReader(f"{base}/spool").close()
     except StorageError as error:
@@ -205,7 +205,7 @@ for spare in range(12):
         assert "ulimit -n" in str(error)
         failed += 1
     limit(resource.RLIMIT_NOFILE, 1000)
-    assert descriptors() == before, spare
+    assert descriptors() == before, more
 assert 8 <= failed < 12
 """,
     )
