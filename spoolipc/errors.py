@@ -21,6 +21,12 @@ class SpoolError(Exception):
 
     seqs: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        """What it is about, first, and what is the matter; of an error of the system without its number."""
+        if isinstance(self, OSError) and self.strerror:
+            return f"{self.filename}: {self.strerror}" if self.filename else self.strerror
+        return super().__str__()
+
 
 class Empty(SpoolError, queue.Empty):
     """No item came within the time given."""

@@ -98,11 +98,11 @@ class _Spool:
         ReentrantCall amid another step of this thread."""
         if os.getpid() != self.process:  # the lock may have been forked while it was held
             raise errors.UnsupportedOperation(
-                f"{self.path} is in the memory of process {self.process}, not of this one;"
+                f"{self.path}: is in the memory of process {self.process}, not of this one;"
                 " between processes use a spool in a directory"
             )
         if self.busy == threading.get_ident():
-            raise errors.ReentrantCall(f"{self.path} was called by a signal handler amid another call")
+            raise errors.ReentrantCall(f"{self.path}: was called by a signal handler amid another call")
         with self.changed:
             self.busy = threading.get_ident()
             try:
@@ -119,7 +119,8 @@ class _Spool:
         if session is None:
             return
         if session not in self.sessions:
-            raise errors.SpoolClosed(f"this session of {self.path} was closed")
+            role = "writer" if isinstance(session, Producer) else "reader"
+            raise errors.SpoolClosed(f"{self.path}: this {role} was closed; open a new one")
         while session.dropped:
             item, attempt = session.dropped.popleft()
             if self.in_flight.get(item.seq) is item and item.attempt == attempt:
@@ -132,7 +133,7 @@ class _Spool:
         for name, value in asdict(asked).items():
             if value is not None and self.asked.get(name, value) != value:
                 raise errors.LimitMismatch(
-                    f"{self.path} has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there"
+                    f"{self.path}: has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there"
                 )
         self.change(asked)
 
@@ -158,15 +159,15 @@ class _Spool:
 
     def check_room(self, size: int) -> None:
         """Raise ShutDown, TooLarge, or Full when there is no room now."""
+        most, path = self.limits.max_bytes or math.inf, self.path
         if self.state != "open":
-            raise errors.ShutDown(f"{self.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
-        most = self.limits.max_bytes or math.inf
+            raise errors.ShutDown(f"{path}: was shut down; SpoolWriter(path, reopen=True) opens it again")
         if size > most:
-            raise errors.TooLarge(f"{size} bytes can never fit into {self.path}: max_bytes is {most}")
+            raise errors.TooLarge(f"{path}: an item of {size} bytes can never fit: max_bytes is {most}")
         if self.full():
-            raise errors.Full(f"{self.path} is full: maxsize={self.limits.maxsize} items wait")
+            raise errors.Full(f"{path}: full: {self.waiting()} items wait, maxsize={self.limits.maxsize}")
         if self.bytes + size > most:
-            raise errors.Full(f"{self.path} is full: {self.bytes} of max_bytes={most} are taken")
+            raise errors.Full(f"{path}: full: {self.bytes} bytes taken, max_bytes={most}, {size} needed")
 
     def append(self, item: _Item) -> int:
         """Make it the last item."""
@@ -183,8 +184,9 @@ class _Spool:
             return found
         others = self.requeued or any(item.owner is not asking for item in self.in_flight.values())
         if self.state == "discarded" or (self.state == "draining" and not others):
-            raise errors.ShutDown(f"{self.path} was shut down and has no more items")
-        raise errors.Empty(f"no item waits in {self.path}")
+            what = "was shut down and has no more items; a writer begins again with fresh=True"
+            raise errors.ShutDown(f"{self.path}: {what}")
+        raise errors.Empty(f"{self.path}: no item waits")
 
     def claim(self, asking: Consumer, limit: int, lease: float) -> list[_Item]:
         """Deliver them: they are in flight now. Raises as `deliverable` does."""
@@ -249,7 +251,7 @@ class _Spool:
         with self.step():
             for item in self.letters(seqs):
                 if self.state != "open":
-                    raise errors.ShutDown(f"{self.path} was shut down")
+                    raise errors.ShutDown(f"{self.path}: was shut down")
                 del self.dead[item.seq]
                 done[item.seq] = self.append(_Item(item.image, item.put_time))
         return values.Retried(done, {})
@@ -265,7 +267,7 @@ class _Spool:
     def remove(self) -> None:
         with self.step():
             if self.sessions:
-                raise errors.SpoolInUse(f"{self.path} is in use: {len(self.sessions)} sessions have it open")
+                raise errors.SpoolInUse(f"{self.path}: is in use: {len(self.sessions)} sessions have it open")
             clear(self.path.removeprefix("memory://"))
 
     def set_limits(self, limits: Limits) -> Limits:
@@ -278,7 +280,7 @@ class _Spool:
         wanted = sorted(self.dead) if seqs is None else values.numbers_of(seqs)
         for seq in wanted:
             if seq not in self.dead:
-                raise errors.NoSuchItem(f"{self.path} has no dead letter {seq}; see failed_list()")
+                raise errors.NoSuchItem(f"{self.path}: has no dead letter {seq}; see failed_list()")
         return [self.dead[seq] for seq in wanted]
 
 
@@ -290,7 +292,7 @@ class _Session:
         self.dropped = deque[tuple[_Item, int]]()  # of deliveries that are gone: the item, and its attempt
         with spool.step():
             if fresh and (spool.in_flight or any(isinstance(one, Producer) for one in spool.sessions)):
-                raise errors.SpoolInUse(f"{spool.path} is in use: it has another writer, or items in flight")
+                raise errors.SpoolInUse(f"{spool.path}: is in use: it has another writer, or items in flight")
             if fresh:
                 spool.empty()
                 spool.change(limits)
@@ -452,7 +454,7 @@ class Consumer(_Session):
         item = self._spool.in_flight.get(delivery.seq)
         if item is None or (item.owner, item.attempt) != (self, delivery.attempt):
             raise errors.LeaseExpired(
-                f"item {delivery.seq} of {self.path} is in flight here no more: its lease ended, or it was settled"
+                f"{self.path}: item {delivery.seq} is in flight here no more: its lease ended, or it was settled"
             )
         return item
 
@@ -477,7 +479,7 @@ class MemoryEngine:
 
     def admin(self) -> _Spool:
         if self._name not in _spools:
-            raise errors.NotASpool(f"there is no spool memory://{self._name} in this process")
+            raise errors.NotASpool(f"memory://{self._name}: there is no spool here, in this process")
         return self._spool()
 
     def _spool(self) -> _Spool:

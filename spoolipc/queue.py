@@ -157,7 +157,7 @@ class SpoolWriter(_Face):
     def _preallocate(self, count: int, nbytes: int) -> None:
         if not isinstance(self._producer, Preallocator):
             raise UnsupportedOperation(
-                f"nothing can be made ahead in {self.path}; leave preallocate out, or use a directory"
+                f"{self.path}: nothing can be made ahead here; leave preallocate out, or use a directory"
             )
         self._producer.preallocate(count, nbytes)
 
@@ -242,7 +242,7 @@ class SpoolWriter(_Face):
         """
         producer = self._producer
         if not isinstance(producer, Lender):
-            raise UnsupportedOperation(f"{self.path} cannot lend arrays; compute the array and put it")
+            raise UnsupportedOperation(f"{self.path}: cannot lend arrays; compute the array and put it")
         return Loan(producer.loan(_spec(shape, dtype, order), meta, deadline_of(block, timeout)))
 
     def full(self) -> bool:

@@ -114,9 +114,8 @@ def _undisturbed() -> Iterator[None]:
     came: list[int] = []
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: came.append(number)) for number in stops]
-    mask = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # not enough here, where numpy has threads
+    # The mask is for them; here the handlers run all the same, as numpy has threads without it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:

@@ -247,9 +247,8 @@ def _print(options: argparse.Namespace, value: Any, text: str) -> None:
     try:
         print(json.dumps(_plain(value), indent=2) if options.json else text, flush=True)
     except OSError as error:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # so that nothing is written at exit either
+        # Nothing more can be written, not at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # then whoever read our output has enough
             raise OSError(error.errno, f"what was done cannot be printed: {error.strerror}") from error
 
@@ -322,9 +321,8 @@ def _run_fsck(options: argparse.Namespace) -> int:
 def _run_bench(options: argparse.Namespace) -> int:
     from .bench import bench, table
 
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(TERMINATED)
-    )  # so that what was made is removed
+    # What was made is removed on the way out.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         found = bench(options.path, quick=options.quick)
     finally:

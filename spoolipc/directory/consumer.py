@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Final
 
 from ..engine import retry
-from ..errors import BadItem, Empty, LeaseExpired, SpoolError
+from ..errors import BadItem, Empty, LeaseExpired, ShutDown, SpoolError
 from ..message import NOW, Ack, Contents, Deadline, Delivery, Extend, Message, Nack, Peeked, Verdict
 from . import fs, housekeeping, transitions
 from . import table as W
@@ -93,6 +93,8 @@ class DirectoryConsumer(Receiver):
                 if until == NOW:
                     raise
                 retry(lambda: some(got, limit, True, writable), self.wait_for_item, until)
+        except (Empty, ShutDown) as error:  # nothing was taken
+            raise error.with_traceback(None) from None
         except BaseException:
             if got.places:
                 self.put_back(got)
@@ -306,7 +308,8 @@ class DirectoryConsumer(Receiver):
             raise self._expired(claim.seq) from None
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
-            raise
+            what = f"item {claim.seq} is damaged, and now a dead letter: {error}"
+            raise BadItem(f"{self.path}: {what}") from error
         finally:
             pin.left.pop()
             if claim.is_acked and not pin.left:
@@ -343,7 +346,8 @@ class DirectoryConsumer(Receiver):
             raise self._expired(claim.seq) from None
         except BadItem as error:
             self.session.step(self._reject, [delivery], f"damaged: {error}")
-            raise
+            what = f"item {claim.seq} is damaged, and now a dead letter: {error}"
+            raise BadItem(f"{self.path}: {what}") from error
 
     @operation
     def settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
@@ -395,7 +399,7 @@ class DirectoryConsumer(Receiver):
 
     def _expired(self, seq: int) -> LeaseExpired:
         return LeaseExpired(
-            f"item {seq} of {self.path} is not in flight at this reader any more: its lease ended, or it was settled"
+            f"{self.path}: item {seq} is not in flight at this reader any more: its lease ended, or it was settled"
             " already; it may have been delivered again"
         )
 

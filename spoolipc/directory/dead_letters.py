@@ -89,7 +89,7 @@ def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
     there = failed_numbers(directories)
     wanted = there if seqs is None else numbers_of(seqs)
     if missing := set(wanted).difference(there):
-        what = f"{directories.path} has no dead letter {min(missing)}; failed_list() tells those it has"
+        what = f"{directories.path}: has no dead letter {min(missing)}; failed_list() tells those it has"
         raise NoSuchItem(what)
     return wanted
 
@@ -134,8 +134,7 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     no item any more: `gc` removes it. A step."""
     journal, directories = session.journal, session.directories
     if journal.words[W.SHUTDOWN]:
-        what = f"the spool {session.path} was shut down; SpoolWriter(path, reopen=True) opens it again"
-        raise ShutDown(what)
+        raise ShutDown(f"{session.path}: was shut down; SpoolWriter(path, reopen=True) opens it again")
     name = item_name(number)
     if not fs.exists(directories.failed, name):
         return None, 0, 0

@@ -90,7 +90,7 @@ def catch_up(later: list[Callable[[], object]]) -> None:
 def reentered(path: str) -> ReentrantCall:
     """The error of a step that the thread begins within another."""
     return ReentrantCall(
-        f"{path} was called by a signal handler or a finalizer while this thread works on a spool; let the handler"
+        f"{path}: was called by a signal handler or a finalizer while this thread works on a spool; let the handler"
         " set a flag or raise an exception, and call from where that is seen"
     )
 

@@ -48,6 +48,16 @@ def has_room(words: Words, need: int) -> bool:
     return not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes)
 
 
+def why_full(words: Words, need: int) -> str:
+    """Which of the spool's own limits leaves no room for `need` bytes."""
+    maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]
+    if maxsize and waiting(words) >= maxsize:
+        return f"full: {waiting(words)} items wait, maxsize={maxsize}"
+    if max_bytes and words[W.ITEM_BYTES] + need > max_bytes:
+        return f"full: {words[W.ITEM_BYTES]} bytes taken, max_bytes={max_bytes}, {need} needed"
+    return "there was no room just now"
+
+
 def places(words: Words, size: int) -> int:
     """How many more items in files of `size` bytes the spool's own limits allow; without the lock, a hint."""
     maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]

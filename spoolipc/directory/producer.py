@@ -31,7 +31,7 @@ from . import table as W
 from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .lock import put_off
-from .pool import LARGE, find_pooled, has_room, places
+from .pool import LARGE, find_pooled, has_room, places, why_full
 from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, SECOND, Lent, Pin, Recycler, keeper, rounded
 from .session import Session, Side, operation
 from .staging import Staged, Staging
@@ -146,7 +146,7 @@ class DirectoryProducer(Side):
         if self._durable and len(seqs) > start:
             self._make_durable(seqs[start:])
         if len(seqs) == start:
-            raise Full(f"the spool {self.path} has no room now")
+            raise Full(f"{self.path}: {why_full(self.session.look(), staged[0].size)}")
 
     def _look_for_room(self, need: int) -> None:
         """Learn how many items of `need` bytes there is room for. Raises Full, ShutDown, TooLarge."""
@@ -160,7 +160,7 @@ class DirectoryProducer(Side):
         if not self._recycler.reserved or (limit and need > limit):
             self._refuse_impossible(need)
         if self._places <= 0:
-            raise Full(f"the spool {self.path} has no room now")
+            raise Full(f"{self.path}: {why_full(words, need)}")
 
     def _refuse_impossible(self, need: int) -> None:
         """Raise TooLarge where an item of `need` bytes can never be."""
@@ -169,12 +169,13 @@ class DirectoryProducer(Side):
         total = status.f_blocks * status.f_frsize
         if (limit and need > limit) or need > total:
             raise TooLarge(
-                f"an item of {need} bytes can never fit into {self.path}: max_bytes is {limit or 'not set'} and the"
-                f" file system has {total} bytes ({status.f_bavail * status.f_frsize} free)"
+                f"{self.path}: an item of {need} bytes can never fit: max_bytes is {limit or 'not set'} and the file"
+                f" system has {total} bytes ({status.f_bavail * status.f_frsize} free)"
             )
 
     def _shut_down(self) -> ShutDown:
-        return ShutDown(f"the spool {self.path} was shut down; SpoolWriter(path, reopen=True) opens it again")
+        what = "was shut down; SpoolWriter(path, reopen=True) opens it again, fresh=True empties it too"
+        return ShutDown(f"{self.path}: {what}")
 
     def _wait_for_room(self, need: int, until: Deadline) -> bool:
         """Wait until there may be room for an item of `need` bytes; false when the deadline is past.
@@ -234,7 +235,7 @@ class DirectoryProducer(Side):
                     break  # those are put; what stands in the way of the next is told when it is tried again
                 if is_shortage:
                     self._staging.no_space = self._staging.space(words)
-                    raise Full(f"the file system of {self.path} is full: {error.strerror}") from error
+                    raise Full(f"{self.path}: its file system is full ({error.strerror})") from error
                 raise
             if not seq:
                 return True, put, 0
@@ -419,7 +420,7 @@ class DirectoryProducer(Side):
         journal, directories = self.session.journal, self.session.directories
         pool.share(journal.words, fs.room(directories.root))
         if not pool.may_pool(journal.words, size):
-            raise Full(f"the pool of {self.path} may take half of what the file system has free, and has it")
+            raise Full(f"{self.path}: its pool may take half of what the file system has free, and has it")
         number = W.FIRST_DONATED + secrets.randbits(62)
         record = journal.unused_record()
         journal.commit(transitions.donate(journal.words, record, number, size, name))

@@ -103,8 +103,9 @@ class Receiver(Side):
     def nothing(self, ended: bool) -> Empty | ShutDown:
         """The error for a step that found no item. ended: nothing can come any more."""
         if ended:
-            return ShutDown(f"the spool {self.path} was shut down and has no more items")
-        return Empty(f"no item waits in {self.path}")
+            what = "was shut down and has no more items; a writer begins again with fresh=True"
+            return ShutDown(f"{self.path}: {what}")
+        return Empty(f"{self.path}: no item waits")
 
     def look_ahead(self, words: Words, limit: int, writable: bool) -> list[Opened]:
         """Open up to `limit` items that seem to be the next, without the lock; the first comes last. One thread of a

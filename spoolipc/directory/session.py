@@ -21,7 +21,7 @@ from sys import is_finalizing
 from threading import get_ident
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple, cast
 
-from ..errors import SpoolClosed, SpoolError, SpoolGone, StorageError
+from ..errors import Empty, Full, ShutDown, SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
 from . import fs, liveness
 from . import table as W
@@ -34,18 +34,15 @@ from .rebuild import rebuild
 from .table import IndexDamaged, Token, Words
 
 P = ParamSpec("P")
+S = TypeVar("S", bound="Side")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 _NONE: Final = cast(Journal, None)
 """In the place of a session's journal where it has none: outside the steps that see to it."""
-CLOSED: Final = "this was closed; open a new one"
 EVERY: Final = 1.0
 """Seconds between two rounds of housekeeping."""
 MEMBERS: Final = len(W.WAITERS)
 """How many to wake so that all are."""
-
-
-S = TypeVar("S", bound="Side")
 
 
 def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
@@ -63,11 +60,15 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
         users.append(None)
         try:
             if not session.is_open:
-                raise SpoolClosed(CLOSED)
+                raise SpoolClosed(session.end)
             if session.dropped and not put_off(self.give_back):
                 self.give_back()
             return method(self, *args, **kwargs)
-        except SpoolError:
+        except (Empty, Full, ShutDown) as error:
+            raise error.with_traceback(None) from error.__cause__  # how it was found out is nobody's concern
+        except SpoolError as error:
+            if isinstance(error, OSError) and error.strerror and error.filename is None:
+                error.filename = session.path
             raise
         except OSError as error:
             if not fs.is_ordinary(error):
@@ -109,6 +110,7 @@ class Session:
         self.dropped: deque[Any] = deque()
         self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
         self._role: liveness.Role = role
+        self.end = f"{self.path}: this {role} was closed; open a new one"
         self._mode = asked.mode
         self._is_opening = False
         self._in_child = threading.RLock()
@@ -166,7 +168,7 @@ class Session:
         try:
             with lock.mutex:
                 if not self.is_open:
-                    raise SpoolClosed(CLOSED)
+                    raise SpoolClosed(self.end)
                 steps[thread] = []
                 try:
                     if not fs.lock(lock.fd):
@@ -343,7 +345,7 @@ class Session:
 
         def glance() -> bool:
             if not self.is_open:
-                raise SpoolClosed("this was closed while it waited")
+                raise SpoolClosed(self.end)
             words = self.peek_words()
             return words is None or look(words) or 0 < words[W.NEXT_DUE] < until_ns
 
@@ -355,7 +357,7 @@ class Session:
         """Make this usable in a forked child. Raises SpoolClosed, also when the interpreter ends: a thread that has
         stopped for good may be within a step."""
         if not self.is_open or is_finalizing():
-            raise SpoolClosed(CLOSED)
+            raise SpoolClosed(self.end)
         if self.is_forked:
             with self._in_child:
                 if self.is_forked and not self._is_opening:

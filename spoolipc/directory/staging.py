@@ -240,7 +240,7 @@ class Staging:
         while True:
             while lacking := recycler.lacking(size):
                 if not session.step(recycler.make_room, lacking):
-                    raise Full(f"the file system of {session.path} has not {size} bytes free now")
+                    raise Full(f"{session.path}: its file system is full: it has not {size} bytes free now")
             try:
                 try:
                     fd = fs.open_at(name, flags, directories.file_mode, dir_fd=directories.tmp)
@@ -267,7 +267,7 @@ class Staging:
                 # Whatever statvfs says: a quota may be used up, and others may have been faster.
                 if not session.step(recycler.make_room, size):
                     self.no_space = self.space(session.look())
-                    what = f"the file system of {session.path} is full: {size} bytes do not fit now"
+                    what = f"{session.path}: its file system is full: {size} bytes do not fit now"
                     raise Full(what) from error
 
     def make_mapped(self, size: int) -> tuple[str, mmap.mmap, os.stat_result]:

@@ -212,7 +212,7 @@ class TestReadOnly:
     def test_all_else_is_a_clear_error(self, frozen: Path) -> None:
         calls: list[Callable[[Path], object]] = [SpoolReader, SpoolWriter, gc, failed_drop, failed_retry]
         for call in calls:
-            with pytest.raises(StorageError, match=f"Errno {errno.EROFS}.*{frozen}"):
+            with pytest.raises(StorageError, match=f"{frozen}: {os.strerror(errno.EROFS)}"):
                 call(frozen)
 
 
@@ -243,9 +243,7 @@ class TestPaths:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         for call in (stat, fsck, gc):
-            with pytest.raises(
-                NotASpool, match=r"there is no spool here; '~' was not expanded.*'.*/~/spool'"
-            ):
+            with pytest.raises(NotASpool, match="/~/spool: there is no spool here; '~' was not expanded"):
                 call("~/spool")
         assert os.listdir(tmp_path) == []
         SpoolWriter("~/spool").close()

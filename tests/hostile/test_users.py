@@ -117,7 +117,7 @@ class TestOtherUsers:
 
         def work() -> None:
             for call in (SpoolReader, SpoolWriter):
-                with pytest.raises(SpoolError, match=f"Errno {errno.EACCES}"):
+                with pytest.raises(SpoolError, match=os.strerror(errno.EACCES)):
                     call(path)
 
         as_user(OTHER_USER + 1, OTHER_USER + 1, work)
