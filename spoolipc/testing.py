@@ -179,6 +179,11 @@ class SharedSuite(Suite):
         self.held += (claimed := self.other.claim(1, None, None))
         return claimed[0]
 
+    def claim_other_aside(self) -> Future[Delivery]:
+        """The same in another thread, seen to wait: the second reader is open before that begins."""
+        assert self.other is not self.consumer
+        return self.aside(self.claim_other)
+
     def test_items_in_flight_are_no_one_elses_and_are_acknowledged_at_once(self) -> None:
         seqs = [*self.put(0, 1, size=LARGE), *self.put(2)]
         mine = self.consumer.claim(2, None, NOW)
@@ -207,7 +212,7 @@ class SharedSuite(Suite):
         began = time.monotonic()
         delivery = self.claim(0.2)
         view = self.consumer.load(delivery)
-        again = self.aside(self.claim_other).result(20)
+        again = self.claim_other_aside().result(20)
         assert time.monotonic() - began >= 0.2
         assert (again.seq, again.attempt) == (delivery.seq, 2)
         settles = [partial(self.settle, delivery, verdict) for verdict in (*SETTLED, Extend(10))]
@@ -226,7 +231,7 @@ class SharedSuite(Suite):
             self.other.claim(1, None, time.monotonic() + 1.3)
         again = []  # an engine may requeue what nobody holds any more
         for delivery in (endless, leased):
-            waiting = self.aside(self.claim_other)
+            waiting = self.claim_other_aside()
             self.settle(delivery, Extend(0.05))
             again.append(waiting.result(20))
             assert (again[-1].seq, again[-1].attempt) == (delivery.seq, 2)
@@ -254,7 +259,7 @@ class SharedSuite(Suite):
         delivery = self.claim()
         self.producer.shutdown(False)
         refused(ShutDown, *gets(self.consumer, None))  # which would wait for what it has itself
-        waiting = self.aside(self.claim_other)
+        waiting = self.claim_other_aside()
         self.settle(delivery, verdict)
         if isinstance(verdict, Nack):
             refused(Empty, *gets(self.consumer))
