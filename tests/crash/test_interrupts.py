@@ -166,13 +166,18 @@ def rest(path: Path) -> list[float]:
     return found
 
 
-def check_what_is_left(path: Path, reader: SpoolReader, way: str, taken: int, where: str) -> None:
-    """All but the first `taken` are, and what was requeued before comes before what is put back."""
+def check_what_is_left(path: Path, reader: SpoolReader, way: str, taken: int, where: str) -> bool:
+    """All but the first `taken` are, and what was requeued before comes before what is put back; false where nothing
+    was returned and all that was asked for is gone."""
     left = rest(path)
-    assert (sorted(left) if way == "received again" else left) == list(range(taken, 5)), where
+    if way == "received again":
+        left.sort()
+    are_lost = not taken and left == [4]
+    assert are_lost or left == list(range(taken, 5)), where
     reader.close()
     check_spool(path)
     shutil.rmtree(path)
+    return not are_lost
 
 
 def open_to_take(path: Path, way: str) -> SpoolReader:
@@ -196,21 +201,25 @@ def test_a_get_many_interrupted_at_any_call_leaves_every_item_for_the_next_get(
         faults = {"after": lambda event, _, fault=fault: fault(event)} if after else {"before": fault}
         with Injector(**faults) as injector, suppress(KeyboardInterrupt):
             got = take(reader, way)
-        check_what_is_left(path, reader, way, len(got), f"call {number}: {injector.met[number - 1 :]}")
+        assert check_what_is_left(path, reader, way, len(got), f"call {number}: {injector.met[number - 1 :]}")
     assert number > 10
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("way", WAYS)
 def test_a_get_many_interrupted_wherever_a_signal_can_come_leaves_every_item(place: Path, way: str) -> None:
-    path, number, got = place / "spool", 0, list[Any]()
+    """Every eleventh place, as there are thousands. On its last few, what was taken is on its way to the caller: an
+    interrupt there loses it, as docs/reliability.md says."""
+    path, number, got, lost = place / "spool", WAYS.index(way), list[Any](), list[int]()
     while not got:
-        number += 1
+        number += 11
         reader = open_to_take(path, way)
         with interrupted_at(number, PACKAGE), suppress(KeyboardInterrupt):
             got = take(reader, way)
-        check_what_is_left(path, reader, way, len(got), f"place {number}")
+        if not check_what_is_left(path, reader, way, len(got), f"place {number}"):
+            lost.append(number)
     assert number > 100
+    assert lost in ([], [number - 11])
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ENOLCK])
