@@ -208,18 +208,18 @@ def test_a_get_many_interrupted_at_any_call_leaves_every_item_for_the_next_get(
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("way", WAYS)
 def test_a_get_many_interrupted_wherever_a_signal_can_come_leaves_every_item(place: Path, way: str) -> None:
-    """Every eleventh place, as there are thousands. On its last few, what was taken is on its way to the caller: an
-    interrupt there loses it, as docs/reliability.md says."""
-    path, number, got, lost = place / "spool", WAYS.index(way), list[Any](), list[int]()
+    """But for a few places at which what was taken is handed from one function to its caller: an interrupt there loses
+    it, as docs/reliability.md says."""
+    path, number, got, lost = place / "spool", 0, list[Any](), list[int]()
     while not got:
-        number += 11
+        number += 1
         reader = open_to_take(path, way)
         with interrupted_at(number, PACKAGE), suppress(KeyboardInterrupt):
             got = take(reader, way)
         if not check_what_is_left(path, reader, way, len(got), f"place {number}"):
             lost.append(number)
     assert number > 100
-    assert lost in ([], [number - 11])
+    assert len(lost) <= 4, lost
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ENOLCK])
