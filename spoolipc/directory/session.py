@@ -162,14 +162,14 @@ class Session:
         """
         if not self.is_open or self.is_forked:
             self.ready()
-        lock, thread, later = self.lock, get_ident(), None
+        lock, thread = self.lock, get_ident()
         if thread in steps:
             raise reentered(self.path)
+        steps[thread] = []  # before the mutex is taken, and until after: a signal may come between any two
         try:
             with lock.mutex:
                 if not self.is_open:
                     raise SpoolClosed(self.end)
-                steps[thread] = []
                 try:
                     if not fs.lock(lock.fd):
                         lock.take()
@@ -190,9 +190,8 @@ class Session:
                 except BaseException:
                     lock.release()
                     raise
-                finally:
-                    later = steps.pop(thread)
         finally:
+            later = steps.pop(thread)
             if later:
                 catch_up(later)
         if self.directories.said:

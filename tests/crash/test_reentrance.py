@@ -178,7 +178,6 @@ def test_a_collection_amid_any_call_closes_what_was_abandoned(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("amid", AMID)
 def test_a_handler_wherever_a_signal_can_come_is_done_or_refused_at_once(place: Path, amid: str) -> None:
     """It puts, gets, receives and settles."""
@@ -188,14 +187,14 @@ def test_a_handler_wherever_a_signal_can_come_is_done_or_refused_at_once(place: 
             with suppress(ReentrantCall, *OVERTAKEN):
                 HANDLERS[name](scene)
 
-    number, places = 1, 1
+    number, places = 0, 1
     while number <= places:
         scene = Scene(place / str(number))
         act = partial(handle, scene)
         try:
             with interrupted_at(number, PACKAGE, act) as met, suppress(*OVERTAKEN):
                 AMID[amid](scene)
-            places = met()
+            places = max(places, met())
             assert not is_locked(scene.path)
             scene.close()
         except BaseException as failure:
