@@ -81,9 +81,8 @@ class DirectoryConsumer(Receiver):
 
         An error in the midst ends it early; an interrupt puts back what was taken.
         """
-        got = (
-            Taken()
-        )  # filled by the calls, so that nothing taken is unknown after an interrupt, wherever that came
+        # Filled by the calls, so that nothing taken is unknown after an interrupt, wherever that came.
+        got = Taken()
         got.places = []
         some = self._take_verified if self.verify else self._take_some
         try:

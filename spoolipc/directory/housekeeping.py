@@ -19,7 +19,7 @@ from .quarantine import forget_history, note_failure, set_aside
 from .session import EVERY, MEMBERS, Session
 from .table import IndexDamaged, active, lent, owned
 
-_NAMES: Final = 4096  # of tmp/ looked at in one round: about a millisecond
+_NAMES: Final = 4096  # of a directory looked at in one round: about a millisecond
 _UNLINKED: Final = 64
 _SESSIONS: Final = 256  # of alive/
 _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
@@ -111,7 +111,8 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
 def _crashed(session: Session) -> set[int]:
     """Sessions of a file in `alive/` that have crashed; of very many names, some are looked at. A step."""
     alive = session.directories.alive
-    names = fs.list_names(alive)
+    with fs.scan(alive) as entries:
+        names = [entry.name for entry in itertools.islice(entries, _NAMES)]
     if len(names) > _SESSIONS:
         names = random.sample(names, _SESSIONS)
     return liveness.crashed_among(alive, set(map(liveness.token_of, names)) - {0, session.token})

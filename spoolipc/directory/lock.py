@@ -136,21 +136,19 @@ class IndexLock:
     @contextmanager
     def held(self, path: str, patience: float = TIMEOUT) -> Iterator[None]:
         """Hold the lock in the block. Raises LockTimeout, ReentrantCall."""
-        thread, later = get_ident(), None
+        thread = get_ident()
         if thread in steps:
             raise reentered(path)
+        steps[thread] = []  # before the mutex is taken, and until after: a signal may come between any two
         try:
             with self.mutex:
-                steps[thread] = []
                 try:
                     self.take(patience)
                     yield
                 finally:
-                    try:
-                        self.release()
-                    finally:
-                        later = steps.pop(thread)
+                    self.release()
         finally:
+            later = steps.pop(thread, None)  # a child forked within has forgotten it
             if later:
                 catch_up(later)
 

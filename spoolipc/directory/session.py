@@ -191,7 +191,7 @@ class Session:
                     lock.release()
                     raise
         finally:
-            later = steps.pop(thread)
+            later = steps.pop(thread, None)  # a child forked within has forgotten it
             if later:
                 catch_up(later)
         if self.directories.said:

@@ -37,15 +37,6 @@ SECRET = b"what nobody may write to or hand out" * 3000
 
 
 @pytest.fixture
-def path(spool: Path) -> Path:
-    """A spool where items 1 to 3 wait."""
-    with SpoolWriter(spool) as writer:
-        for number in range(1, 4):
-            writer.put(np.full(LARGE, number))
-    return spool
-
-
-@pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Path]:
     """A file outside, which is the same afterwards."""
     place = tmp_path / "victim"

@@ -49,15 +49,6 @@ def tmp_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def path(spool: Path) -> Path:
-    """A spool where items 1 to 3 wait."""
-    with SpoolWriter(spool) as writer:
-        for number in range(1, 4):
-            writer.put(np.full(LARGE, number))
-    return spool
-
-
-@pytest.fixture
 def shared(tmp_path: Path) -> Path:
     """Where a spool can be made that belongs to the group of the directory above."""
     place = tmp_path / "shared"
