@@ -98,11 +98,12 @@ def reentered(path: str) -> ReentrantCall:
 class IndexLock:
     """The lock on the descriptor of `items/`. Use: `with lock.held():`. `Session.step` does the same without a call.
 
-    holder: says who holds the lock, for the message of LockTimeout.
+    path: the spool's, and holder, which says who holds the lock: for the message of LockTimeout.
     """
 
-    def __init__(self, fd: int, holder: Callable[[], str]) -> None:
+    def __init__(self, fd: int, path: str, holder: Callable[[], str]) -> None:
         self.fd = fd
+        self.path = path
         self.mutex = threading.Lock()
         self._holder = holder
 
@@ -122,6 +123,7 @@ class IndexLock:
                 raise LockTimeout(
                     errno.ETIMEDOUT,
                     f"the index lock was not free within {patience:g} s; it is held by {self._holder()}",
+                    self.path,
                 )
             fs.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
@@ -134,11 +136,11 @@ class IndexLock:
             fs.unlock(self.fd)
 
     @contextmanager
-    def held(self, path: str, patience: float = TIMEOUT) -> Iterator[None]:
+    def held(self, patience: float = TIMEOUT) -> Iterator[None]:
         """Hold the lock in the block. Raises LockTimeout, ReentrantCall."""
         thread = get_ident()
         if thread in steps:
-            raise reentered(path)
+            raise reentered(self.path)
         steps[thread] = []  # before the mutex is taken, and until after: a signal may come between any two
         try:
             with self.mutex:
@@ -158,7 +160,7 @@ def exclusively(root: int, path: str) -> Iterator[None]:
     """Hold the lock of the spool at descriptor `root`, opening it for this one use."""
     fd = fs.open_directory("items", root)
     try:
-        with IndexLock(fd, lambda: "another process").held(path):
+        with IndexLock(fd, path, lambda: "another process").held():
             yield
     finally:
         fs.close(fd)

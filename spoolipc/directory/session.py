@@ -131,7 +131,9 @@ class Session:
             self._held = self.directories.descriptors()
             self._end = weakref.finalize(self, _abandon, os.getpid(), self._held, self.is_open)
             self._end.atexit = False
-            self.lock = IndexLock(self.directories.items, functools.partial(holder, self.directories))
+            self.lock = IndexLock(
+                self.directories.items, self.path, functools.partial(holder, self.directories)
+            )
             self.step(self._join, asked)
         except BaseException as error:
             if "_end" in vars(self):

@@ -39,11 +39,11 @@ class Visitor:
         self.journal: Journal | None = None
         self.damage = ""
         self._patience = patience
-        self._lock = IndexLock(self.directories.items, lambda: "another process")
+        self._lock = IndexLock(self.directories.items, self.path, lambda: "another process")
 
     def step(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do `work`, which only looks, under the index lock. Raises LockTimeout, naming the holder."""
-        with self._lock.held(self.path, self._patience):
+        with self._lock.held(self._patience):
             self._refresh(locked=True)
             return work(*args)
 

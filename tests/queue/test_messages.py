@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shutil
 import traceback
@@ -20,6 +22,7 @@ from spoolipc import (
     Full,
     LeaseExpired,
     LimitMismatch,
+    LockTimeout,
     NoSuchItem,
     NotASpool,
     ShutDown,
@@ -32,6 +35,7 @@ from spoolipc import (
     TooLarge,
     UnknownVersion,
 )
+from spoolipc.directory.lock import IndexLock
 
 SMALL = np.zeros(3)
 
@@ -228,3 +232,26 @@ def test_lost_item_is_told_with_its_number(tmp_path: Path) -> None:
             LeaseExpired, match=re.escape(f"{path}: item 1 is not in flight at this reader any more")
         ):
             received.ack()
+
+
+def hold_the_lock(path: Path) -> int:
+    """Take the index lock as another process would; close the descriptor to let go."""
+    fd = os.open(path / "items", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+@pytest.mark.parametrize("call", [SpoolReader, spoolipc.gc, spoolipc.fsck], ids=lambda call: call.__name__)
+def test_a_lock_that_is_not_let_go_of_is_that_of_a_spool_named_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Path], object]
+) -> None:
+    spool = tmp_path / "spool"
+    SpoolWriter(spool).close()
+    take = IndexLock.take
+    monkeypatch.setattr(IndexLock, "take", lambda lock, patience=0.0: take(lock, 0.0))
+    fd = hold_the_lock(spool)
+    try:
+        with pytest.raises(LockTimeout, match=rf"^{re.escape(str(spool))}: the index lock was not free"):
+            call(spool)
+    finally:
+        os.close(fd)
