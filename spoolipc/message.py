@@ -10,11 +10,24 @@ import operator
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class SupportsDLPack(Protocol):
+    """An array of another library, as the Python array API standard has it."""
+
+    def __dlpack__(self) -> Any:
+        """A capsule that lends its memory."""
+
+
 Array: TypeAlias = np.ndarray[Any, Any]
+Puttable: TypeAlias = "Array | Buffer | SupportsDLPack"
+"""What is put as one array."""
 Arrays: TypeAlias = Any
 """An array, or a dict of named arrays: "Any" spares the callers who know which."""
 Json: TypeAlias = Any

@@ -28,7 +28,6 @@ from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
 from .format.item import copied, plain
 from .item import Item, Loan
 from .message import (
-    Array,
     Arrays,
     ArraySpec,
     Copy,
@@ -37,6 +36,7 @@ from .message import (
     Limits,
     Message,
     Peeked,
+    Puttable,
     deadline_of,
     duration,
     flag,
@@ -163,7 +163,7 @@ class SpoolWriter(_Face):
 
     def put(
         self,
-        array: Array | Mapping[str, Array],
+        array: Puttable | Mapping[str, Puttable],
         block: bool = True,
         timeout: float | None = None,
         *,
@@ -171,12 +171,13 @@ class SpoolWriter(_Face):
     ) -> int:
         """Put an array, or several named arrays as one item; returns its sequence number.
 
-        array: any dtype that np.save can store without pickle; it is read before put returns, never kept.
+        array: any dtype that np.save can store without pickle, or what lends its memory by `__dlpack__` (a tensor) or
+        as a buffer (`memoryview`, `array.array`); it is read before put returns, never kept.
         block, timeout: wait for room, for ever or for `timeout` seconds; without `block` not at all.
         meta: any JSON value, delivered with the item.
 
         Raises Full when there is no room in time, ShutDown when the spool was shut down, TooLarge when the
-        array could never fit, UnsupportedArray (a TypeError) for object arrays and what is not an array,
+        array could never fit, UnsupportedArray (a TypeError) for object arrays and what only converts to an array,
         StorageError.
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
@@ -186,7 +187,7 @@ class SpoolWriter(_Face):
 
     def put_many(
         self,
-        arrays: Iterable[Array | Mapping[str, Array]],
+        arrays: Iterable[Puttable | Mapping[str, Puttable]],
         block: bool = True,
         timeout: float | None = None,
         *,
@@ -206,7 +207,7 @@ class SpoolWriter(_Face):
         messages = [_message(array, meta) for array, meta in zip(several, given, strict=True)]
         return self._producer.put(messages, until)
 
-    def put_nowait(self, array: Array | Mapping[str, Array], *, meta: Json = None) -> int:
+    def put_nowait(self, array: Puttable | Mapping[str, Puttable], *, meta: Json = None) -> int:
         """Put without waiting: `put(array, block=False)`."""
         return self.put(array, block=False, meta=meta)
 
@@ -454,7 +455,7 @@ def _spec(shape: int | tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F
     return ArraySpec(sizes + unit.shape, unit.dtype, order)
 
 
-def _message(array: Array | Mapping[str, Array], meta: Json) -> Message:
+def _message(array: Puttable | Mapping[str, Puttable], meta: Json) -> Message:
     if not isinstance(array, Mapping):
         return Message((plain(array),), None, meta)
     if not array:

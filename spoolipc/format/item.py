@@ -82,10 +82,11 @@ _parsed: dict[bytes, Block] = {}
 def plain(obj: object) -> Array:
     """The array of an object, as a base `np.ndarray`.
 
-    obj: an ndarray of any subclass but a masked array, or a numpy scalar. Returns the object itself if it is
-    a base ndarray, a view of it if it is a subclass, a new 0-d array for a scalar.
+    obj: an ndarray of any subclass but a masked array, a numpy scalar, or what lends its memory by `__dlpack__` or as a
+    buffer (`memoryview`, `array.array`, `bytearray`). Returns the object itself if it is a base ndarray, a new 0-d
+    array for a scalar, and else an array over the same memory.
 
-    Raises UnsupportedArray for anything else.
+    Raises UnsupportedArray for anything else: what is merely convertible would lose what is more than its numbers.
     """
     if type(obj) is np.ndarray:
         return obj
@@ -97,6 +98,16 @@ def plain(obj: object) -> Array:
     if isinstance(obj, (np.ndarray, np.generic)):
         return np.asarray(obj)
     name = f"{type(obj).__module__}.{type(obj).__qualname__}".removeprefix("builtins.")
+    if not isinstance(obj, type):
+        try:
+            if hasattr(type(obj), "__dlpack__"):  # of the type: some answer for what they merely wrap
+                return np.asarray(np.from_dlpack(obj))  # type: ignore[arg-type]
+            return np.asarray(memoryview(obj))  # type: ignore[arg-type]
+        except TypeError:  # it has no buffer
+            pass
+        except (BufferError, RuntimeError, ValueError) as error:
+            what = f"numpy cannot read a {name} where it is ({error}); put a plain copy of it in host memory"
+            raise UnsupportedArray(what) from error
     raise UnsupportedArray(f"a {name} is not a numpy array; convert it first, with np.asarray(x)")
 
 

@@ -8,6 +8,7 @@ import mmap
 import pickle
 import tracemalloc
 import weakref
+from array import array as typed_array
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,32 @@ def test_a_large_element_is_a_piece_of_its_own() -> None:
     assert list(item.parts(item.layout_of([array]), [array]))[1:] == [row.tobytes() for row in array]
 
 
+class Converts:
+    """As a data frame does: it would lose more than it shows."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
+        return np.zeros(3)
+
+
+class Tensor(Converts):
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __dlpack__(self, **how: Any) -> Any:
+        return self.array.__dlpack__(**how)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+class Elsewhere(Converts):
+    def __dlpack__(self, **how: Any) -> Any:
+        raise BufferError("on a device")
+
+    def __dlpack_device__(self) -> Any:
+        return 2, 0
+
+
 class TestPlain:
     def test_base_arrays_pass_through_and_subclasses_become_views(self, tmp_path: Path) -> None:
         array = np.zeros(3)
@@ -201,9 +228,29 @@ class TestPlain:
     def test_numpy_scalars_become_0d_arrays(self, scalar: np.generic) -> None:
         assert_same(item.plain(scalar), np.array(scalar))
 
-    @pytest.mark.parametrize("other", [[1, 2], 1.0, "text", None, memoryview(b"x"), object])
+    @pytest.mark.parametrize(
+        ("other", "expected"),
+        [
+            (bytearray(b"abc"), np.frombuffer(b"abc", "u1")),
+            (np.arange(6).reshape(2, 3)[::2].data, np.arange(6).reshape(2, 3)[::2]),
+            (typed_array("d", [1, 2]), np.array([1.0, 2.0])),
+            (Tensor(np.eye(3, dtype="f4")), np.eye(3, dtype="f4")),
+        ],
+    )
+    def test_what_lends_its_memory_is_read_where_it_is(self, other: Any, expected: Array) -> None:
+        found = item.plain(other)
+        assert_same(shown(made(found))[0], expected)
+        assert np.shares_memory(found, other.array if isinstance(other, Tensor) else np.asarray(other))
+
+    def test_what_lends_memory_that_numpy_cannot_read_is_refused_with_its_reason(self) -> None:
+        with pytest.raises(
+            UnsupportedArray, match=r"a .*Elsewhere where it is \(on a device\); put a plain copy"
+        ):
+            item.plain(Elsewhere())
+
+    @pytest.mark.parametrize("other", [[1, 2], 1.0, "text", None, Converts(), object, memoryview])
     def test_anything_else_is_refused_with_the_remedy(self, other: object) -> None:
-        with pytest.raises(UnsupportedArray, match=rf"a {type(other).__name__} is.*np\.asarray"):
+        with pytest.raises(UnsupportedArray, match=rf"a (.*\.)?{type(other).__name__} is.*np\.asarray"):
             item.plain(other)
         with pytest.raises(UnsupportedArray, match="lose its mask"):
             item.plain(np.ma.masked_array([1, 2], [True, False]))
