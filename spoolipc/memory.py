@@ -24,7 +24,7 @@ import weakref
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Final
@@ -202,6 +202,19 @@ class _Spool:
         """Let an item in flight be gone, and its bytes be free."""
         del self.in_flight[item.seq]
         self.bytes -= len(item.image)
+        self.changed.notify_all()
+
+    def restore(self, item: _Item) -> None:
+        """Let an item that was taken wait again in its place, as if it had never been."""
+        if self.state == "discarded":
+            return
+        self.gets -= 1
+        self.bytes += len(item.image)
+        item.attempt, item.due = item.attempt - 1, 0.0
+        if item.attempt:
+            self.requeued.insert(0, item)
+        else:
+            self.fresh.appendleft(item)
         self.changed.notify_all()
 
     def fail(self, item: _Item, why: str, delay: float = 0.0, last: bool = False) -> None:
@@ -396,16 +409,30 @@ class Loan:
         self._image = None
 
 
+class _Taken(list[Message]):
+    """What a take has taken, and the items."""
+
+    items: list[_Item]
+
+
 class Consumer(_Session):
     """A reader's side."""
 
-    def take(self, limit: int, until: Deadline, writable: bool = False) -> list[Message]:
+    def take(self, limit: int, until: Deadline, writable: bool = False) -> _Taken:
         with self._spool.step(self) as spool:
             found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
             spool.gets += len(found)
             for item in found:
                 spool.forget(item)
-            return [item.message(writable) for item in found]
+            taken = _Taken(item.message(writable) for item in found)
+            taken.items = found
+            return taken
+
+    def put_back(self, taken: list[Message], start: int = 0) -> None:
+        assert isinstance(taken, _Taken)
+        with suppress(errors.SpoolError), self._spool.step(self) as spool:
+            while len(taken.items) > start:
+                spool.restore(taken.items.pop())
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         seconds = math.inf if lease is None else lease

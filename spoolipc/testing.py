@@ -297,6 +297,7 @@ class EngineSuite(SharedSuite):
     def test_suites_of_all_capabilities_are_run(self) -> None:
         assert isinstance(self.producer, Lender) == isinstance(self, LoanSuite)
         assert isinstance(self.producer, Preallocator) == isinstance(self, PreallocateSuite)
+        assert isinstance(self.consumer, engines.Restorer) == isinstance(self, RestoreSuite)
         assert isinstance(self.consumer, Watchable) == isinstance(self, WatchSuite)
         assert self.engine(self.place).crosses_processes == isinstance(self, ProcessSuite)
 
@@ -800,6 +801,24 @@ class PreallocateSuite(Suite):
         assert self.take() == [0, 1, 2, 3, 4]
         for wrong in ((-1, 8), (1, -8)):
             refused(ValueError, partial(self.producer.preallocate, *wrong))
+
+
+class RestoreSuite(Suite):
+    """The capability `Restorer`."""
+
+    @pytest.mark.parametrize("start", [0, 1])
+    @SIZES
+    def test_what_is_put_back_waits_in_its_place_as_if_never_taken(self, size: int, start: int) -> None:
+        assert isinstance(self.consumer, engines.Restorer)
+        self.put(*range(5), size=size)
+        self.settle(self.claim(), Nack(0, ""))
+        taken = self.consumer.take(4, NOW)
+        for _ in range(2):
+            self.consumer.put_back(taken, start)
+            assert (self.admin.stat().depth, self.admin.stat().gets) == (5 - start, start)
+        claimed = [self.claim() for _ in range(start, 5)]
+        assert self.load(*claimed) == [*range(start, 5)]
+        assert [delivery.attempt for delivery in claimed] == [2, 1, 1, 1, 1][start:]
 
 
 class WatchSuite(Suite):

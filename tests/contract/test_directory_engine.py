@@ -13,11 +13,14 @@ from spoolipc.testing import (
     OtherProcess,
     PreallocateSuite,
     ProcessSuite,
+    RestoreSuite,
     WatchSuite,
 )
 
 
-class TestDirectoryEngine(EngineSuite, LoanSuite, PreallocateSuite, WatchSuite, DamageSuite, ProcessSuite):
+class TestDirectoryEngine(
+    EngineSuite, LoanSuite, PreallocateSuite, RestoreSuite, WatchSuite, DamageSuite, ProcessSuite
+):
     def engine(self, place: str) -> Engine:
         return DirectoryEngine(place)
 

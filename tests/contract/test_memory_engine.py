@@ -8,10 +8,10 @@ import pytest
 
 from spoolipc import memory
 from spoolipc.engine import Engine
-from spoolipc.testing import EngineSuite, LoanSuite
+from spoolipc.testing import EngineSuite, LoanSuite, RestoreSuite
 
 
-class TestMemoryEngine(EngineSuite, LoanSuite):
+class TestMemoryEngine(EngineSuite, LoanSuite, RestoreSuite):
     @pytest.fixture(autouse=True)
     def _clear(self) -> Iterator[None]:
         yield
