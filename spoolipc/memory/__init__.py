@@ -1,0 +1,279 @@
+"""The engine of one process: spools in memory, for its threads, and for the tests of programs that use spoolipc.
+
+    memory://NAME
+
+The first who opens a name makes the spool; it lives until the process ends or `clear(NAME)`, whoever closes. Each
+item is kept as the bytes of a whole item file, so that what is refused, and what comes back, is what it would be in a
+directory; nothing can damage one, so checksums are not stored. The limits hold, `max_bytes` for those bytes;
+`recycle_bytes` and `mode` are agreed on and mean nothing.
+
+Every operation is one step under the spool's one condition, and whoever waits, waits on it. No clock runs aside: leases
+and delays that ended are seen by the next step, and by those who wait. A forked child has a copy of every spool, which
+nobody else would see, so there every operation is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+from .. import errors
+from .. import message as values
+from ..engine import ConsumerOptions, ProducerOptions, retry
+from ..format import footer as footers
+from ..format import item as items
+from ..message import Deadline, Delivery, Limits, Message
+from .spool import Item, Spool, clear, spools
+
+__all__ = ["Consumer", "Loan", "MemoryEngine", "Producer", "clear"]
+_LONGEST_SLEEP: Final = 3600.0
+_MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Session:
+    """One side of an open spool."""
+
+    role: str
+
+    def __init__(self, spool: Spool, limits: Limits, reopen: bool = False, fresh: bool = False) -> None:
+        self._spool, self.path = spool, spool.path
+        self.dropped = deque[tuple[Item, int]]()  # of deliveries that are gone: the item, and its attempt
+        with spool.step():
+            if fresh and (spool.in_flight or any(one.role == "writer" for one in spool.sessions)):
+                raise errors.SpoolInUse(f"{spool.path}: is in use: it has another writer, or items in flight")
+            if fresh:
+                spool.empty()
+                spool.change(limits)
+            spool.agree(limits)
+            spool.state = "open" if reopen else spool.state
+            spool.sessions.add(self)
+
+    @property
+    def maxsize(self) -> int:
+        return self._spool.limits.maxsize or 0
+
+    def qsize(self) -> int:
+        with self._spool.step(self) as spool:
+            return spool.waiting()
+
+    def close(self) -> None:
+        with self._spool.step() as spool:
+            spool.sessions.discard(self)
+            for item in [item for item in spool.in_flight.values() if item.owner is self]:
+                spool.fail(item, "its reader left")
+            spool.changed.notify_all()
+
+    def _wait(self, until: Deadline) -> bool:
+        """Wait, within a step, until another try may help; False when the deadline is past."""
+        now, spool = time.monotonic(), self._spool
+        ends = [now + _LONGEST_SLEEP, math.inf if until is None else until]
+        if min(ends) <= now:
+            return False
+        away = (*spool.in_flight.values(), *spool.requeued[:1])
+        ends += [item.due for item in away if item.due > spool.now]
+        spool.busy = 0  # meanwhile others may be, a signal handler of this thread too
+        spool.changed.wait(max(0.0, min(ends) - now))
+        spool.busy = threading.get_ident()
+        spool.look(self)
+        return True
+
+
+class Producer(_Session):
+    """A writer's side."""
+
+    role = "writer"
+
+    def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
+        """Put messages; all are made first, so that none is put where one cannot be stored."""
+        made = [_made(message) for message in messages]
+        seqs: list[int] = []
+        with self._spool.step(self) as spool:
+            try:
+                for item in made:
+                    self._await_room(len(item.image), until)
+                    seqs.append(spool.append(item))
+            except errors.SpoolError as error:
+                error.seqs = tuple(seqs)
+                raise
+        return seqs
+
+    def loan(self, spec: values.ArraySpec, meta: values.Json, until: Deadline) -> Loan:
+        layout, message = items.layout_of_spec(spec), Message((), None, meta)
+        size = _size(layout, message)
+        with self._spool.step(self):
+            self._await_room(size, until)
+        return Loan(self, layout, message, bytearray(size))
+
+    def full(self) -> bool:
+        with self._spool.step(self) as spool:
+            return spool.full()
+
+    def shutdown(self, immediate: bool) -> None:
+        with self._spool.step(self) as spool:
+            if immediate:
+                spool.state = "discarded"
+                spool.empty()
+            elif spool.state == "open":
+                spool.state = "draining"
+            spool.changed.notify_all()
+
+    def _await_room(self, size: int, until: Deadline) -> None:
+        retry(lambda: self._spool.check_room(size), self._wait, until)
+
+
+class Loan:
+    """An array over the bytes of an item that is not in the spool yet."""
+
+    def __init__(self, producer: Producer, layout: items.Layout, message: Message, image: bytearray) -> None:
+        self._producer, self._layout, self._message = producer, layout, message
+        self._image: bytearray | None = image
+        (block,), (header,) = layout.blocks, layout.headers
+        image[block.offset - len(header) : block.offset] = header
+        self.array = items.view(image, block, writeable=True)
+
+    def commit(self, until: Deadline) -> int:
+        image = self._image
+        if image is None:
+            raise errors.AlreadySettled("this loan was committed or discarded before")
+        with self._producer._spool.step(self._producer) as spool:
+            self._producer._await_room(len(image), until)
+            self.array.flags.writeable = False
+            self._image, now = None, time.time_ns()
+            image[self._layout.end :] = _footer(self._layout, self._message, now)
+            return spool.append(Item(image, now))
+
+    def discard(self) -> None:
+        self._image = None
+
+
+class _Taken(list[Message]):
+    """What a take has taken, and the items."""
+
+    items: list[Item]
+
+
+class Consumer(_Session):
+    """A reader's side."""
+
+    role = "reader"
+
+    def take(self, limit: int, until: Deadline, writable: bool = False) -> _Taken:
+        with self._spool.step(self) as spool:
+            found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
+            spool.gets += len(found)
+            for item in found:
+                spool.forget(item)
+            taken = _Taken(item.message(writable) for item in found)
+            taken.items = found
+            return taken
+
+    def put_back(self, taken: list[Message], start: int = 0) -> None:
+        assert isinstance(taken, _Taken)
+        with suppress(errors.SpoolError), self._spool.step(self) as spool:
+            while len(taken.items) > start:
+                spool.restore(taken.items.pop())
+
+    def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
+        seconds = math.inf if lease is None else lease
+        with self._spool.step(self) as spool:
+            found = retry(lambda: spool.claim(self, limit, seconds), self._wait, until)
+            return [self._delivery(item) for item in found]
+
+    def _delivery(self, item: Item) -> Delivery:
+        delivery = Delivery(item.seq, item.attempt, item.put_time, len(item.image), None)
+        what, dropped = (item, item.attempt), self.dropped
+        item.given = weakref.ref(
+            delivery, lambda _: dropped.append(what)
+        )  # at any moment: it only takes note
+        return delivery
+
+    def peek(self, until: Deadline) -> values.Peeked:
+        with self._spool.step(self) as spool:
+            (item,) = retry(lambda: spool.deliverable(self, 1), self._wait, until)
+            _, names, meta, put_time, _ = item.message()
+            return values.Peeked(item.seq, item.attempt, put_time / 1e9, len(item.image), names, meta)
+
+    def load(self, delivery: Delivery, writable: bool = False) -> Message:
+        with self._spool.step(self):
+            return self._in_flight(delivery).message(writable)
+
+    def describe(self, delivery: Delivery) -> values.Contents:
+        return values.Contents(*self.load(delivery)[1:])
+
+    def settle(self, deliveries: Sequence[Delivery], verdict: values.Verdict) -> None:
+        with self._spool.step(self) as spool:
+            for delivery in deliveries:
+                item = self._in_flight(delivery)
+                match verdict:
+                    case values.Ack():
+                        spool.gets += 1
+                        spool.forget(item)
+                    case values.Nack(delay, reason):
+                        spool.fail(item, reason, delay)
+                    case values.Reject(reason):
+                        spool.fail(item, reason, last=True)
+                    case values.Extend(lease):
+                        item.due = spool.now + lease
+                        spool.changed.notify_all()  # who waits for it may have to wake sooner
+
+    def _in_flight(self, delivery: Delivery) -> Item:
+        item = self._spool.in_flight.get(delivery.seq)
+        if item is None or (item.owner, item.attempt) != (self, delivery.attempt):
+            raise errors.LeaseExpired(
+                f"{self.path}: item {delivery.seq} is in flight here no more: its lease ended, or it was settled"
+            )
+        return item
+
+
+class MemoryEngine:
+    """The spool `memory://NAME`."""
+
+    crosses_processes = False
+
+    def __init__(self, name: str) -> None:
+        if not name:
+            raise ValueError("a spool in memory needs a name: memory://NAME")
+        self._name = name
+
+    def producer(self, options: ProducerOptions) -> Producer:
+        if options.durability != "none":
+            raise ValueError(f"memory://{self._name} ends with the process: durability can only be 'none'")
+        return Producer(self._spool(), options.limits, options.reopen or options.fresh, options.fresh)
+
+    def consumer(self, options: ConsumerOptions) -> Consumer:
+        return Consumer(self._spool(), options.limits)
+
+    def admin(self) -> Spool:
+        if self._name not in spools:
+            raise errors.NotASpool(f"memory://{self._name}: there is no spool here, in this process")
+        return self._spool()
+
+    def _spool(self) -> Spool:
+        return spools.setdefault(self._name, Spool(f"memory://{self._name}"))
+
+
+def _footer(layout: items.Layout, message: Message, put_time: int) -> bytes:
+    number = bytes.fromhex(message.id) or os.urandom(16)
+    return footers.pack(layout.end, put_time, number, message.names, message.meta)
+
+
+def _size(layout: items.Layout, message: Message) -> int:
+    """Bytes of an item. Raises TooLarge for more than the memory of the machine."""
+    size = layout.end + footers.SIZE + footers.json_size(message.names, message.meta)
+    if size > _MEMORY:
+        raise errors.TooLarge(f"{size} bytes can never fit: this machine has {_MEMORY}")
+    return size
+
+
+def _made(message: Message) -> Item:
+    """The item of a message that is put now."""
+    layout, now = items.layout_of(message.arrays), time.time_ns()
+    _size(layout, message)
+    return Item(b"".join((*items.parts(layout, message.arrays), _footer(layout, message, now))), now)

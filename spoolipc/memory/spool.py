@@ -1,0 +1,301 @@
+"""A spool in memory: its state, the steps that change it, and what is told of it from outside."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import warnings
+import weakref
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
+from typing import Any, Final, Protocol
+
+from .. import errors
+from .. import message as values
+from ..format import item as items
+from ..message import Delivery, Limits, Message
+
+_log = logging.getLogger("spoolipc")
+
+
+class Session(Protocol):
+    """A session as its spool knows it. dropped: of deliveries that are gone, the item and its attempt."""
+
+    role: str
+    dropped: deque[tuple[Item, int]]
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """An item. image: the bytes of its file. owner: at whom it was in flight last. due: monotonic seconds when its
+    lease ends, or when it is to be delivered again. given: tells when nobody can settle it any more."""
+
+    image: bytes | bytearray
+    put_time: int
+    seq: int = 0
+    attempt: int = 0
+    owner: Session | None = None
+    due: float = 0.0
+    history: list[values.Failure] = field(default_factory=list)
+    given: weakref.ref[Delivery] | None = None
+
+    def message(self, writable: bool = False) -> Message:
+        """What is in it, the arrays as read-only views, or as copies."""
+        blocks, tail = items.parse(self.image, len(self.image))
+        return items.message(self.image, blocks, tail, copy=writable, writeable=writable)
+
+    def letter(self) -> values.DeadLetter:
+        """What is told of it as a dead letter."""
+        arrays, names, meta, put_time, _ = self.message()
+        each = zip(names or (None,) * len(arrays), arrays, strict=True)
+        stored = tuple(values.StoredArray(name, str(a.dtype), a.shape, a.nbytes) for name, a in each)
+        size, history, when = len(self.image), tuple(self.history), put_time / 1e9
+        return values.DeadLetter(
+            self.seq, "", size, history[-1].why, self.attempt, history, stored, meta, when, ""
+        )
+
+
+class Spool:
+    """A spool's state, which is changed in its steps only, and the spool as it is looked after from outside.
+
+    fresh: what was never delivered, in order. requeued: what was, by when it is due; it comes first. dead: the dead
+    letters. bytes: of all but those. now: the time of this step, in monotonic seconds.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.process = os.getpid()
+        self.changed = threading.Condition()
+        self.busy = 0  # the thread that is in a step
+        self.asked: dict[str, int] = {}
+        self.limits = values.DEFAULTS
+        self.state: values.State = "open"
+        self.sessions = set[Session]()
+        self.fresh, self.requeued = deque[Item](), list[Item]()
+        self.in_flight, self.dead = dict[int, Item](), dict[int, Item]()
+        self.bytes = self.puts = self.gets = 0
+        self.now = 0.0
+
+    @contextmanager
+    def step(self, session: Session | None = None) -> Iterator[Spool]:
+        """The spool, for a step that nobody sees half done. Raises SpoolClosed, UnsupportedOperation after a fork,
+        ReentrantCall amid another step of this thread."""
+        if os.getpid() != self.process:  # the lock may have been forked while it was held
+            raise errors.UnsupportedOperation(
+                f"{self.path}: is in the memory of process {self.process}, not of this one;"
+                " between processes use a spool in a directory"
+            )
+        if self.busy == threading.get_ident():
+            raise errors.ReentrantCall(f"{self.path}: was called by a signal handler amid another call")
+        with self.changed:
+            self.busy = threading.get_ident()
+            try:
+                self.look(session)
+                yield self
+            finally:
+                self.busy = 0
+
+    def look(self, session: Session | None) -> None:
+        """See which leases have ended, what was dropped, whether the session is open. Raises SpoolClosed."""
+        self.now = time.monotonic()
+        for item in [item for item in self.in_flight.values() if item.due <= self.now]:
+            self.fail(item, "its lease ended")
+        if session is None:
+            return
+        if session not in self.sessions:
+            raise errors.SpoolClosed(f"{self.path}: this {session.role} was closed; open a new one")
+        while session.dropped:
+            item, attempt = session.dropped.popleft()
+            if self.in_flight.get(item.seq) is item and item.attempt == attempt:
+                self.fail(item, "it was dropped unsettled")
+                what = f"item {item.seq} of {self.path} was dropped unsettled; it is redelivered"
+                warnings.warn(f"{what}. Use: with reader.receive()", ResourceWarning, stacklevel=1)
+
+    def agree(self, asked: Limits) -> None:
+        """Let limits be decided by who asks first. Raises LimitMismatch."""
+        for name, value in asdict(asked).items():
+            if value is not None and self.asked.get(name, value) != value:
+                raise errors.LimitMismatch(
+                    f"{self.path}: has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there"
+                )
+        self.change(asked)
+
+    def change(self, asked: Limits) -> None:
+        """Let the limits asked for be in force, whatever they were."""
+        self.asked |= {name: value for name, value in asdict(asked).items() if value is not None}
+        self.limits = replace(values.DEFAULTS, **self.asked)
+        self.changed.notify_all()
+
+    def empty(self) -> int:
+        """Remove what waits; how many items."""
+        gone = [*self.requeued, *self.fresh]
+        self.bytes -= sum(len(item.image) for item in gone)
+        self.requeued, self.fresh = [], deque()
+        self.changed.notify_all()
+        return len(gone)
+
+    def waiting(self) -> int:
+        return len(self.requeued) + len(self.fresh)
+
+    def full(self) -> bool:
+        return self.waiting() >= (self.limits.maxsize or math.inf)
+
+    def check_room(self, size: int) -> None:
+        """Raise ShutDown, TooLarge, or Full when there is no room now."""
+        most, path = self.limits.max_bytes or math.inf, self.path
+        if self.state != "open":
+            raise errors.ShutDown(f"{path}: was shut down; SpoolWriter(path, reopen=True) opens it again")
+        if size > most:
+            raise errors.TooLarge(f"{path}: an item of {size} bytes can never fit: max_bytes is {most}")
+        if self.full():
+            raise errors.Full(f"{path}: full: {self.waiting()} items wait, maxsize={self.limits.maxsize}")
+        if self.bytes + size > most:
+            raise errors.Full(f"{path}: full: {self.bytes} bytes taken, max_bytes={most}, {size} needed")
+
+    def append(self, item: Item) -> int:
+        """Make it the last item."""
+        item.seq = self.puts = self.puts + 1
+        self.bytes += len(item.image)
+        self.fresh.append(item)
+        self.changed.notify_all()
+        return item.seq
+
+    def deliverable(self, asking: Session, limit: int) -> list[Item]:
+        """Up to `limit` items to be delivered next. Raises Empty, and ShutDown when none can come any more."""
+        due = (item for item in chain(self.requeued, self.fresh) if item.due <= self.now)
+        if found := list(islice(due, limit)):
+            return found
+        others = self.requeued or any(item.owner is not asking for item in self.in_flight.values())
+        if self.state == "discarded" or (self.state == "draining" and not others):
+            what = "was shut down and has no more items; a writer begins again with fresh=True"
+            raise errors.ShutDown(f"{self.path}: {what}")
+        raise errors.Empty(f"{self.path}: no item waits")
+
+    def claim(self, asking: Session, limit: int, lease: float) -> list[Item]:
+        """Deliver them: they are in flight now. Raises as `deliverable` does."""
+        found = self.deliverable(asking, limit)
+        for item in found:
+            (self.requeued if item.attempt else self.fresh).remove(item)
+            item.attempt, item.owner, item.due = item.attempt + 1, asking, self.now + lease
+            self.in_flight[item.seq] = item
+        self.changed.notify_all()
+        return found
+
+    def forget(self, item: Item) -> None:
+        """Let an item in flight be gone, and its bytes be free."""
+        del self.in_flight[item.seq]
+        self.bytes -= len(item.image)
+        self.changed.notify_all()
+
+    def restore(self, item: Item) -> None:
+        """Let an item that was taken wait again in its place, as if it had never been."""
+        if self.state == "discarded":
+            return
+        self.gets -= 1
+        self.bytes += len(item.image)
+        item.attempt, item.due = item.attempt - 1, 0.0
+        if item.attempt:
+            self.requeued.insert(0, item)
+        else:
+            self.fresh.appendleft(item)
+        self.changed.notify_all()
+
+    def fail(self, item: Item, why: str, delay: float = 0.0, last: bool = False) -> None:
+        """Requeue an item in flight, or make it a dead letter: when its attempts are used up, or this is its last."""
+        most = self.limits.max_attempts
+        if most and item.attempt >= most and not last:
+            why, last = f"{why}; that was attempt {item.attempt} of {most}", True
+        item.history.append(values.Failure(item.attempt, time.time(), f"process {os.getpid()}", why))
+        if last:
+            self.forget(item)
+            self.dead[item.seq] = item
+            _log.error("%s: item %d is now a dead letter: %s", self.path, item.seq, why)
+        elif self.state == "discarded":
+            self.forget(item)
+        else:
+            item.due = self.now + delay
+            insort(self.requeued, self.in_flight.pop(item.seq), key=lambda item: item.due)
+            self.changed.notify_all()
+
+    # As it is looked after from outside
+
+    def stat(self) -> values.SpoolStat:
+        with self.step():
+            waiting = [item for item in (*self.requeued, *self.fresh) if item.due <= self.now]
+            return values.SpoolStat(
+                path=self.path,
+                state=self.state,
+                depth=len(waiting),
+                delayed=self.waiting() - len(waiting),
+                in_flight=len(self.in_flight),
+                bytes=self.bytes,
+                oldest_age=max(0.0, (time.time_ns() - waiting[0].put_time) / 1e9) if waiting else None,
+                failed=len(self.dead),
+                puts=self.puts,
+                gets=self.gets,
+                live_sessions=len(self.sessions),
+                limits=self.limits,
+                **_NO_FILES,
+            )
+
+    def failed_list(self, seqs: Iterable[int] | None = None) -> list[values.DeadLetter]:
+        with self.step():
+            return [item.letter() for item in self.letters(seqs)]
+
+    def failed_retry(self, seqs: Iterable[int] | None) -> values.Retried:
+        done: dict[int, int] = {}
+        with self.step():
+            for item in self.letters(seqs):
+                if self.state != "open":
+                    raise errors.ShutDown(f"{self.path}: was shut down")
+                del self.dead[item.seq]
+                done[item.seq] = self.append(Item(item.image, item.put_time))
+        return values.Retried(done, {})
+
+    def failed_drop(self, seqs: Iterable[int] | None) -> list[int]:
+        with self.step():
+            return [self.dead.pop(item.seq).seq for item in self.letters(seqs)]
+
+    def purge(self) -> int:
+        with self.step():
+            return self.empty()
+
+    def remove(self) -> None:
+        with self.step():
+            if self.sessions:
+                raise errors.SpoolInUse(f"{self.path}: is in use: {len(self.sessions)} sessions have it open")
+            clear(self.path.removeprefix("memory://"))
+
+    def set_limits(self, limits: Limits) -> Limits:
+        with self.step():
+            self.change(limits)
+            return self.limits
+
+    def letters(self, seqs: Iterable[int] | None) -> list[Item]:
+        """Dead letters in the order of their numbers; None for all. Raises NoSuchItem."""
+        wanted = sorted(self.dead) if seqs is None else values.numbers_of(seqs)
+        for seq in wanted:
+            if seq not in self.dead:
+                raise errors.NoSuchItem(f"{self.path}: has no dead letter {seq}; see failed_list()")
+        return [self.dead[seq] for seq in wanted]
+
+
+def clear(name: str) -> None:
+    """Forget the spool `memory://NAME`: who opens the name next makes a new one. Sessions still open keep the old."""
+    spools.pop(name, None)
+
+
+spools: dict[str, Spool] = {}
+_NO_FILES: Final[dict[str, Any]] = {
+    **dict.fromkeys(("free_files", "free_bytes", "pinned_files", "pinned_bytes", "wanted_bytes"), 0),
+    **{"file_system": "memory", "in_memory": True, "waiting_mode": "condition"},
+    **{"index_damage": "", "stuck_on": "", "pinned_by": {}},
+}
+"""What `stat` says of every spool in memory."""
