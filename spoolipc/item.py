@@ -232,6 +232,13 @@ class Loan:
             self.discard()
 
 
+def taken_item(consumer: Consumer, message: Message) -> Item:
+    """The item that `Consumer.take` took off the spool: one that is settled."""
+    item = Item(consumer, Delivery(message.seq, message.attempt, message.put_time, message.nbytes, None))
+    item._message, item._settled = message, "acknowledged"
+    return item
+
+
 def _checked(reason: str) -> str:
     if not isinstance(reason, str):
         raise TypeError(f"reason must be a string, not {reason!r}")

@@ -149,7 +149,8 @@ class Message(NamedTuple):
 
     arrays: base ndarrays, in order; delivered ones are read-only unless asked for otherwise. names: one for each, None
     for a single unnamed array. meta: any JSON value. put_time: wall clock, ns; 0 before it is put. id: 32 hexadecimal
-    digits that stay the item's own when it is moved to another spool; "" lets the engine choose.
+    digits that stay the item's own when it is moved to another spool; "" lets the engine choose. seq, attempt, nbytes:
+    as of the `Delivery`, also of one that was taken at once; 0 before it is put.
     """
 
     arrays: tuple[Array, ...]
@@ -157,6 +158,9 @@ class Message(NamedTuple):
     meta: Json = None
     put_time: int = 0
     id: str = ""
+    seq: int = 0
+    attempt: int = 0
+    nbytes: int = 0
 
 
 class ArraySpec(NamedTuple):

@@ -6,8 +6,9 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -26,12 +27,11 @@ from .engine import (
 )
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
 from .format.item import copied, plain
-from .item import Item, Loan
+from .item import Item, Loan, taken_item
 from .message import (
     Arrays,
     ArraySpec,
     Copy,
-    Deadline,
     Json,
     Limits,
     Message,
@@ -44,6 +44,7 @@ from .message import (
     whole,
 )
 
+T = TypeVar("T")
 _new = tuple.__new__  # a Message made without a call of Python code: `put` is a few microseconds
 
 
@@ -183,7 +184,7 @@ class SpoolWriter(_Face):
         until = None if block is True and timeout is None else deadline_of(block, timeout)
         if type(array) is not np.ndarray:
             return self._producer.put((_message(array, meta),), until)[0]
-        return self._producer.put((_new(Message, ((array,), None, meta, 0, "")),), until)[0]
+        return self._producer.put((_new(Message, ((array,), None, meta, 0, "", 0, 0, 0)),), until)[0]
 
     def put_many(
         self,
@@ -311,7 +312,7 @@ class SpoolReader(_Face):
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
         if copy:
-            return self._take_copies(1, until, copy)[0]
+            return self._given(self._consumer.take(1, until, on_write(copy)), copy, _arrays)[0]
         taken = self._consumer.take(1, until)
         message = taken[0]
         if message.names is None:
@@ -322,13 +323,13 @@ class SpoolReader(_Face):
             self._put_back(taken)
             raise
 
-    def _given(self, taken: list[Message], make: Callable[[Message], Arrays]) -> list[Arrays]:
+    def _given(self, taken: list[Message], copy: Copy, make: Callable[[Message], T]) -> list[T]:
         """What the caller gets of what was taken. What he does not get waits again: all of it after an interrupt, what
         is left where an array cannot be copied for want of memory."""
-        given: list[Arrays] = []
+        given: list[T] = []
         try:
             for message in taken:
-                given.append(make(message))
+                given.append(make(copied(message) if copy and not on_write(copy) else message))
         except BaseException as error:
             kept = len(given) if isinstance(error, MemoryError) else 0
             self._put_back(taken, kept)
@@ -340,10 +341,14 @@ class SpoolReader(_Face):
         if isinstance(self._consumer, Restorer):
             self._consumer.put_back(taken, start)
 
-    def _take_copies(self, limit: int, until: Deadline, copy: Copy) -> list[Arrays]:
-        if on_write(copy):
-            return self._given(self._consumer.take(limit, until, True), _arrays)
-        return self._given(self._consumer.take(limit, until), lambda message: _arrays(copied(message)))
+    def take(self, block: bool = True, timeout: float | None = None, *, copy: Copy = False) -> Item:
+        """Take the next item off the spool, as `get` does, with all that is known of it.
+
+        The `Item` has its array or arrays, meta, seq and put_time, and is settled already. Parameters and errors are
+        those of `get`.
+        """
+        found = self._consumer.take(1, deadline_of(block, timeout), on_write(copy))
+        return self._given(found, copy, partial(taken_item, self._consumer))[0]
 
     def get_many(
         self, limit: int, block: bool = True, timeout: float | None = None, *, copy: Copy = False
@@ -354,9 +359,7 @@ class SpoolReader(_Face):
         Other parameters and errors are those of `get`.
         """
         limit, until = whole("limit", limit, 1), deadline_of(block, timeout)
-        if copy:
-            return self._take_copies(limit, until, copy)
-        return self._given(self._consumer.take(limit, until), _arrays)
+        return self._given(self._consumer.take(limit, until, on_write(copy)), copy, _arrays)
 
     def get_nowait(self, *, copy: Copy = False) -> Arrays:
         """Get without waiting: `get(block=False)`."""

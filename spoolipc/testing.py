@@ -358,6 +358,21 @@ class EngineSuite(SharedSuite):
             assert (each.arrays[0][: size // 2] == number).all()
             assert (each.arrays[0][size // 2 :] == 7).all()
 
+    @SIZES
+    def test_items_know_their_number_attempt_and_bytes_however_they_are_delivered(self, size: int) -> None:
+        seqs = self.put(0, 1, 2, size=size)
+        delivery = self.claim()
+        loaded = self.consumer.load(delivery)
+        self.settle(delivery, Nack(0, ""))
+        found = [loaded, *self.consumer.take(2, NOW), *self.consumer.take(1, NOW, True)]
+        assert [(each.seq, each.attempt) for each in found] == [
+            (seqs[0], 1),
+            (seqs[0], 2),
+            (seqs[1], 1),
+            (seqs[2], 1),
+        ]
+        assert {each.nbytes for each in found} == {delivery.size}
+
     def test_either_side_may_come_first_and_items_outlive_all_sessions(self) -> None:
         refused(Empty, self.take)
         seqs = self.put(0, 1)
@@ -517,7 +532,7 @@ class EngineSuite(SharedSuite):
         delivery = self.claim()
         contents = self.consumer.describe(delivery)
         assert contents[:2] == (("a", "b"), {"x": [1, 2]})
-        assert contents[2:] == self.consumer.load(delivery)[3:]
+        assert contents[2:] == self.consumer.load(delivery)[3:5]
         for each in peeked:
             assert (each.seq, each.nbytes, each.attempt) == (delivery.seq, delivery.size, 0)
             assert (each.names, each.meta) == contents[:2]

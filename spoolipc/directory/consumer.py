@@ -128,11 +128,11 @@ class DirectoryConsumer(Receiver):
                 if not record or words[W.SHUTDOWN] == W.DISCARDED:
                     break
                 seq = words[record + W.SEQ]
-                if ahead and ahead[-1][0] == seq:
-                    _, found, shown, single = ahead.pop()
+                if ahead and ahead[-1][0][5:7] == (seq, words[record + W.ATTEMPT] + 1):
+                    found, shown, single = ahead.pop()
                 else:
                     try:
-                        _, found, shown, single = self.open(words, record, seq, writable)
+                        found, shown, single = self.open(words, record, seq, writable)
                     except BadItem as error:
                         recycler.mappings.forget(words[record + W.FILE])
                         set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
@@ -298,7 +298,7 @@ class DirectoryConsumer(Receiver):
         try:
             if claim.is_acked:
                 self.session.step(self._record_of, delivery)
-            _, found, shown, claim.single = self.open(words, record, claim.seq, writable)
+            found, shown, claim.single = self.open(words, record, claim.seq, writable)
             if shown is not None:
                 pins.add(pin, shown)
             return found

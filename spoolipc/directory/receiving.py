@@ -38,10 +38,9 @@ PATIENCE = 3.0
 _AHEAD: Final = 64  # items opened without the lock for one call
 
 
-Opened: TypeAlias = tuple[int, Message, object, bool]
-"""An item's file, read: its sequence number; its message; shown, what the arrays keep alive that are views of the
-file's pages, None where they are arrays of their own; single, whether the file has no other name, so that it may be
-written again."""
+Opened: TypeAlias = tuple[Message, object, bool]
+"""An item's file, read: its message; shown, what the arrays keep alive that are views of the file's pages, None
+where they are arrays of their own; single, whether the file has no other name, so that it may be written again."""
 
 
 def _ended(words: Words, own: int) -> bool:
@@ -170,12 +169,14 @@ class Receiver(Side):
             blocks, tail = parse(buffer, size)
         if self.verify:
             verify(buffer, tail)
+        attempt = words[record + W.ATTEMPT] + (words[record + W.STATE] == W.WAITING)
+        known, single = (seq, attempt, size), status[3] == 1
         if tail.data_end <= SMALL:
             copied = type(buffer) is not bytes
-            return seq, message(buffer, blocks, tail, copy=copied, writeable=writable), None, status[3] == 1
+            return message(buffer, blocks, tail, known, copy=copied, writeable=writable), None, single
         # All arrays, their views and bases lead to this one's base, a memoryview that nobody else has.
         pages: Any = np.frombuffer(buffer, np.uint8)
-        return seq, message(pages, blocks, tail, copy=False, writeable=writable), pages.base, status[3] == 1
+        return message(pages, blocks, tail, known, copy=False, writeable=writable), pages.base, single
 
     def begin(self, leave: int = 0) -> tuple[int, int]:
         """What every step of a reader does first: keep house when it is due, let go of files that no array shows any

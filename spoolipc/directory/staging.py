@@ -60,7 +60,7 @@ class Staged:
     status: os.stat_result | None = None
 
     def __init__(self, message: Message, layout: Layout, said: bytes, flags: int) -> None:
-        self.arrays, names, meta, _, _ = message
+        self.arrays, names, meta, *_ = message
         self.names, self.meta = names, meta
         self.id = said
         self.layout = layout

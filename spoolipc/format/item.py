@@ -307,12 +307,19 @@ def view(buffer: Buffer, block: Block, *, writeable: bool = False) -> Array:
 
 
 def message(
-    buffer: Buffer, blocks: Sequence[Block], footer: Footer, *, copy: bool, writeable: bool = False
+    buffer: Buffer,
+    blocks: Sequence[Block],
+    footer: Footer,
+    known: tuple[int, int, int] = (0, 0, 0),
+    *,
+    copy: bool,
+    writeable: bool = False,
 ) -> Message:
     """The message in an item file.
 
-    buffer: as for `view`. blocks, footer: as `parse` returned them for it. copy: whether the arrays are over a copy of
-    their own and do not need the buffer. writeable: whether they let themselves be written.
+    buffer: as for `view`. blocks, footer: as `parse` returned them for it. known: seq, attempt, nbytes. copy: whether
+    the arrays are over a copy of their own and do not need the buffer. writeable: whether they let themselves be
+    written.
     """
     put_time, _, _, names, meta, id, _, _, _ = footer
     if copy:  # not by numpy, which would lose padding
@@ -322,7 +329,7 @@ def message(
     else:
         arrays = tuple([view(buffer, block, writeable=writeable) for block in blocks])
     # Not Message(...), which is a call of Python code.
-    return tuple.__new__(Message, (arrays, names, meta, put_time, id))
+    return tuple.__new__(Message, (arrays, names, meta, put_time, id, *known))
 
 
 def copied(message: Message) -> Message:

@@ -197,7 +197,7 @@ class Consumer(_Session):
     def peek(self, until: Deadline) -> values.Peeked:
         with self._spool.step(self) as spool:
             (item,) = retry(lambda: spool.deliverable(self, 1), self._wait, until)
-            _, names, meta, put_time, _ = item.message()
+            _, names, meta, put_time, *_ = item.message()
             return values.Peeked(item.seq, item.attempt, put_time / 1e9, len(item.image), names, meta)
 
     def load(self, delivery: Delivery, writable: bool = False) -> Message:
@@ -205,7 +205,7 @@ class Consumer(_Session):
             return self._in_flight(delivery).message(writable)
 
     def describe(self, delivery: Delivery) -> values.Contents:
-        return values.Contents(*self.load(delivery)[1:])
+        return values.Contents(*self.load(delivery)[1:5])
 
     def settle(self, deliveries: Sequence[Delivery], verdict: values.Verdict) -> None:
         with self._spool.step(self) as spool:

@@ -49,11 +49,12 @@ class Item:
     def message(self, writable: bool = False) -> Message:
         """What is in it, the arrays as read-only views, or as copies."""
         blocks, tail = items.parse(self.image, len(self.image))
-        return items.message(self.image, blocks, tail, copy=writable, writeable=writable)
+        known = self.seq, self.attempt, len(self.image)
+        return items.message(self.image, blocks, tail, known, copy=writable, writeable=writable)
 
     def letter(self) -> values.DeadLetter:
         """What is told of it as a dead letter."""
-        arrays, names, meta, put_time, _ = self.message()
+        arrays, names, meta, put_time, *_ = self.message()
         each = zip(names or (None,) * len(arrays), arrays, strict=True)
         stored = tuple(values.StoredArray(name, str(a.dtype), a.shape, a.nbytes) for name, a in each)
         size, history, when = len(self.image), tuple(self.history), put_time / 1e9

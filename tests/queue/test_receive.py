@@ -20,6 +20,7 @@ from support.waits import until, until_asleep
 
 from spoolipc import (
     AlreadySettled,
+    Empty,
     Item,
     LeaseExpired,
     ShutDown,
@@ -267,6 +268,32 @@ def test_an_item_keeps_its_id_through_redelivery_and_retry(spool: Path) -> None:
         failed_retry(spool)
         with reader.receive() as retried:
             assert (retried.id, retried.seq) == (ids[1], 3)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("size", [3, LARGE])
+def test_an_item_taken_knows_what_one_received_knows_and_is_settled(
+    spool: Path, size: int, verify: bool
+) -> None:
+    with SpoolWriter(spool, checksum=True) as writer, SpoolReader(spool, verify=verify) as reader:
+        writer.put(np.full(size, 7.0), meta={"camera": 3})
+        writer.put({"a": np.zeros(size), "b": np.ones(3)})
+        with reader.receive() as received:
+            known = [received.seq, received.nbytes, received.put_time, received.id, received.meta]
+            received.nack()
+        with reader.take() as item:
+            assert [item.seq, item.nbytes, item.put_time, item.id, item.meta] == known
+            assert (item.attempt, item.settled, (item.array == 7).all()) == (2, True, True)
+            assert item.array is item.arrays[""]
+            with pytest.raises(AlreadySettled, match=r"item 1 was acknowledged before"):
+                item.nack()
+        named = reader.take(block=False)
+        assert (named.seq, named.meta, sorted(named.arrays)) == (2, None, ["a", "b"])
+        with pytest.raises(Empty):
+            reader.take(timeout=0.01)
+        writer.shutdown()
+        with pytest.raises(ShutDown):
+            reader.take()
 
 
 def test_an_item_dropped_unsettled_is_redelivered_by_the_next_call_with_a_warning(pair: Pair) -> None:

@@ -105,21 +105,22 @@ def test_array_copied_on_write_is_ones_own_where_it_was_written_and_the_item_s_e
 @pytest.mark.parametrize("copy", [True, "on-write"])
 def test_every_way_to_get_gives_arrays_that_may_be_written(spool: Path, copy: Any, size: int) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
-        writer.put_many([np.zeros(size)] * 6)
+        writer.put_many([np.zeros(size)] * 7)
         writer.put({"a": np.zeros(size), "b": np.zeros(3)})
         writer.shutdown()
         arrays = [reader.get(copy=copy), *reader.get_many(1, copy=copy), reader.get_nowait(copy=copy)]
         with reader.receive(copy=copy) as item:
             arrays.append(item.array)
+        arrays.append(reader.take(copy=copy).array)
         arrays.append(next(iter(reader.arrays(copy=copy))))
         for number, item in enumerate(reader.items(copy=copy)):
             arrays += item.arrays.values()
             item.array if number == 0 else item.arrays  # noqa: B018
-        assert len(arrays) == 8
+        assert len(arrays) == 9
         for array in arrays:
             array += 1
             assert (array == 1).all()
-        for call in (reader.get, reader.receive, partial(reader.get_many, 1)):
+        for call in (reader.get, reader.take, reader.receive, partial(reader.get_many, 1)):
             with pytest.raises(ValueError, match='copy must be True, False or "on-write", not'):
                 call(copy=cast(Any, "always"))
 
