@@ -316,7 +316,7 @@ receiving.parse = itemfile.parse = stopping
 
 def stop_in(peer: Peer, code: str) -> None:
     peer.start("ask", code)
-    os.waitpid(peer.pid, os.WUNTRACED)
+    peer.until_stopped()
 
 
 @pytest.mark.parametrize("looker", ["reader.get_nowait().sum()", "fsck(path).items"])
@@ -337,7 +337,7 @@ def test_who_was_stopped_looking_at_an_item_lives_on_when_it_is_taken_and_evicte
         writer.put_nowait(np.ones(1000, "u1"))
         peer.go()
         if looker.startswith("reader"):
-            os.waitpid(peer.pid, os.WUNTRACED)  # the next item is now another, and it looks at that
+            peer.until_stopped()  # the next item is now another, and it looks at that
             peer.go()
         assert peer.answer() >= 0
         peer.run("reader.close()")

@@ -100,8 +100,7 @@ def stop_in_step(peer: Peer) -> None:
     not say so yet: `go` lets it go on."""
     peer.run(_STOP_AFTER_RENAME)
     peer.start("run", "writer.put(np.full(3, 1))")
-    _, status = os.waitpid(peer.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
+    peer.until_stopped()
 
 
 USERS: Final[tuple[Callable[[Path], object], ...]] = (SpoolReader, SpoolWriter)

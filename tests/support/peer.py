@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
-_LOOP = """
-import json, sys, time
 import numpy as np
-from spoolipc import *
-from spoolipc import gc, stat
-space = dict(globals(), path=sys.argv[1])
-for line in sys.stdin:
-    mode, code = json.loads(line)
-    value = eval(code, space) if mode == "ask" else exec(code, space)
-    print(json.dumps(value), flush=True)
-"""
+
+import spoolipc
+
+FORKSERVER: Final = multiprocessing.get_context("forkserver")
+"""Forks processes that have imported what a peer needs, and have nothing of the tests."""
+FORKSERVER.set_forkserver_preload(["numpy", "spoolipc"])
+_SERVE: Final = "import os, sys, support.peer as peer; peer.serve(int(sys.argv[1]), sys.argv[2], os.environ)"
+
+
+def serve(asked: Connection | int, path: str, environment: Mapping[str, str]) -> None:
+    """Run what is asked for until nobody can ask any more. asked: or its descriptor."""
+    if isinstance(asked, int):
+        asked = Connection(asked)
+    os.environ.update(environment)
+    warnings.simplefilter("error")
+    space = {name: getattr(spoolipc, name) for name in dir(spoolipc)}
+    space |= {"__name__": "__main__", "np": np, "path": path, "sys": sys, "time": time}
+    while True:
+        try:
+            mode, code = json.loads(asked.recv_bytes())
+        except EOFError:
+            return
+        value = eval(compile(code, "<asked>", "eval" if mode == "ask" else "exec"), space)
+        asked.send_bytes(json.dumps(value).encode())
 
 
 class Peer:
     """A process of its own that knows `path`, numpy as `np` and everything spoolipc exports. prefix: starts it."""
 
     def __init__(self, path: Path, *prefix: str) -> None:
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-W", "error", "-c", _LOOP, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.pid = self._process.pid
+        self._asked, asked = multiprocessing.Pipe()
+        if prefix:
+            command = [*prefix, sys.executable, "-c", _SERVE, str(asked.fileno()), str(path)]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            self._process: Any = subprocess.Popen(command, pass_fds=[asked.fileno()], env=environment)
+            self._wait: Callable[[float], object] = self._process.wait
+        else:
+            self._process = FORKSERVER.Process(target=serve, args=(asked, str(path), {**os.environ}))
+            self._process.start()
+            self._wait = self._process.join
+        self.pid: int = self._process.pid
+        asked.close()
 
     def run(self, code: str) -> None:
         """Run statements there."""
@@ -49,26 +72,32 @@ class Peer:
 
     def start(self, mode: str, code: str) -> None:
         """Begin `run` or `ask` and do not wait for it: `answer` does."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([mode, code]) + "\n")
-        self._process.stdin.flush()
+        self._asked.send_bytes(json.dumps([mode, code]).encode())
 
     def answer(self) -> Any:
         """What came of the code begun last."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the peer died of an error, printed above"
-        return json.loads(line)
+        try:
+            return json.loads(self._asked.recv_bytes())
+        except EOFError:
+            raise AssertionError("the peer died of an error, printed above") from None
 
     def kill(self) -> None:
         """End it as a crash does, and see it gone."""
-        os.kill(self.pid, signal.SIGKILL)
-        self._process.wait(20)
+        self._process.kill()
+        self._wait(20)
 
     def stop(self) -> None:
         """Stop it, alive but hung; `go` lets it go on."""
         os.kill(self.pid, signal.SIGSTOP)
-        os.waitpid(self.pid, os.WUNTRACED)
+        self.until_stopped()
+
+    def until_stopped(self) -> None:
+        """Wait until it has stopped, by itself or by `stop`."""
+        deadline = time.monotonic() + 20
+        tasks = list(Path(f"/proc/{self.pid}/task").iterdir())
+        while any(" T " not in Path(task, "stat").read_text() for task in tasks):
+            assert time.monotonic() < deadline, "it did not stop"
+            os.sched_yield()
 
     def go(self) -> None:
         """Let it go on after `stop`."""
@@ -80,10 +109,5 @@ class Peer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait(20)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+        self.kill()
+        self._asked.close()
