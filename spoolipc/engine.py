@@ -180,6 +180,35 @@ class Watchable(Protocol):
         """A watch for items, or for space."""
 
 
+class Pair(Protocol):
+    """A session that puts and gets, with the count of what it was told is done."""
+
+    @property
+    def producer(self) -> Producer:
+        """Its putting side; closed with the pair only."""
+
+    @property
+    def consumer(self) -> Consumer:
+        """Its getting side; closed with the pair only."""
+
+    def task_done(self) -> bool:
+        """Count one item as done; false where all that were put are."""
+
+    def join(self, until: Deadline) -> bool:
+        """Wait until all items that were put are done; false when the deadline is past."""
+
+    def close(self) -> None:
+        """Leave. Harmless when repeated."""
+
+
+@runtime_checkable
+class Pairing(Protocol):
+    """A capability of an engine: both sides through one session."""
+
+    def pair(self, limits: Limits) -> Pair:
+        """Open it for both, making it where there is none."""
+
+
 class Admin(Protocol):
     """A spool looked after from outside."""
 

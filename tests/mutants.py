@@ -197,7 +197,7 @@ polled | doorbell | test_wakeups polling | ears is None or not armed: ==> False:
 # a waiting session crashes, or its time is up, as it is woken
 ring-crashed | liveness | test_wakeups in_the_place | if fs.lock(fd): ==> if False:
 ring-stale | doorbell | test_wakeups in_the_place | and since > fresh: ==> :
-ring-next | doorbell | test_wakeups is_interrupted | self.ring(self.kind, 1) ==> pass
+ring-next | doorbell | test_wakeups is_interrupted | self.ring(kind, 1) ==> pass
 ring | session | test_wakeups idle_reader | self.doorbell.ring("items", items) ==> pass
 ring-delay | session | test_wakeups reader_sleeps | or 0 < words[W.NEXT_DUE] < until_ns ==>
 ring-end | producer | test_processes shutdown_wakes | self.session.doorbell.ring_all() ==> pass

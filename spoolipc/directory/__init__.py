@@ -70,6 +70,7 @@ from ..engine import ConsumerOptions, ProducerOptions
 from ..message import DeadLetter, Limits, Retried, SpoolStat
 from .consumer import DirectoryConsumer
 from .dead_letters import failed_drop, failed_list, failed_retry
+from .pair import DirectoryPair
 from .producer import DirectoryProducer
 from .reset import purge, remove, set_limits
 from .stat import stat
@@ -90,6 +91,10 @@ class DirectoryEngine:
     def consumer(self, options: ConsumerOptions) -> DirectoryConsumer:
         """Open it for getting, making it where there is none."""
         return DirectoryConsumer(self.path, options)
+
+    def pair(self, limits: Limits) -> DirectoryPair:
+        """Open it for both through one session, making it where there is none."""
+        return DirectoryPair(self.path, limits)
 
     def admin(self) -> DirectoryEngine:
         """Look after it."""

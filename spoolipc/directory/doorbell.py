@@ -84,9 +84,8 @@ def take_place(words: Words, token: Token, kind: int, alive: int) -> int:
 class Doorbell:
     """One session's place among those who wait, and its way to wake others. Threads may share it."""
 
-    def __init__(self, host: Host, kind: Kind) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = weakref.ref(host)
-        self.kind: Kind = kind
         self.reset()
 
     def reset(self) -> None:
@@ -146,9 +145,10 @@ class Doorbell:
 
     # Waiting
 
-    def wait(self, look: Callable[[], bool], seconds: float) -> bool:
+    def wait(self, kind: Kind, look: Callable[[], bool], seconds: float) -> bool:
         """Wait until `look()` is true, at most so many seconds; returns whether it is.
 
+        kind: what is waited for. Of two threads of a session that wait for both, one may have to look unasked.
         look: called often, at least once; its exceptions pass through. After a true answer the caller rings again if
         more than it takes is left.
         """
@@ -164,22 +164,22 @@ class Doorbell:
             self._waiting += 1
         found = False
         try:
-            found = self._sleep_until(look, until)
+            found = self._sleep_until(kind, look, until)
             return found
         finally:
             if time.monotonic() - began < SOON:
                 self._spin = SHORT_LOOK[1]
-            self._leave(None if found else look)
+            self._leave(kind, None if found else look)
 
-    def _sleep_until(self, look: Callable[[], bool], until: float) -> bool:
+    def _sleep_until(self, kind: Kind, look: Callable[[], bool], until: float) -> bool:
         ears = hearing.listen(self)
         pause = POLL[0]
         while True:
             ticket = self.tickets
-            armed = self.arm()
+            armed = self.arm(kind)
             if look():
                 return True
-            nap = LOOK_EVERY[self.kind]
+            nap = LOOK_EVERY[kind]
             if ears is None or not armed:
                 nap, pause = min(nap, pause), min(2 * pause, POLL[1])
             now = time.monotonic()
@@ -213,30 +213,31 @@ class Doorbell:
         self._spin = max(self._spin / 2, least)
         return False
 
-    def arm(self) -> bool:
-        """Say that this session waits; false where there is no place to say it. Look at the spool after this."""
-        waiter, words = self._own_place()
+    def arm(self, kind: Kind) -> bool:
+        """Say that this session waits for `kind`; false where there is no place to say it. Look at the spool after."""
+        waiter, words = self._own_place(kind)
         if waiter is None or words is None:
             return False
+        words[waiter.kind] = _CODES[kind]
         words[waiter.since] = fs.monotonic_ns()
         # This store must reach memory before the look that follows reads: entering the scheduler is a full barrier,
         # which a plain store followed by a plain load is not.
         fs.yield_core()
         return True
 
-    def _own_place(self) -> tuple[Waiter | None, Words | None]:
+    def _own_place(self, kind: Kind) -> tuple[Waiter | None, Words | None]:
         host = self._host()
         words = host.peek_words() if host is not None else None
         if host is None or words is None:
             return None, None
         if self._place < 0 or words[W.WAITERS[self._place].token] != host.token:
-            self._place = host.take_place(_CODES[self.kind])
+            self._place = host.take_place(_CODES[kind])
             words = host.peek_words()
             if self._place < 0 or words is None:
                 return None, None
         return W.WAITERS[self._place], words
 
-    def _leave(self, look: Callable[[], bool] | None) -> None:
+    def _leave(self, kind: Kind, look: Callable[[], bool] | None) -> None:
         """One thread waits no longer; the last one takes back that the session does.
 
         look: of one that leaves without what it waited for. It may have been rung since it looked last, so if there is
@@ -255,7 +256,7 @@ class Doorbell:
             if look is not None:
                 fs.yield_core()  # a barrier, as in `arm`
                 if look():
-                    self.ring(self.kind, 1)
+                    self.ring(kind, 1)
 
     def heard(self) -> None:
         """Called by whoever read that our file was written to."""
@@ -284,6 +285,6 @@ class Doorbell:
         finally:
             fs.close(fd)
 
-    def watch(self) -> hearing.SessionWatch:
+    def watch(self, kind: Kind) -> hearing.SessionWatch:
         """A watch of its own for an event loop."""
-        return hearing.SessionWatch(self)
+        return hearing.SessionWatch(self, kind)

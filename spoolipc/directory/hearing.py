@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Literal, Protocol
 
+from ..engine import Kind
 from . import fs
 from .lock import no_fork
 
@@ -38,8 +39,8 @@ _BUFFER: Final = 4096
 class SessionWatch:
     """A doorbell as an event loop waits for it: one descriptor, no thread. Keeps `spoolipc.engine.Watch`."""
 
-    def __init__(self, doorbell: Hearer) -> None:
-        self._doorbell = doorbell
+    def __init__(self, doorbell: Hearer, kind: Kind) -> None:
+        self._doorbell, self._kind = doorbell, kind
         self._fd = -1
         try:
             self._fd = fs.watch_open()
@@ -54,7 +55,7 @@ class SessionWatch:
 
     def arm(self) -> None:
         """Ask to be woken by the next news; look at the spool after this, then wait."""
-        self._doorbell.arm()
+        self._doorbell.arm(self._kind)
 
     def drain(self) -> None:
         """Take note of what made the descriptor readable."""
@@ -84,7 +85,7 @@ class Hearer(Protocol):
     def heard(self) -> None:
         """The file was written to."""
 
-    def arm(self) -> bool:
+    def arm(self, kind: Kind) -> bool:
         """Say that the session waits."""
 
     def ring_oneself(self) -> None:

@@ -50,9 +50,11 @@ class DirectoryProducer(Side):
     written again, as after the loss of power an older name could show the new bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], options: ProducerOptions) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], options: ProducerOptions, session: Session | None = None
+    ) -> None:
         asked = Limits(mode=options.limits.mode) if options.fresh else options.limits
-        self.session = Session(path, asked, "writer")
+        self.session = session or Session(path, asked, "writer")
         self._durable = options.durability == "fsync"
         self._recycler = Recycler(self.session, writable=True)
         self._staging = Staging(
@@ -197,7 +199,7 @@ class DirectoryProducer(Side):
 
         retry_at = time.monotonic() + RETRY_AFTER
         soon = until if before is None else min(retry_at, until or retry_at)
-        if self.session.wait(look, soon, lambda: self._each_second(need, before is not None)):
+        if self.session.wait("space", look, soon, lambda: self._each_second(need, before is not None)):
             return True
         return soon != until and (until is None or time.monotonic() < until)
 
@@ -312,7 +314,7 @@ class DirectoryProducer(Side):
 
     def watch(self, kind: Kind) -> SessionWatch:
         """A watch for space, for an event loop."""
-        return self.session.doorbell.watch()
+        return self.session.doorbell.watch(kind)
 
     # Loans
 
@@ -452,10 +454,11 @@ class DirectoryProducer(Side):
 
     def close(self) -> None:
         """Leave; reserved files go back to the pool, and files that a lent array may still show lose their names."""
-        self.session.close(self._leave)
+        self.session.close(self.leave)
         self.lent.clear()
 
-    def _leave(self) -> tuple[None, int, int]:
+    def leave(self) -> tuple[None, int, int]:
+        """The last step."""
         journal, token = self.session.journal, self.session.token
         self._recycler.release_all()
         housekeeping.end_loans(self.session, (token,))

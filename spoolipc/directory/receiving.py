@@ -54,8 +54,10 @@ def _ended(words: Words, own: int) -> bool:
 class Receiver(Side):
     """A reader's session in a spool directory, and the parts of its operations."""
 
-    def __init__(self, path: str | os.PathLike[str], options: ConsumerOptions) -> None:
-        self.session = Session(path, options.limits, "reader")
+    def __init__(
+        self, path: str | os.PathLike[str], options: ConsumerOptions, session: Session | None = None
+    ) -> None:
+        self.session = session or Session(path, options.limits, "reader")
         self.verify = options.verify
         self._own = 0  # items in flight here, as they were last counted
         self.recycler = Recycler(self.session, writable=False)
@@ -65,7 +67,7 @@ class Receiver(Side):
         # Of claims that outlived the table they were made in: its identity, by sequence number.
         self.kept: dict[int, object] = {}
         self.given: dict[int, object] = {}
-        self.session.on_adopt = weakref.WeakMethod(self._adopt)
+        self.session.on_adopt = weakref.WeakMethod(self.adopt)
         try:
             with self.session.explaining():
                 self.session.step(self._enter)
@@ -73,7 +75,7 @@ class Receiver(Side):
             self.close()
             raise
 
-    def _adopt(self, journal: Journal | None) -> None:
+    def adopt(self, journal: Journal | None) -> None:
         """Another table, or none in a forked child: of our claims, those in flight in it outlive the one before."""
         self.recycler.forget(journal)
         before, kept = self._table, self.kept
@@ -275,7 +277,7 @@ class Receiver(Side):
                 return True
             return _ended(words, own)
 
-        return self.session.wait(look, until, self._each_second)
+        return self.session.wait("items", look, until, self._each_second)
 
     def _each_second(self) -> None:
         if self.session.dropped:
@@ -297,13 +299,14 @@ class Receiver(Side):
 
     def watch(self, kind: Kind) -> SessionWatch:
         """A watch for items, for an event loop."""
-        return self.session.doorbell.watch()
+        return self.session.doorbell.watch(kind)
 
     def close(self) -> None:
         """Leave: what is in flight is requeued; files that arrays still show lose their names."""
-        self.session.close(self._leave)
+        self.session.close(self.leave)
 
-    def _leave(self) -> tuple[None, int, int]:
+    def leave(self) -> tuple[None, int, int]:
+        """The last step."""
         session, items, space = self.session, 0, 0
         self.recycler.reclaim()
         for record in owned(session.journal.words, (session.token,)):

@@ -19,8 +19,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from sys import is_finalizing
 from threading import get_ident
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple, cast
+from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, cast
 
+from ..engine import Kind
 from ..errors import Empty, Full, ShutDown, SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
 from . import fs, liveness
@@ -33,6 +34,7 @@ from .pool import MOST_EVICTED, evict, is_worth_waking, waiting, with_room
 from .rebuild import rebuild
 from .table import IndexDamaged, Token, Words
 
+Look: TypeAlias = Callable[[Words], bool]
 P = ParamSpec("P")
 S = TypeVar("S", bound="Side")
 T = TypeVar("T")
@@ -104,7 +106,7 @@ class Session:
     ) -> None:
         self.path = os.path.abspath(os.fsdecode(path))
         self.is_open = [None]
-        self.is_forked = False
+        self.is_forked = self._is_opening = False
         self.looked_at = 0
         self.users: list[None] = []
         self.dropped: deque[Any] = deque()
@@ -112,11 +114,10 @@ class Session:
         self._role: liveness.Role = role
         self.end = f"{self.path}: this {role} was closed; open a new one"
         self._mode = asked.mode
-        self._is_opening = False
         self._in_child = threading.RLock()
         self._held: list[int] = []
         self.journal = _NONE
-        self.doorbell = Doorbell(self, "space" if role == "writer" else "items")
+        self.doorbell = Doorbell(self)
         _sessions.add(self)  # now, so that a fork meanwhile finds the descriptors
         self._open(asked, create)
 
@@ -124,8 +125,8 @@ class Session:
 
     def _open(self, asked: Limits, create: bool) -> None:
         try:
-            is_admin = self._role == "admin"
-            self.directories = open_directories(self.path, asked, create=create, as_found=is_admin)
+            as_found = self._role == "admin"
+            self.directories = open_directories(self.path, asked, create=create, as_found=as_found)
             self.token = liveness.new_token()
             self.token_bytes = self.token.to_bytes(8, "big")
             self._held = self.directories.descriptors()
@@ -318,11 +319,11 @@ class Session:
         """As `take_place`, within a step."""
         return take_place(self.journal.words, self.token, kind, self.directories.alive), 0, 0
 
-    def wait(self, look: Callable[[Words], bool], until: Deadline, each_second: Callable[[], None]) -> bool:
+    def wait(self, kind: Kind, look: Look, until: Deadline, each_second: Callable[[], None]) -> bool:
         """Wait until `look(words)` is true (True) or the deadline is past (False).
 
-        look: sees the words without the lock, so what it says is a hint. each_second: keeps house; called at once, and
-        whenever a second went by or a lease or delay has ended.
+        look: sees the words without the lock: a hint. each_second: keeps house; called at once, and whenever a second
+        went by or a lease or delay has ended.
         """
         while True:
             each_second()
@@ -334,14 +335,14 @@ class Session:
             if until is not None:
                 event = min(event, until)
             seconds = max(0.0, event - now)
-            if self.doorbell.wait(self._glance(look, fs.monotonic_ns() + int(seconds * 1e9)), seconds):
+            if self.doorbell.wait(kind, self._glance(look, fs.monotonic_ns() + int(seconds * 1e9)), seconds):
                 found = self.peek_words()
                 if found is None or look(found):
                     return True
             if until is not None and time.monotonic() >= until:
                 return False
 
-    def _glance(self, look: Callable[[Words], bool], until_ns: int) -> Callable[[], bool]:
+    def _glance(self, look: Look, until_ns: int) -> Callable[[], bool]:
         """A look that also ends the wait for what the step that follows must see: damage, or an earlier lease."""
 
         def glance() -> bool:
@@ -442,8 +443,7 @@ class Session:
             self.journal = _NONE
         self._in_child = threading.RLock()
         self._is_opening = False
-        self.users = []
-        self.dropped = deque()
+        self.users, self.dropped = [], deque()
         self.is_forked = True
         self.doorbell.reset()
         if adopt := self.on_adopt():
