@@ -39,7 +39,8 @@ class ProducerOptions:
 
     durability: "fsync" survives the loss of power. reopen: take puts again after a shutdown. checksum: store one with
     every item. fresh: begin with no item waiting, the spool open, and the limits given in force, whatever they were;
-    raises SpoolInUse while another producer has the spool open, or anybody has items in flight.
+    raises SpoolInUse while another producer has the spool open, or anybody has items in flight. create: make the spool
+    where there is none; else raises NotASpool.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -47,14 +48,16 @@ class ProducerOptions:
     reopen: bool = False
     checksum: bool = False
     fresh: bool = False
+    create: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ConsumerOptions:
-    """How a consumer is opened. verify: compare every item with its checksum."""
+    """How a consumer is opened. verify: compare every item with its checksum. create: as for a producer."""
 
     limits: Limits = field(default_factory=Limits)
     verify: bool = False
+    create: bool = True
 
 
 class Session(Protocol):
@@ -241,10 +244,10 @@ class Engine(Protocol):
     crosses_processes: bool
 
     def producer(self, options: ProducerOptions) -> Producer:
-        """Open it for putting, making it where there is none."""
+        """Open it for putting, making it where there is none unless asked not to."""
 
     def consumer(self, options: ConsumerOptions) -> Consumer:
-        """Open it for getting, making it where there is none."""
+        """Open it for getting, making it where there is none unless asked not to."""
 
     def admin(self) -> Admin:
         """Look after it. Raises NotASpool where there is none."""

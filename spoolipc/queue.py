@@ -107,6 +107,7 @@ class SpoolWriter(_Face):
     mode: 0o700, or 0o770 to share the spool with the group of its directory; likewise, or 0o700.
     durability: "none", what was put survives the crash of any process; "fsync", also the loss of power.
     reopen: take puts again if the spool was shut down.
+    create: False, raise NotASpool where there is no spool, rather than make one.
     fresh: begin with an empty spool, as if it were new: what waits is removed, it takes puts again, and limits given
     here are in force, whatever they were. Readers that wait stay; dead letters too.
     checksum: store a CRC-32 with every item, for `SpoolReader(verify=True)` and `spoolipc fsck`; it costs about three
@@ -134,6 +135,7 @@ class SpoolWriter(_Face):
         durability: Durability = "none",
         reopen: bool = False,
         fresh: bool = False,
+        create: bool = True,
         preallocate: tuple[int, int] | None = None,
         checksum: bool = False,
     ) -> None:
@@ -141,7 +143,7 @@ class SpoolWriter(_Face):
             raise ValueError(f'durability must be "none" or "fsync", not {durability!r}')
         asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
         flags = flag("reopen", reopen), flag("checksum", checksum), flag("fresh", fresh)
-        options = ProducerOptions(asked, durability, *flags)
+        options = ProducerOptions(asked, durability, *flags, flag("create", create))
         ahead = None if preallocate is None else _count_and_nbytes(preallocate)
         engine = connect(path)
         self._crosses_processes = engine.crosses_processes
@@ -259,7 +261,8 @@ class SpoolWriter(_Face):
         self._producer.shutdown(immediate)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._pickled(durability=self._options.durability, checksum=self._options.checksum)
+        options = self._options
+        return self._pickled(durability=options.durability, checksum=options.checksum, create=options.create)
 
 
 class SpoolReader(_Face):
@@ -270,6 +273,7 @@ class SpoolReader(_Face):
     lease: seconds after which a received item that is not settled goes to another reader; None, only when
     this reader ends. `get` needs none.
     verify: compare every item that was put with a checksum with it; one that differs is a dead letter.
+    create: False, raise NotASpool where there is no spool, rather than make one.
 
     Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork,
     unless its spool is in memory.
@@ -289,9 +293,10 @@ class SpoolReader(_Face):
         mode: int | None = None,
         lease: float | None = None,
         verify: bool = False,
+        create: bool = True,
     ) -> None:
         asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
-        options = ConsumerOptions(asked, flag("verify", verify))
+        options = ConsumerOptions(asked, flag("verify", verify), flag("create", create))
         self._lease = None if lease is None else duration("lease", lease, positive=True)
         engine = connect(path)
         self._crosses_processes = engine.crosses_processes
@@ -421,7 +426,8 @@ class SpoolReader(_Face):
         return self._consumer.peek(deadline_of(block, timeout))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._pickled(lease=self._lease, verify=self._options.verify)
+        options = self._options
+        return self._pickled(lease=self._lease, verify=options.verify, create=options.create)
 
 
 def _reopened(face: type[_Face], path: str, options: dict[str, Any]) -> Any:

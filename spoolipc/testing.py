@@ -380,6 +380,21 @@ class EngineSuite(SharedSuite):
         self.consumer.close()
         assert [delivery.seq for delivery in self.open_consumer().claim(9, None, NOW)] == seqs
 
+    def test_none_is_made_where_that_was_not_asked_for(self) -> None:
+        produced = engines.ProducerOptions(durability=self.durability, create=False)
+        consumed = engines.ConsumerOptions(create=False)
+        opened: list[Call] = [
+            lambda: self.engine(self.place).producer(produced),
+            lambda: self.engine(self.place).consumer(consumed),
+        ]
+        for call in opened:
+            with pytest.raises(errors.NotASpool, match=r"there is no spool here.*makes one"):
+                call()
+        refused(errors.NotASpool, lambda: self.admin.stat())
+        self.put(0)
+        for call in opened:
+            assert self.opened.enter_context(closing(call())).qsize() == 1
+
     def test_what_cannot_be_stored_is_refused_and_leaves_nothing(self) -> None:
         refused(errors.UnsupportedArray, lambda: self.producer.put([Message((np.array([None, {}]),))], NOW))
         for meta in ({1}, float("nan"), {"a": np.zeros(1)}):

@@ -85,11 +85,11 @@ class DirectoryEngine:
         self.path = path
 
     def producer(self, options: ProducerOptions) -> DirectoryProducer:
-        """Open it for putting, making it where there is none."""
+        """Open it for putting, making it where there is none unless asked not to."""
         return DirectoryProducer(self.path, options)
 
     def consumer(self, options: ConsumerOptions) -> DirectoryConsumer:
-        """Open it for getting, making it where there is none."""
+        """Open it for getting, making it where there is none unless asked not to."""
         return DirectoryConsumer(self.path, options)
 
     def pair(self, limits: Limits) -> DirectoryPair:

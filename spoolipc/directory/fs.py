@@ -35,8 +35,8 @@ from .table import IndexDamaged
 
 CALLS: Final = tuple(
     "open_at close stat_at fstat statvfs rename unlink mkdir rmdir replace chmod fchmod fchown read pread write pwrite"
-    " truncate allocate sync list_names scan map_file seek save lock lock_shared unlock make_parents nearest read_text"
-    " poll sleep yield_core watch_open watch_add".split()
+    " truncate allocate sync list_names scan map_file seek save lock lock_shared unlock make_parents nearest"
+    " nearest_with read_text poll sleep yield_core watch_open watch_add".split()
 )
 """The names that are system calls (`save` is one `np.save` and the writes that go with it)."""
 
@@ -202,6 +202,11 @@ def read_text(path: Path) -> str:
 
 
 monotonic_ns: Final = _clock()
+
+
+def nearest_with(path: Path, name: str) -> Path | None:
+    """The nearest of `path` and its parents that holds `name`, None where none does that this user can look into."""
+    return next((place for place in (path, *path.parents) if os.path.lexists(place / name)), None)
 
 
 def nearest(path: Path) -> str:

@@ -54,6 +54,7 @@ _TEMPORARY: Final = re.compile(r"([0-9a-f]{16})-\d+\.npy")
 _LONGEST_JSON: Final = 65536
 PRIVATE: Final = 0o700
 SHARED: Final = 0o770
+_MAKE_ONE: Final = "SpoolWriter(path) makes one"
 _DELETING: Final = 0.1  # seconds after which more is gone where all of a spool is being removed, not a part
 _MARKS: Final = {DRAINING: b"draining", DISCARDED: b"discarded"}
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
@@ -109,11 +110,7 @@ class Directories:
             for fd in self.parts.values():
                 fs.close(fd)
             raise
-        self.items = self.parts["items"]
-        self.free = self.parts["free"]
-        self.tmp = self.parts["tmp"]
-        self.failed = self.parts["failed"]
-        self.alive = self.parts["alive"]
+        self.items, self.free, self.tmp, self.failed, self.alive = (self.parts[name] for name in PARTS)
 
     def _open_part(self, name: str, restore: bool) -> int:
         if restore and not fs.exists(self.root, name):
@@ -264,7 +261,8 @@ def _opened(place: Path, asked: Limits, create: bool, as_found: bool, restore: b
             raise _lost_limits(place)
         if found is None:
             if not create:
-                raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
+                what = f"is not a spool: it has no spool.json; {_MAKE_ONE}"
+                raise NotASpool(errno.EINVAL, what, str(place))
             found = _make_spool(place, root, asked)
         _compare(place, found, asked)
         mode = found.mode or PRIVATE
@@ -323,6 +321,11 @@ def _merged(first: Limits, second: Limits) -> Limits:
 
 def _make_root(place: Path) -> None:
     try:
+        spool = fs.nearest_with(place, "spool.json")
+        if spool not in (place, None):
+            raise NotASpool(
+                errno.EINVAL, f"is inside the spool {spool}; give a path outside of it", str(place)
+            )
         fs.make_parents(place)
         fs.make_directory(place)
     except FileExistsError:
@@ -337,10 +340,8 @@ def open_root(place: Path) -> int:
         return fs.open_place(place)
     except FileNotFoundError:
         is_tilde = any(part.startswith("~") for part in place.parts)
-        what = (
-            "there is no spool here" + "; '~' was not expanded: os.path.expanduser(path) does that" * is_tilde
-        )
-        raise NotASpool(errno.ENOENT, what, str(place)) from None
+        remedy = "'~' was not expanded: os.path.expanduser(path) does that" if is_tilde else _MAKE_ONE
+        raise NotASpool(errno.ENOENT, f"there is no spool here; {remedy}", str(place)) from None
     except NotADirectoryError:
         link = stat.S_ISLNK(fs.stat_at(place).st_mode)
         what = "is a symbolic link; give the directory itself" if link else "is not a directory"

@@ -54,7 +54,7 @@ class DirectoryProducer(Side):
         self, path: str | os.PathLike[str], options: ProducerOptions, session: Session | None = None
     ) -> None:
         asked = Limits(mode=options.limits.mode) if options.fresh else options.limits
-        self.session = session or Session(path, asked, "writer")
+        self.session = session or Session(path, asked, "writer", create=options.create)
         self._durable = options.durability == "fsync"
         self._recycler = Recycler(self.session, writable=True)
         self._staging = Staging(

@@ -57,7 +57,7 @@ class Receiver(Side):
     def __init__(
         self, path: str | os.PathLike[str], options: ConsumerOptions, session: Session | None = None
     ) -> None:
-        self.session = session or Session(path, options.limits, "reader")
+        self.session = session or Session(path, options.limits, "reader", create=options.create)
         self.verify = options.verify
         self._own = 0  # items in flight here, as they were last counted
         self.recycler = Recycler(self.session, writable=False)

@@ -245,17 +245,20 @@ class MemoryEngine:
     def producer(self, options: ProducerOptions) -> Producer:
         if options.durability != "none":
             raise ValueError(f"memory://{self._name} ends with the process: durability can only be 'none'")
-        return Producer(self._spool(), options.limits, options.reopen or options.fresh, options.fresh)
+        return Producer(
+            self._spool(options.create), options.limits, options.reopen or options.fresh, options.fresh
+        )
 
     def consumer(self, options: ConsumerOptions) -> Consumer:
-        return Consumer(self._spool(), options.limits)
+        return Consumer(self._spool(options.create), options.limits)
 
     def admin(self) -> Spool:
-        if self._name not in spools:
-            raise errors.NotASpool(f"memory://{self._name}: there is no spool here, in this process")
-        return self._spool()
+        return self._spool(create=False)
 
-    def _spool(self) -> Spool:
+    def _spool(self, create: bool) -> Spool:
+        if not create and self._name not in spools:
+            what = "there is no spool here, in this process; SpoolWriter(path) makes one"
+            raise errors.NotASpool(f"memory://{self._name}: {what}")
         return spools.setdefault(self._name, Spool(f"memory://{self._name}"))
 
 

@@ -249,6 +249,22 @@ class TestPaths:
         SpoolWriter("~/spool").close()
         assert stat(tmp_path / "~" / "spool").depth == 0
 
+    @pytest.mark.parametrize("inner", ["inner", "items/inner", "free/a/b"])
+    @pytest.mark.parametrize("made", [False, True])
+    def test_no_spool_is_made_inside_another(self, tmp_path: Path, inner: str, made: bool) -> None:
+        outer = tmp_path / "outer"
+        SpoolWriter(outer).close()
+        if made:
+            (outer / inner).mkdir(parents=True)
+        before = sorted(outer.rglob("*"))
+        for face in (SpoolWriter, SpoolReader):
+            with pytest.raises(
+                NotASpool,
+                match=f"^{outer / inner}: is inside the spool {outer}; give a path outside of it",
+            ):
+                face(outer / inner)
+        assert sorted(outer.rglob("*")) == before
+
     @pytest.mark.fault
     @needs_namespaces[1]
     def test_a_mount_point_of_any_name_anywhere_keeps_nobody_from_a_spool(self, tmp_path: Path) -> None:

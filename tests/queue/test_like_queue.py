@@ -19,7 +19,7 @@ import pytest
 from support.calls import Call
 from support.peer import Peer
 
-from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter
+from spoolipc import Empty, Full, NotASpool, ShutDown, SpoolReader, SpoolWriter, remove
 
 LARGE = 5000
 """Of float64: 40 KB, which is given out as a view of the file."""
@@ -146,3 +146,17 @@ def test_writer_and_reader_can_be_pickled(spool: Path) -> None:
             peer.run(f"reader, writer = pickle.loads({pickle.dumps((reader, writer))!r})")
             peer.run("writer.put(reader.get(timeout=30) + 1)")
             assert (another.get_nowait() == 2).all()
+
+
+@pytest.mark.parametrize("face", [SpoolReader, SpoolWriter])
+def test_one_that_was_to_make_no_spool_makes_none_where_it_is_unpickled(
+    spool: Path, face: type[SpoolReader] | type[SpoolWriter]
+) -> None:
+    SpoolWriter(spool).close()
+    with face(spool, create=False) as opened:
+        pickled = pickle.dumps(opened)
+    pickle.loads(pickled).close()
+    remove(spool)
+    with pytest.raises(NotASpool):
+        pickle.loads(pickled)
+    assert not spool.exists()

@@ -168,6 +168,15 @@ def look_at_nothing(path: Path) -> None:
     spoolipc.stat(path)
 
 
+def read_where_there_is_none(path: Path) -> None:
+    SpoolReader(path, create=False)
+
+
+def write_where_there_is_none(path: Path) -> None:
+    path.mkdir()
+    SpoolWriter(path, create=False)
+
+
 def use_a_deleted_one(path: Path) -> None:
     with SpoolWriter(path) as writer:
         shutil.rmtree(path)
@@ -192,7 +201,9 @@ def read_an_item_of_a_later_release(path: Path) -> None:
 
 FILES: dict[Callable[[Path], None], tuple[type[SpoolError], str]] = {
     refuse_a_new_spool: (NotASpool, "is not empty .*"),
-    look_at_nothing: (NotASpool, "there is no spool here"),
+    look_at_nothing: (NotASpool, r"there is no spool here; SpoolWriter\(path\) makes one"),
+    read_where_there_is_none: (NotASpool, r"there is no spool here; SpoolWriter\(path\) makes one"),
+    write_where_there_is_none: (NotASpool, r"is not a spool: .*; SpoolWriter\(path\) makes one"),
     use_a_deleted_one: (SpoolGone, "the spool was deleted while in use; .*"),
     read_a_damaged_item: (BadItem, "item 1 is damaged, and now a dead letter: .*"),
     read_an_item_of_a_later_release: (UnknownVersion, ".* version 9.*"),

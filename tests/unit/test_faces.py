@@ -129,6 +129,7 @@ class TestArguments:
             ),
             (lambda w, r: anything.SpoolWriter(URL, checksum="x"), "checksum must be True or False, not 'x'"),
             (lambda w, r: anything.SpoolWriter(URL, reopen=1), "reopen must be True or False, not 1"),
+            (lambda w, r: anything.SpoolReader(URL, create="no"), "create must be True or False, not 'no'"),
             (lambda w, r: anything.SpoolReader(URL, verify=3), "verify must be True or False, not 3"),
             (
                 lambda w, r: anything.SpoolReader(URL, lease=0),
