@@ -17,8 +17,6 @@ from support.faults import Injector
 
 from spoolipc import (
     Empty,
-    NoSuchItem,
-    ShutDown,
     SpoolReader,
     SpoolWriter,
     failed_drop,
@@ -71,46 +69,6 @@ def test_one_is_shown_with_its_arrays_and_metadata(path: Path) -> None:
     assert not letter.damage
 
 
-def test_every_attempt_is_in_the_history(spool: Path) -> None:
-    with SpoolWriter(spool, max_attempts=3) as writer, SpoolReader(spool) as reader:
-        writer.put(np.zeros(3))
-        for number in range(3):
-            reader.receive(timeout=5).nack(reason=f"try {number + 1}")
-    letter = failed_show(spool, 1)
-    assert letter.attempts == 3
-    assert [failure.attempt for failure in letter.history] == [1, 2, 3]
-    assert letter.history[0].why == "try 1"
-
-
-def test_a_retried_one_comes_last_as_a_new_put(path: Path) -> None:
-    done = failed_retry(path, [2])
-    assert (done.seqs, done.damaged) == ({2: 5}, {})
-    assert stat(path).failed == 2
-    with SpoolReader(path) as reader:
-        items = [reader.receive(timeout=5) for _ in range(2)]
-        assert [(one.seq, one.attempt, one.meta) for one in items] == [
-            (4, 1, {"number": 4}),
-            (5, 1, {"number": 2}),
-        ]
-        assert (items[1].array == 2).all()
-        items[0].ack()
-        items[1].reject("again")
-    assert (failed_show(path, 5).reason, failed_show(path, 5).attempts) == ("again", 1)
-    assert sorted(os.listdir(path / "failed")) == [
-        f"{number:020d}.{end}" for number in (1, 3, 5) for end in ("jsonl", "npy")
-    ]
-
-
-def test_all_are_retried_in_order_and_reach_a_reader_that_had_found_the_spool_empty(path: Path) -> None:
-    with SpoolReader(path) as reader:
-        reader.get(timeout=5)
-        with pytest.raises(Empty):
-            reader.get_nowait()
-        assert failed_retry(path).seqs == {1: 5, 2: 6, 3: 7}
-        assert [int(reader.get(timeout=5)[0]) for _ in range(3)] == [1, 2, 3]
-    assert failed_retry(path).seqs == {}
-
-
 def test_retried_ones_are_synced(path: Path) -> None:
     with Injector() as injector:
         failed_retry(path)
@@ -130,38 +88,6 @@ def test_one_that_cannot_be_read_stays_with_the_reason_until_it_is_dropped(
     assert seqs(path) == [2]
     assert failed_drop(path) == [2]
     assert Path("/etc/passwd").exists()
-
-
-def test_dropped_ones_are_gone_for_good(path: Path) -> None:
-    assert failed_drop(path, [3, 1]) == [1, 3]
-    assert (seqs(path), stat(path).failed) == ([2], 1)
-    assert failed_drop(path) == [2]
-    assert os.listdir(path / "failed") == []
-
-
-def test_a_number_that_is_no_dead_letter_is_refused_before_anything_is_done(path: Path) -> None:
-    for call in (failed_retry, failed_drop):
-        with pytest.raises(NoSuchItem, match="no dead letter 4"):
-            call(path, [1, 4])
-    with pytest.raises(LookupError):
-        failed_show(path, 4)
-    assert seqs(path) == [1, 2, 3]
-
-
-def test_a_spool_that_takes_no_puts_takes_no_retries(path: Path) -> None:
-    with SpoolWriter(path) as writer:
-        writer.shutdown()
-    with pytest.raises(ShutDown):
-        failed_retry(path)
-    assert failed_drop(path) == [1, 2, 3]
-
-
-@pytest.mark.damaged
-def test_a_lost_history_is_said_to_be_lost(path: Path) -> None:
-    (path / "failed" / f"{1:020d}.jsonl").write_bytes(b"\xff{torn")
-    letter = failed_show(path, 1)
-    assert letter.reason.startswith("unknown")
-    assert letter.history == ()
 
 
 @pytest.mark.parametrize("call", [failed_retry, failed_drop])

@@ -76,14 +76,6 @@ def test_it_changes_nothing_and_counts_neither_itself_nor_a_crashed_session(path
         assert os.listdir(path / "alive") == sessions
 
 
-def test_the_states_of_shutdown(path: Path) -> None:
-    with SpoolWriter(path) as writer:
-        writer.shutdown()
-        assert stat(path).state == "draining"
-        writer.shutdown(immediate=True)
-        assert stat(path).state == "discarded"
-
-
 def test_the_oldest_item_is_the_first_put_or_the_first_to_be_redelivered(path: Path) -> None:
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
         for _ in range(2):

@@ -243,30 +243,6 @@ def test_a_spool_that_is_a_symlink_is_refused(path: Path, tmp_path: Path) -> Non
         SpoolReader(tmp_path / "link")
 
 
-@pytest.mark.parametrize(("part", "size"), [("items", 10), ("items", LARGE), ("free", LARGE)])
-def test_a_file_linked_from_outside_is_never_written_again(
-    path: Path, tmp_path: Path, part: str, size: int
-) -> None:
-    links = {}
-    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        numbers(reader, 3)
-        for number in range(4):
-            writer.put(np.full(size, number))
-            if part == "free":
-                numbers(reader, 1)
-        for name in os.listdir(path / part):
-            os.link(path / part / name, tmp_path / name)
-            links[tmp_path / name] = (tmp_path / name).read_bytes()
-        assert links
-        if part == "items":
-            assert numbers(reader, 4) == [0, 1, 2, 3]
-        for number in range(5, 14):
-            writer.put(np.full(size, number))
-            assert numbers(reader, 1) == [number]
-    assert {link: link.read_bytes() for link in links} == links
-    assert {link.stat().st_nlink for link in links} == {1}
-
-
 @pytest.mark.parametrize("name", [".", *PARTS])
 @pytest.mark.parametrize("mode", [0o777, 0o750, 0o701, 0o770])
 def test_a_spool_open_to_others_is_refused_with_the_remedy(path: Path, name: str, mode: int) -> None:

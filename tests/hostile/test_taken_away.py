@@ -219,44 +219,40 @@ def test_the_large_put_of_a_writer_whose_file_was_removed_ends(spool: Path) -> N
         assert np.array_equal(reader.get(), LARGE)
 
 
+def leave_without_a_file(path: Path, options: str = "") -> str:
+    """A reader crashes that has two items in flight, and its file is removed; returns its token."""
+    with SpoolWriter(path) as writer:
+        writer.put_many([LARGE, LARGE])
+    crash(path, f"reader = SpoolReader(path{options})\nitems = [reader.receive(), reader.receive()]")
+    (token,) = tokens(path)
+    token.unlink()
+    return token.name
+
+
 def test_gc_requeues_what_a_session_without_a_file_had_and_says_so(
     spool: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with SpoolWriter(spool) as writer:
-        for _ in range(2):
-            writer.put(LARGE)
-    crash(spool, "reader = SpoolReader(path)\nitems = [reader.receive(), reader.receive()]")
-    (token,) = tokens(spool)
-    token.unlink()
+    token = leave_without_a_file(spool)
     with SpoolReader(spool) as reader:
         assert reader.empty()
-    assert {problem.where for problem in fsck(spool).problems} == {f"alive/{token.name}"}
+    assert {problem.where for problem in fsck(spool).problems} == {f"alive/{token}"}
     assert gc(spool, dry_run=True).requeued_items == 2
     assert gc(spool).requeued_items == 2
-    assert token.name in caplog.text
+    assert token in caplog.text
     with SpoolReader(spool) as reader:
         assert len(reader.get_many(5)) == 2
 
 
-def test_fsck_requeues_what_a_session_without_a_file_had(spool: Path) -> None:
-    with SpoolWriter(spool) as writer:
-        writer.put(LARGE)
-    crash(spool, "reader = SpoolReader(path)\nitem = reader.receive()")
-    (token,) = tokens(spool)
-    token.unlink()
-    assert fsck(spool, repair=True).clean
+@pytest.mark.parametrize("how", ["fsck", "lease"])
+def test_what_a_session_without_a_file_had_comes_back_by_fsck_or_when_its_lease_ends(
+    spool: Path, how: str
+) -> None:
+    leave_without_a_file(spool, ", lease=0.2" if how == "lease" else "")
+    if how == "fsck":
+        assert fsck(spool, repair=True).clean
     with SpoolReader(spool) as reader:
-        assert np.array_equal(reader.get_nowait(), LARGE)
-
-
-def test_a_lease_ends_though_the_file_of_its_reader_was_removed(spool: Path) -> None:
-    with SpoolWriter(spool) as writer:
-        writer.put(LARGE)
-    crash(spool, "reader = SpoolReader(path, lease=0.2)\nitem = reader.receive()")
-    (token,) = tokens(spool)
-    token.unlink()
-    with SpoolReader(spool) as reader:
-        assert np.array_equal(reader.get(timeout=10), LARGE)
+        for _ in range(2):
+            assert np.array_equal(reader.get(how == "lease", timeout=10), LARGE)
 
 
 # What is said

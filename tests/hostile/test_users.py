@@ -20,7 +20,6 @@ from support.users import OTHER_USER, as_user, give_away, needs_root, peer_as
 
 from spoolipc import (
     LimitMismatch,
-    Limits,
     NoSuchItem,
     NotASpool,
     ReentrantCall,
@@ -75,18 +74,6 @@ def test_no_mode_but_0700_and_0770_is_taken_from_the_file(path: Path, mode: int)
     for place in (path, *(path / part for part in PARTS)):
         place.chmod(mode | 0o700)
     refused(path, NotASpool, "spool.json lacks a limit or has a bad one")
-
-
-@pytest.mark.parametrize("limit", ["maxsize", "max_bytes", "recycle_bytes", "max_attempts"])
-@pytest.mark.parametrize("number", [2**63, 2**64, 10**30])
-def test_a_limit_too_large_for_the_table_is_refused_before_it_is_written(
-    tmp_path: Path, limit: str, number: int
-) -> None:
-    with pytest.raises(ValueError, match=limit):
-        SpoolWriter(tmp_path / "spool", limits=Limits(**{limit: number}))
-    assert not (tmp_path / "spool").exists()
-    SpoolWriter(tmp_path / "spool", limits=Limits(**{limit: 2**63 - 1})).close()
-    SpoolReader(tmp_path / "spool").close()
 
 
 @pytest.mark.damaged

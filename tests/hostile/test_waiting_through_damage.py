@@ -55,13 +55,3 @@ def test_waiting_writer_survives_and_puts_when_there_is_room(spool: Path, damage
         assert peer.answer() == 2
         assert int(reader.get(timeout=20)[0]) == 2
         peer.run("writer.close()")
-
-
-def test_session_between_calls_finds_everything_that_waits(spool: Path, damage: Damage) -> None:
-    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
-        for value in range(5):
-            writer.put(np.full(3, value))
-        damage(spool / "index")
-        assert writer.qsize() == 5
-        writer.put(np.full(3, 5))
-        assert [int(reader.get_nowait()[0]) for _ in range(6)] == list(range(6))

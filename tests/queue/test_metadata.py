@@ -107,6 +107,8 @@ def test_what_is_no_json_is_refused_before_anything_is_put(
             writer.put(np.zeros(size), meta=bad)
         with pytest.raises((TypeError, ValueError)), writer.loan(size, meta=bad):
             pytest.fail("the loan was given")
+        with pytest.raises((TypeError, ValueError)):
+            writer.put_many([np.zeros(size)] * 2, metas=[1, bad])
     for part in ("items", "tmp"):
         assert list((spool / part).iterdir()) == []
     writer.put(np.zeros(1))

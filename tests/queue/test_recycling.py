@@ -102,6 +102,19 @@ def test_file_with_another_name_is_not_written_again(
         del array
     traffic(writer, reader, np.ones(size))
     assert (np.load(mine) == 7).all()
+    assert mine.stat().st_nlink == 1
+
+
+def test_map_made_by_name_changes_when_the_file_is_written_again(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    """As `docs/format.md` has it: what another program may do with the file of an item that waits."""
+    seq = writer.put(np.full(SIZE, 1.0))
+    seen = np.load(spool / "items" / f"{seq:020d}.npy", mmap_mode="r")
+    assert (reader.get() == 1).all()
+    assert (seen == 1).all()
+    traffic(writer, reader, np.full(SIZE, 99.0))
+    assert not (seen == 1).any()
 
 
 def link(file: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.calls import Call
 
-from spoolipc import Item, ShutDown, SpoolReader, SpoolWriter, stat
+from spoolipc import Item, ShutDown, SpoolReader, SpoolWriter
 
 LOOK = 1.0
 """Seconds after which whoever waits looks without being woken."""
@@ -62,9 +62,3 @@ def test_immediate_shutdown_leaves_no_history_of_what_is_requeued_after_it(
         item.nack()
     SpoolReader(spool).close()
     assert os.listdir(spool / "failed") == []
-
-
-def test_immediate_shutdown_is_not_taken_back_by_another(writer: SpoolWriter, spool: Path) -> None:
-    writer.shutdown(immediate=True)
-    writer.shutdown()
-    assert stat(spool).state == "discarded"

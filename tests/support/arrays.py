@@ -10,14 +10,6 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 ALIGNED: Final = np.dtype([("a", "i1"), ("b", "f8"), ("c", "i2")], align=True)
 NESTED: Final = np.dtype([("x", ALIGNED), ("y", [("p", ">i4", (2, 3)), ("q", "S3")], (2,)), ("z", "M8[us]")])
-DTYPES: Final[list[Any]] = [
-    *"?bBhHiIlLqQefdgFDG",
-    *("S5", "U3", "V7", "<c16", ">c8", ">i2", ">f8", ">U2", ">M8[s]"),
-    *("M8[ns]", "M8[D]", "M8[25s]", "M8", "m8[ms]", "m8"),
-    *(ALIGNED, NESTED, np.dtype([("größe", "f4"), ("長さ", "i2")])),
-    np.dtype((np.record, [("r", "u1"), ("g", "u1")])),
-    np.dtype({"names": ["late"], "formats": ["<i4"], "offsets": [12], "itemsize": 32}),
-]
 LARGE: Final = 40_000
 """Bytes beyond which an array is given out as a view of its file."""
 
