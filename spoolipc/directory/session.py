@@ -327,23 +327,22 @@ class Session:
         """
         while True:
             each_second()
-            now = time.monotonic()
-            event = now + EVERY
-            words = self.look()
-            if words[W.NEXT_DUE]:
-                event = min(event, now + (words[W.NEXT_DUE] - fs.monotonic_ns()) / 1e9)
+            seconds, glance = self.next_look(look)
             if until is not None:
-                event = min(event, until)
-            seconds = max(0.0, event - now)
-            if self.doorbell.wait(kind, self._glance(look, fs.monotonic_ns() + int(seconds * 1e9)), seconds):
+                seconds = min(seconds, until - time.monotonic())
+            if self.doorbell.wait(kind, glance, seconds):
                 found = self.peek_words()
                 if found is None or look(found):
                     return True
             if until is not None and time.monotonic() >= until:
                 return False
 
-    def _glance(self, look: Look, until_ns: int) -> Callable[[], bool]:
-        """A look that also ends the wait for what the step that follows must see: damage, or an earlier lease."""
+    def next_look(self, look: Look) -> tuple[float, Callable[[], bool]]:
+        """In how many seconds who waits is to keep house again; and a look that also ends the wait for what the step
+        that follows must see: damage, or an earlier lease."""
+        now, due = fs.monotonic_ns(), self.look()[W.NEXT_DUE]
+        seconds = min(EVERY, max(0, due - now) / 1e9) if due else EVERY
+        until_ns = now + int(seconds * 1e9)
 
         def glance() -> bool:
             if not self.is_open:
@@ -351,7 +350,7 @@ class Session:
             words = self.peek_words()
             return words is None or look(words) or 0 < words[W.NEXT_DUE] < until_ns
 
-        return glance
+        return seconds, glance
 
     # Leaving, and forks
 

@@ -262,8 +262,9 @@ def test_reader_sleeps_until_the_delay_of_an_item_ends(spool: Path, peers: Peers
     with SpoolWriter(spool) as writer, SpoolReader(spool) as holder:
         writer.put(np.zeros(1))
         peer = peers.enter_context(Peer(spool))
-        peer.run("reader = SpoolReader(path)")
-        wait = "[reader.get(), time.monotonic()][1]"
+        peer.run("reader = SpoolReader(path); files = []")
+        peer.run("count = lambda frame, *_: files.append(frame.f_code.co_filename)")
+        wait = "[sys.setprofile(count), reader.get(), time.monotonic()][2]"
         if knows:
             peer.run("item = reader.receive(); began = time.monotonic(); item.nack(delay=0.3)")
             began = peer.ask("began")
@@ -276,6 +277,9 @@ def test_reader_sleeps_until_the_delay_of_an_item_ends(spool: Path, peers: Peers
         slept = naps(peer.pid)
         assert 0.3 <= peer.answer() - began < LATEST
         assert naps(peer.pid) - slept < 20  # it does not poll
+        assert (
+            peer.ask("sum('spoolipc/directory' in file for file in [*files])") < 5000
+        )  # nor look without a pause
 
 
 @pytest.mark.parametrize("side", ["items", "space"])
