@@ -20,6 +20,7 @@ from .errors import (
     NoSuchItem,
     NotASpool,
     ReentrantCall,
+    RemoteError,
     ShutDown,
     SpoolClosed,
     SpoolError,
@@ -30,6 +31,7 @@ from .errors import (
     UnknownVersion,
     UnsafeSpool,
     UnsupportedArray,
+    UnsupportedItem,
     UnsupportedOperation,
 )
 from .item import Item, Loan
@@ -61,6 +63,7 @@ __all__ = [
     "Peeked",
     "Problem",
     "ReentrantCall",
+    "RemoteError",
     "Retried",
     "ShutDown",
     "SpoolClosed",
@@ -76,6 +79,7 @@ __all__ = [
     "UnknownVersion",
     "UnsafeSpool",
     "UnsupportedArray",
+    "UnsupportedItem",
     "UnsupportedOperation",
     "failed_drop",
     "failed_list",

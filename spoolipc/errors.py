@@ -52,6 +52,27 @@ class UnsupportedArray(SpoolError, TypeError):
     """The object is not an array that can be stored without pickle."""
 
 
+class UnsupportedItem(SpoolError, TypeError):
+    """A part of an item cannot travel without pickle, or is of a class that was not named; the message says where."""
+
+
+class RemoteError(SpoolError):
+    """What was told of an exception that travelled: the cause of one whose class is known here, else in its place.
+
+    name: of its class. arguments: what it was made of. traceback: its text, which is also that of this.
+    """
+
+    def __init__(self, name: str, arguments: list[object], traceback: str) -> None:
+        super().__init__(name, arguments, traceback)
+        self.name = name
+        self.arguments = arguments
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        """The traceback, begun on a line of its own."""
+        return f"\n{self.traceback}"
+
+
 class TooLarge(SpoolError, ValueError):
     """The array could never fit, however long the caller waits."""
 

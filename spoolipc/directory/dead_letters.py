@@ -142,7 +142,7 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     words = journal.words
     seq = transitions.next_seq(words)
     # Whether its file survives power loss is not known any more: it is never written again, as one that does.
-    flags = W.NEVER_AGAIN | (0 if tail.names is None and tail.meta is None else W.HAS_METADATA)
+    flags = W.NEVER_AGAIN | (0 if not tail.names and tail.meta is None else W.HAS_METADATA)
     at = (record + W.ITEM_AT) * W.WORD
     W.ITEM.pack_into(journal.map, at, seq, max(0, tail.put_time), 0, flags, tail.data_end, 0, 0, 0, 0)
     journal.commit(transitions.put_new(words, record, size, "failed", name))

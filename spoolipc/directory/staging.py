@@ -67,7 +67,7 @@ class Staged:
         self.put_time = put_time = time.time_ns()
         self.tail = tail = footer.pack(layout.end, put_time, said, names, meta)
         self.need = layout.end + len(tail)
-        self.flags = flags if names is None and meta is None else flags | HAS_METADATA
+        self.flags = flags if not names and meta is None else flags | HAS_METADATA
 
 
 class Staging:

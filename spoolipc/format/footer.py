@@ -39,8 +39,8 @@ class Slices(Protocol):
 
 MAGIC = b"SPOOLFTR"
 VERSION = 2
-ARRAYS = 0
-"""The kind of an item that holds arrays. Other numbers are reserved for items that do not."""
+ARRAYS, VALUE = 0, 1
+"""The kinds of an item: arrays, or a value whose first array is its frame (`values.py`). Others are reserved."""
 MAX_JSON = 2**20
 """The most bytes that names and metadata may take, as JSON."""
 MAX_DEPTH = 100
@@ -61,8 +61,8 @@ class Footer(NamedTuple):
     """What the footer of one item says.
 
     put_time: when the item was put, in nanoseconds since the epoch. data_end: the file offset, in bytes, where the
-    footer begins. checksum: the writer's checksum of all bytes before it, or None. names: one for each array, or
-    None. meta: what the writer attached, as JSON gives it back, or None. id: 32 hexadecimal digits. kind: ARRAYS.
+    footer begins. checksum: the writer's checksum of all bytes before it, or None. names: one for each array, None,
+    or none of a VALUE. meta: what the writer attached, as JSON gives it back, or None. id: 32 hexadecimal digits.
     expires: until when the item is of use, in nanoseconds since the epoch, 0 for ever. size: bytes of the whole
     footer, its JSON included.
     """
@@ -86,20 +86,22 @@ def pack(
     meta: Any = None,
     checksum: int | None = None,
     *,
-    kind: int = ARRAYS,
+    kind: int | None = None,
     expires: int = 0,
 ) -> bytes:
     """The bytes of a footer, as long for the same names and metadata whatever the rest.
 
     data_end: the file offset, in bytes, at which the footer will lie. put_time, expires: nanoseconds since the
-    epoch; expires 0 for never. id: 16 bytes. names: distinct strings, one for each array. meta: anything JSON can
-    hold and give back (a tuple comes back as a list, NumPy's numbers as those of Python). checksum: an integer below
-    2**64. kind: one that `read` does not know only makes an item to be left alone.
+    epoch; expires 0 for never. id: 16 bytes. names: distinct strings, one for each array; none of a VALUE. meta:
+    anything JSON can hold and give back (a tuple comes back as a list, NumPy's numbers as those of Python). checksum:
+    below 2**64. kind: as `names` say it, or one that `read` does not know: an item to be left alone.
 
     Raises TypeError where names or meta hold what JSON cannot, ValueError where they hold NaN, are nested deeper
     than `MAX_DEPTH` or exceed `MAX_JSON` bytes, where names repeat, or where a number or the id is out of range.
     """
-    text = b"" if names is None and meta is None else _dump(names, meta)
+    text = b"" if not names and meta is None else _dump(names, meta)
+    if kind is None:
+        kind = ARRAYS if names is None or names else VALUE
     flags = 0 if checksum is None else _HAS_CHECKSUM
     try:
         body = _BODY.pack(
@@ -121,7 +123,7 @@ def json_size(names: Sequence[str] | None, meta: Any) -> int:
 
     Raises TypeError and ValueError as `pack` does.
     """
-    return 0 if names is None and meta is None else len(_dump(names, meta))
+    return 0 if not names and meta is None else len(_dump(names, meta))
 
 
 def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
@@ -151,11 +153,15 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
         raise BadItem(f"footer is damaged: its CRC is {actual:#010x}, it says {crc:#010x}")
     if data_end != offset:
         raise BadItem(f"footer says that the data ends at {data_end}, it ends at {offset}")
-    if kind != ARRAYS:
+    if kind > VALUE:
         raise UnknownVersion(errno.EINVAL, f"item of kind {kind}, which this release does not know")
     if flags & ~_HAS_CHECKSUM:
         raise BadItem(f"footer has unknown flags {flags:#06x}")
     names, meta = _load(text) if text else (None, None)
+    if kind:
+        if names is not None:
+            raise BadItem("footer has names for the arrays of a value")
+        names = ()
     said = checksum if flags else None
     # Not Footer(...), which is a call of Python code, and this is on the path of every get.
     return tuple.__new__(
@@ -180,7 +186,7 @@ def _refusal(record: bytes | bytearray | memoryview, offset: int) -> Exception:
 
 def _dump(names: Sequence[str] | None, meta: Any) -> bytes:
     record: dict[str, Any] = {}
-    if names is not None:
+    if names:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"names must be a sequence of strings, not {names!r}")
         if len(set(names)) != len(names):
@@ -231,7 +237,7 @@ def _load(text: bytes) -> tuple[tuple[str, ...] | None, Any]:
     names = record.get("names")
     if names is None:
         return None, record.get("meta")
-    if type(names) is not list or not all(type(name) is str for name in names):
+    if type(names) is not list or not names or not all(type(name) is str for name in names):
         raise BadItem("footer's names are not a list of strings")
     if len(set(names)) != len(names):
         raise BadItem("footer's names are not distinct")

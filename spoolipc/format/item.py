@@ -241,7 +241,7 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
         at = block.offset + block.nbytes
         if buffer[at : at + 8] == footers.MAGIC:
             end = footers.read(buffer, at, limit)
-            if end.names is None or len(end.names) == 1:
+            if not end.names or len(end.names) == 1:
                 return (block,), end
     blocks: list[Block] = []
     at = 0
@@ -274,7 +274,7 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
     end = footers.read(buffer, at, limit)
     if not blocks:
         raise BadItem(_missing(0, at, limit))
-    if end.names is not None and len(end.names) != len(blocks):
+    if end.names and len(end.names) != len(blocks):
         raise BadItem(f"footer has {len(end.names)} names for {len(blocks)} arrays")
     return tuple(blocks), end
 

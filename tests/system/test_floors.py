@@ -24,6 +24,7 @@ FLOORS: Final = {
     "format.header": "",
     "format.footer": "",
     "format.item": "format.footer format.header",
+    "format.values": "",
     "table": "",
     "fs": "format.item",
     "lock": "",

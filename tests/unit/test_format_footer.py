@@ -52,7 +52,8 @@ def test_read_gives_back_what_was_packed(data_end: int, said: dict[str, Any], sl
     packed = footer.pack(data_end, **said)
     assert len(packed) == footer.SIZE + footer.json_size(said["names"], said["meta"])
     data = bytes(data_end) + packed + slack
-    expected = said | {"data_end": data_end, "id": said["id"].hex(), "kind": 0, "size": len(packed)}
+    kind = footer.VALUE if said["names"] == () else footer.ARRAYS
+    expected = said | {"data_end": data_end, "id": said["id"].hex(), "kind": kind, "size": len(packed)}
     for buffer in (data, bytearray(data), memoryview(data)):
         assert footer.read(buffer, data_end, len(data))._asdict() == expected
 
@@ -145,7 +146,7 @@ def test_what_could_not_be_read_back_is_not_packed(
         (forged(version=1), "unknown version 1"),
         (forged(version=0), "unknown version 0"),
         (forged(flags=2), "unknown flags"),
-        (forged(at=64, kind=1), "data ends at 64"),
+        (forged(at=64, kind=2), "data ends at 64"),
         (forged(more=2**32 - 1), "at most"),
         (forged(more=5), "left in the file"),
         (forged(b"[]"), "is a list"),
@@ -156,11 +157,13 @@ def test_what_could_not_be_read_back_is_not_packed(
         (forged(b'{"other":1}'), "other than"),
         (forged(b'{"names":"ab"}'), "list of strings"),
         (forged(b'{"names":[1]}'), "list of strings"),
+        (forged(b'{"names":[]}'), "list of strings"),
+        (forged(b'{"names":["a"]}', kind=1), "arrays of a value"),
         (forged(b'{"names":["a","a"]}'), "not distinct"),
         (forged(b"[" * 2**19), "RecursionError"),
         (forged(b'{"meta":' * 2**16), "RecursionError"),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_forged_footer_is_refused_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadItem, match=reason):
@@ -173,7 +176,7 @@ def test_a_forged_footer_is_refused_with_its_reason(data: bytes, reason: str) ->
         forged(version=3),
         forged(version=2**16 - 1)[:10],
         forged(version=3, at=9, flags=77, more=2**32 - 1)[:40] + bytes(99),
-        forged(kind=1),
+        forged(kind=2),
         forged(b"no JSON", kind=2**16 - 1, flags=8),
     ],
     ids=range(5),
