@@ -26,12 +26,14 @@ from .engine import (
     Session,
 )
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
-from .format.item import copied, plain
+from .format.item import copied, copied_into, plain
 from .item import Item, Loan, no_value, taken_item
 from .message import (
+    Array,
     Arrays,
     ArraySpec,
     Copy,
+    Deadline,
     Json,
     Limits,
     Message,
@@ -304,18 +306,29 @@ class SpoolReader(_Face):
         self._consumer: Consumer = engine.consumer(options)
         self._session = self._consumer
 
-    def get(self, block: bool = True, timeout: float | None = None, *, copy: Copy = False) -> Arrays:
+    def get(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        *,
+        copy: Copy = False,
+        out: Array | None = None,
+    ) -> Arrays:
         """Take the next item off the spool: its array, or a dict of its named arrays.
 
         block, timeout: wait for an item, for ever or for `timeout` seconds; without `block` not at all.
         copy: False, the arrays are read-only, and over 16 KB they are views of the item's file, which stays as it is
         for as long as any view of it is left; "on-write", they are writable, and a page is copied when it is first
         written, which nobody else sees; True, they are writable and your own, and the file is not needed any more.
+        out: an array of your own, which is filled and returned; ValueError for an item of another dtype or shape, or
+        of named arrays, which then stays the next one.
 
         Raises Empty when no item comes in time, ShutDown when the spool was shut down and is empty.
         A damaged item becomes a dead letter and the next one is returned.
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
+        if out is not None:
+            return self._take_into(out, until, copy)
         if copy:
             return self._given(self._consumer.take(1, until, on_write(copy)), copy, _arrays)[0]
         taken = self._consumer.take(1, until)
@@ -354,6 +367,21 @@ class SpoolReader(_Face):
         """
         found = self._consumer.take(1, deadline_of(block, timeout), on_write(copy))
         return self._given(found, copy, partial(taken_item, self._consumer))[0]
+
+    def _take_into(self, out: Array, until: Deadline, copy: Copy) -> Array:
+        if not isinstance(out, np.ndarray) or not out.flags.writeable or out.dtype.hasobject:
+            raise ValueError(
+                f"out must be a writable array of numbers, as np.empty(shape, dtype) gives, not {out!r}"
+            )
+        if copy:
+            raise ValueError("out is an array of your own already; leave copy away")
+        if not isinstance(self._consumer, Restorer):
+            raise UnsupportedOperation(
+                f"{self.path}: cannot put an item back that does not fit into out; get a copy"
+            )
+        found = self._consumer.take(1, until)
+        filled: Array = self._given(found, False, lambda message: copied_into(message, out))[0]
+        return filled
 
     def get_many(
         self, limit: int, block: bool = True, timeout: float | None = None, *, copy: Copy = False

@@ -846,6 +846,8 @@ class RestoreSuite(Suite):
         for _ in range(2):
             self.consumer.put_back(taken, start)
             assert (self.admin.stat().depth, self.admin.stat().gets) == (5 - start, start)
+        for _ in range(3):
+            self.consumer.put_back(self.consumer.take(1, NOW))
         claimed = [self.claim() for _ in range(start, 5)]
         assert self.load(*claimed) == [*range(start, 5)]
         assert [delivery.attempt for delivery in claimed] == [2, 1, 1, 1, 1][start:]

@@ -36,7 +36,8 @@ _LONGEST: Final = 1e9  # seconds of a lease or delay
 
 
 class Taken(list[Message]):
-    """What a take has taken. places: the record and number of each item, to put it back."""
+    """What a take has taken. places: the record and number of each item, to put it back, which is possible for as long
+    as this lives."""
 
     places: list[tuple[int, int]]
 
@@ -120,7 +121,6 @@ class DirectoryConsumer(Receiver):
         items, space = self.begin(1)
         journal = self.session.journal
         words = journal.words
-        undo = set[None]() if limit > 1 else None
         got.clear()  # what was taken before the index proved damaged, which is none
         try:
             while len(got) < limit:
@@ -143,7 +143,7 @@ class DirectoryConsumer(Receiver):
                     pin = Pin(journal.identity, record, seq)
                     recycler.pins.add(pin, shown)
                 got.places.append((record, seq))
-                self.consume(record, single, pin, undo)
+                self.consume(record, single, pin, got)
                 got.append(found)
         except BaseException as error:
             if not fs.is_ordinary(error):
@@ -169,7 +169,7 @@ class DirectoryConsumer(Receiver):
                     except BadItem:  # in failed/ now, and logged
                         continue
                     got.places.append((delivery.handle.record, delivery.seq))
-                    self.session.step(self._ack, [delivery])
+                    self.session.step(self._ack, [delivery], got)
                     got.append(message)
             except BaseException as error:
                 interrupted = not fs.is_ordinary(error)
@@ -195,7 +195,7 @@ class DirectoryConsumer(Receiver):
         words = journal.words
         if words[W.MARK]:  # an interrupt came amid a transition
             journal.recover()
-        for record, seq in places:
+        for record, seq in reversed(places):
             state = words[record + W.STATE]
             if words[record + W.SEQ] == seq and state in (W.PINNED, W.POOLED):
                 link = linking(words, record) if state == W.POOLED else 0
@@ -402,8 +402,8 @@ class DirectoryConsumer(Receiver):
             " already; it may have been delivered again"
         )
 
-    def _ack(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
-        """Take items in flight off the spool. A step."""
+    def _ack(self, deliveries: Sequence[Delivery], undo: Taken | None = None) -> tuple[None, int, int]:
+        """Take items in flight off the spool; `undo` as for `consume`. A step."""
         if self.recycler.pins.pending:
             self.recycler.reclaim()
         done = 0
@@ -414,7 +414,7 @@ class DirectoryConsumer(Receiver):
             pin.table, pin.record = self.session.journal.identity, record
             shown = pin.left or pin.forks != forks.begun
             single = self._is_single(delivery.seq) if claim.single is None else claim.single
-            self.consume(record, single, pin if shown else None, None)
+            self.consume(record, single, pin if shown else None, undo)
             if shown and not pin.left:
                 self.recycler.pins.pending.append(pin)
             self.given.pop(claim.given, None)

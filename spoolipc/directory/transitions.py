@@ -55,6 +55,15 @@ def _append(words: Words, stores: Stores, queue: Queue, record: int) -> None:
     stores[record + W.NEXT] = 0
 
 
+def _prepend(words: Words, stores: Stores, queue: Queue, record: int) -> None:
+    head = words[queue.head]
+    stores[queue.head] = record
+    if not head:
+        stores[queue.tail] = record
+    stores[queue.length] = words[queue.length] + 1
+    stores[record + W.NEXT] = head
+
+
 def _pop(words: Words, stores: Stores, record: int) -> None:
     """Take a record off the queue that it heads."""
     queue = W.REDELIVERY if words[W.REDELIVERY_HEAD] == record else W.READY
@@ -254,8 +263,8 @@ def requeue(words: Words, record: int, due: int) -> Transition:
 
 
 def restore(words: Words, record: int, link: int) -> Transition:
-    """PINNED, or POOLED with the position that links to it, becomes WAITING again, before all never delivered: nobody
-    received it. The file is not written again, as who was interrupted may show it. SEQ is the item that it holds."""
+    """PINNED, or POOLED with the position that links to it, becomes WAITING again, the first: nobody received
+    it. The file is not written again, as who was interrupted may show it. SEQ is the item that it holds."""
     seq = words[record + W.SEQ]
     stores: Stores = {
         W.ITEM_BYTES: words[W.ITEM_BYTES] + words[record + W.BYTES],
@@ -265,7 +274,7 @@ def restore(words: Words, record: int, link: int) -> Transition:
     }
     if link:
         _unpool(words, stores, record, link)
-    _append(words, stores, W.REDELIVERY, record)
+    _prepend(words, stores, W.REDELIVERY, record)
     return (ARRIVE, seq, stores, ("free", free_name(words[record + W.FILE]), "items", item_name(seq)))
 
 

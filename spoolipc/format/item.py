@@ -337,6 +337,22 @@ def copied(message: Message) -> Message:
     return message._replace(arrays=tuple(map(_copied, message.arrays)))
 
 
+def copied_into(message: Message, out: Array) -> Array:
+    """`out`, which holds the message's one array from now on, padding included. Raises ValueError, `out` being as it
+    was, where the message is another kind of thing."""
+    array = message.arrays[0]
+    if message.names is not None:
+        raise ValueError(
+            f"the item is a dict of arrays {list(message.names)}; out takes one array, put as such"
+        )
+    if array.shape != out.shape or array.dtype != out.dtype:
+        what = f"the item is an array of {array.dtype} and shape {array.shape}, out one of {out.dtype} and {out.shape}"
+        raise ValueError(what)
+    if array.nbytes:
+        _opaque(out)[...] = _opaque(array)
+    return out
+
+
 def _copied(array: Array) -> Array:
     if not array.nbytes:
         return np.ndarray(array.shape, array.dtype, bytearray(1), order="F" if array.flags.fnc else "C")

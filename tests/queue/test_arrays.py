@@ -166,6 +166,43 @@ def test_named_arrays_come_back_in_their_order(
         assert copies["mask"].flags.f_contiguous
 
 
+@pytest.mark.parametrize("size", [3, LARGE])
+@pytest.mark.parametrize("dtype", ["f8", ALIGNED, "V0"], ids=str)
+def test_array_of_ones_own_is_filled(writer: SpoolWriter, reader: SpoolReader, dtype: Any, size: int) -> None:
+    put = filled(dtype, size)
+    whole = np.zeros((len(put), 2), put.dtype)
+    for out in (np.zeros(len(put), put.dtype), whole[:, 1]):
+        writer.put(put)
+        assert reader.get(timeout=20, out=out) is out
+        assert out.tolist() == put.tolist()
+    assert whole[:, 0].tolist() == np.zeros(len(put), put.dtype).tolist()
+
+
+def test_item_that_does_not_fit_into_ones_array_stays_the_next(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    out = np.zeros(LARGE)
+    locked = np.zeros(LARGE)
+    locked.flags.writeable = False
+    for put in (np.ones(LARGE, "f4"), np.ones((LARGE, 1)), np.ones(LARGE + 1), {"a": np.ones(LARGE)}):
+        writer.put(put)
+        writer.put(np.ones(LARGE))
+        for _ in range(7):  # more often than an item is delivered
+            with pytest.raises(ValueError, match=r"the item is an? (array|dict)"):
+                reader.get(out=out)
+        assert not out.any()
+        found = reader.receive(block=False)
+        assert found.attempt == 1
+        found.ack()
+        for wrong in (locked, [0.0], np.zeros(3, "O")):
+            with pytest.raises(ValueError, match="out must be a writable array"):
+                reader.get(out=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="leave copy away"):
+            reader.get(copy=True, out=out)
+        reader.get(out=out)
+        out[:] = 0
+
+
 def test_same_object_under_two_names_is_two_arrays(writer: SpoolWriter, reader: SpoolReader) -> None:
     array = np.arange(5000)
     writer.put({"z": array, "a": array[::-1], "b": array})

@@ -185,6 +185,8 @@ def test_file_that_must_survive_power_loss_is_not_written_again(spool: Path, kno
         if not known:
             (spool / "index").unlink()
         assert (reader.get() == 1).all()
+        with pytest.raises(Empty):
+            reader.get(block=False)  # the step after it finds that nobody puts the item back
         assert list((spool / "free").iterdir()) == []
 
 
