@@ -29,7 +29,6 @@ from .message import (
 )
 
 T = TypeVar("T")
-Kind = Literal["items", "space"]
 Durability = Literal["none", "fsync"]
 
 
@@ -159,28 +158,35 @@ class Restorer(Protocol):
 
 
 class Watch(Protocol):
-    """A wake-up that a blocking caller polls and an event loop adds as a reader."""
+    """One wait of an event loop."""
 
     def fileno(self) -> int:
-        """A descriptor that is readable when there may be news; -1 where there is none and the caller looks at
-        intervals."""
+        """A descriptor, which several may share: when it is readable, call `drain`. -1 where there is none."""
 
-    def arm(self) -> None:
-        """Ask to be woken by the next news; look at the spool after this, then wait."""
+    def arm(self) -> float:
+        """Keep house and ask for the next news; returns 0 when another try may help, else in how many seconds to arm
+        again even without news."""
 
     def drain(self) -> None:
-        """Take note of what made the descriptor readable."""
+        """Hear what made the descriptor readable; of every session that it concerns, `news` is called."""
 
     def close(self) -> None:
-        """Ask for nothing more. Harmless when repeated."""
+        """Wait no more. Harmless when repeated."""
 
 
 @runtime_checkable
 class Watchable(Protocol):
-    """A capability of a session: it can be waited for without a thread."""
+    """A capability of a session: an event loop can work with it, and wait for it, without a thread."""
 
-    def watch(self, kind: Kind) -> Watch:
-        """A watch for items, or for space."""
+    def briefly(self, step: Callable[[], T]) -> T:
+        """What `step` returns, which calls this session and does not wait for items or room. Raises LockTimeout when
+        others do not let go of the spool within about a millisecond; what `step` was to do is then not done."""
+
+    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> Watch:
+        """Begin to wait for items, or for room for the message `lacking`. Raises TooLarge.
+
+        news: called, in any thread, when it is time to arm again.
+        """
 
 
 class Pair(Protocol):

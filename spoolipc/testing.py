@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -30,7 +31,7 @@ import pytest
 
 from . import engine as engines
 from . import errors
-from .engine import Consumer, Engine, Kind, Lender, Preallocator, Producer, Watchable
+from .engine import Consumer, Engine, Lender, Preallocator, Producer, Watchable
 from .errors import Empty, Full, LeaseExpired, ShutDown
 from .message import NOW, Ack, ArraySpec, Delivery, Extend, Limits, Message, Nack, Reject, Verdict
 
@@ -857,23 +858,42 @@ class WatchSuite(Suite):
     """The capability `Watchable`."""
 
     @pytest.mark.parametrize("kind", ["items", "space"])
-    def test_armed_watch_becomes_readable_when_there_is_news(self, kind: Kind) -> None:
+    def test_armed_watch_is_told_when_another_try_may_help(self, kind: str) -> None:
         self.producer = self.open_producer(maxsize=1)
         session: Any = self.consumer if kind == "items" else self.producer
         calls: list[Call] = [partial(self.put, 0), self.take]
         news, undo = calls if kind == "items" else calls[::-1]
-        watch = session.watch(kind)
+        told = threading.Event()
+        watch = session.watch(told.set, message(0) if kind == "space" else None)
+        assert session.briefly(session.qsize) == 0
         if kind == "space":
             undo()
         for _ in range(3):
-            watch.arm()
+            assert watch.arm() > 0
+            told.clear()
             news()
-            if watch.fileno() >= 0:
+            if watch.fileno() >= 0 and not told.is_set():
                 assert select.select([watch], [], [], 20)[0], "nobody was woken"
-            watch.drain()
+                watch.drain()
+            assert told.wait(20)
+            assert watch.arm() == 0
             undo()
+        told.clear()
+        session.close()
+        assert told.wait(20)
+        refused(errors.SpoolClosed, watch.arm)
         for _ in range(2):
             watch.close()
+
+    def test_watch_arms_again_when_a_delay_ends(self) -> None:
+        assert isinstance(self.consumer, Watchable)
+        self.put(0)
+        self.settle(self.claim(), Nack(0.2, ""))
+        with closing(self.consumer.watch(lambda: None)) as watch:
+            assert 0 < watch.arm() <= 0.2
+            while seconds := watch.arm():
+                time.sleep(seconds)
+        assert self.take() == [0]
 
 
 class DamageSuite(Suite):

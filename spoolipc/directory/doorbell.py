@@ -26,15 +26,15 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
-from ..engine import Kind
 from ..errors import SpoolError
 from . import fs, hearing
 from . import table as W
 from .liveness import crashed_among, ring, token_name
 from .table import Token, Waiter, Words
 
+Kind = Literal["items", "space"]
 LOOK_EVERY: Final = {"items": 1.0, "space": 0.05}
 """Seconds a sleeper waits before it looks again unasked; for space less, as not every single place is rung for."""
 FRESH: Final = 1_500_000_000  # ns: a sleeper's `since` is never older, a look each second and some delay
@@ -92,6 +92,7 @@ class Doorbell:
         """Start afresh: the table is another, or this is a forked child."""
         self._place = -1
         self.tickets = 0  # rings heard
+        self._told: list[Callable[[], None]] = []  # what event loops want called at each
         self._waiting = 0  # threads
         self._lock = threading.RLock()  # around the two above; a signal handler may wait amid a wait
         self._spin = SHORT_LOOK[1]
@@ -170,6 +171,20 @@ class Doorbell:
             if time.monotonic() - began < SOON:
                 self._spin = SHORT_LOOK[1]
             self._leave(kind, None if found else look)
+
+    def enter(self, news: Callable[[], None]) -> None:
+        """An event loop waits from now on: `news` is called, in any thread, by each ring and by the close."""
+        with self._lock:
+            self._waiting += 1
+            self._told.append(news)
+
+    def leave(self, kind: Kind, news: Callable[[], None], look: Callable[[], bool]) -> None:
+        """The event loop that wants `news` waits no longer; of `look` see `_leave`."""
+        with self._lock:
+            if news not in self._told:  # it began to wait before a fork, or the session was closed
+                return
+            self._told.remove(news)
+        self._leave(kind, look)
 
     def _sleep_until(self, kind: Kind, look: Callable[[], bool], until: float) -> bool:
         ears = hearing.listen(self)
@@ -262,10 +277,13 @@ class Doorbell:
         """Called by whoever read that our file was written to."""
         with self._lock:
             self.tickets += 1
+            for news in self._told:
+                news()
 
     def close(self) -> None:
         """Wait no more: whoever still does wakes and finds the session closed."""
         self.closed = True
+        self.heard()
         ears = hearing.ears()
         if ears is not None and self.number >= 0:
             with suppress(OSError):
@@ -284,7 +302,3 @@ class Doorbell:
             fs.pwrite(fd, b"\n", 0)
         finally:
             fs.close(fd)
-
-    def watch(self, kind: Kind) -> hearing.SessionWatch:
-        """A watch of its own for an event loop."""
-        return hearing.SessionWatch(self, kind)

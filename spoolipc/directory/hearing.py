@@ -1,7 +1,7 @@
 """How this process hears that a session's file was written to: by inotify, and by no thread of its own.
 
-All sessions of a process share one descriptor of inotify: of the threads that wait, one reads it for all. An event loop
-has a descriptor of its own (`SessionWatch`). Where inotify cannot be had (its limits are used up, the file system
+All sessions of a process share one descriptor of inotify: of the threads that wait, one reads it for all, and so does
+an event loop that finds it readable. Where inotify cannot be had (its limits are used up, the file system
 reports nothing, or SPOOLIPC_WATCH=polling is set in the environment) who waits looks at intervals, and the log says so
 once.
 """
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Literal, Protocol
 
-from ..engine import Kind
 from . import fs
 from .lock import no_fork
 
@@ -36,40 +35,6 @@ _EVENT: Final = struct.Struct("iIII")
 _BUFFER: Final = 4096
 
 
-class SessionWatch:
-    """A doorbell as an event loop waits for it: one descriptor, no thread. Keeps `spoolipc.engine.Watch`."""
-
-    def __init__(self, doorbell: Hearer, kind: Kind) -> None:
-        self._doorbell, self._kind = doorbell, kind
-        self._fd = -1
-        try:
-            self._fd = fs.watch_open()
-            fs.watch_add(self._fd, doorbell.file)
-        except OSError as error:
-            self.close()
-            _complain(str(error))
-
-    def fileno(self) -> int:
-        """The descriptor, readable when there may be news; -1 where inotify is not to be had: look at intervals."""
-        return self._fd
-
-    def arm(self) -> None:
-        """Ask to be woken by the next news; look at the spool after this, then wait."""
-        self._doorbell.arm(self._kind)
-
-    def drain(self) -> None:
-        """Take note of what made the descriptor readable."""
-        if self._fd >= 0:
-            with suppress(BlockingIOError):
-                fs.read(self._fd, _BUFFER)
-
-    def close(self) -> None:
-        """Ask for nothing more; harmless when repeated."""
-        if self._fd >= 0:
-            fs.close(self._fd)
-            self._fd = -1
-
-
 class Hearer(Protocol):
     """A session's doorbell, as it is heard. file: what is watched. number: of its watch, -1 for none. tickets: rings
     heard. closed: the session was."""
@@ -84,9 +49,6 @@ class Hearer(Protocol):
 
     def heard(self) -> None:
         """The file was written to."""
-
-    def arm(self, kind: Kind) -> bool:
-        """Say that the session waits."""
 
     def ring_oneself(self) -> None:
         """Write to the file."""
@@ -153,6 +115,12 @@ class Ears:
                         for other, _ in list(self._sleepers.values())[:1]:  # it reads now
                             other.release()
                             self._sleepers.pop(id(other))
+
+    def drain(self) -> None:
+        """Read what is there, for all: an event loop found the descriptor readable."""
+        with self._lock:  # nobody closes it meanwhile
+            if self.fd >= 0:
+                self._read(0)
 
     def _read(self, seconds: float) -> None:
         if not fs.poll(self.fd, seconds):

@@ -18,17 +18,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
-from typing import Final
+from typing import Final, TypeVar
 
 from ..errors import LockTimeout, ReentrantCall, SpoolError
 from . import fs
 
+T = TypeVar("T")
 _log = logging.getLogger("spoolipc")
 TIMEOUT: Final = 10.0
 """Seconds to wait for the lock before LockTimeout."""
 _SPINS: Final = 20  # tries at once: a holder is done within some 10 us, a sleep takes at least 60
 _FIRST_PAUSE: Final = 50e-6
 _LONGEST_PAUSE: Final = 1e-3
+BRIEFLY: Final = 1e-3
+"""Seconds that a step of an event loop waits for the lock: others of the loop wait for it."""
 
 
 no_fork = threading.RLock()
@@ -66,6 +69,21 @@ steps: Final[dict[int, list[Callable[[], object]]]] = {}
 """The threads within a locked step, each with what it put off. One of them begins no other step: it might wait for
 itself, or for somebody who waits for it."""
 os.register_at_fork(after_in_child=steps.clear)
+
+
+hurried: Final[set[int]] = set()
+"""The threads whose steps wait `BRIEFLY` for the lock."""
+os.register_at_fork(after_in_child=hurried.clear)
+
+
+def briefly(step: Callable[[], T]) -> T:
+    """What `step` returns, no step of which waits for the lock for longer than `BRIEFLY`: it raises LockTimeout."""
+    thread = get_ident()
+    hurried.add(thread)
+    try:
+        return step()
+    finally:
+        hurried.discard(thread)
 
 
 def put_off(act: Callable[..., object], *args: object) -> bool:
@@ -110,23 +128,32 @@ class IndexLock:
     def take(self, patience: float = TIMEOUT) -> None:
         """Take the lock within `patience` seconds; the caller holds `mutex`. Raises LockTimeout, naming the holder."""
         fd = self.fd
-        if fs.lock(fd):
-            return
-        for _ in range(_SPINS):
-            fs.yield_core()
-            if fs.lock(fd):
-                return
+        if get_ident() in hurried:
+            patience = BRIEFLY
         deadline = time.monotonic() + patience
-        pause = _FIRST_PAUSE
+        spins, pause = _SPINS, _FIRST_PAUSE
         while not fs.lock(fd):
             if time.monotonic() >= deadline:
-                raise LockTimeout(
-                    errno.ETIMEDOUT,
-                    f"the index lock was not free within {patience:g} s; it is held by {self._holder()}",
-                    self.path,
-                )
-            fs.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+                raise self._timeout(patience, self._holder())
+            if spins:
+                spins -= 1
+                fs.yield_core()
+            else:
+                fs.sleep(pause)
+                pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+    def wait_for_threads(self) -> None:
+        """Wait `BRIEFLY` until no other thread has `mutex`, which one may that waits for the lock itself. Raises
+        LockTimeout. To take the mutex with a timeout would not do: after an interrupt nobody knew who has it."""
+        deadline = time.monotonic() + BRIEFLY
+        while self.mutex.locked():
+            if time.monotonic() >= deadline:
+                raise self._timeout(BRIEFLY, "another thread of this process")
+            fs.sleep(_FIRST_PAUSE)
+
+    def _timeout(self, patience: float, holder: str) -> LockTimeout:
+        what = f"the index lock was not free within {patience:g} s; it is held by {holder}"
+        return LockTimeout(errno.ETIMEDOUT, what, self.path)
 
     def release(self) -> None:
         """Release the lock; harmless when it is not held. The caller holds `mutex`."""

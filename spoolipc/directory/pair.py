@@ -73,7 +73,7 @@ class DirectoryPair(Side):
             return unfinished(words) <= 0
 
         while self.session.step(self._unfinished) > 0:  # a look amid a transition may see less
-            if not self.session.wait("space", look, until, lambda: housekeeping.round_if_due(self.session)):
+            if not self.session.wait("space", until, look, lambda: housekeeping.round_if_due(self.session)):
                 return False
         return True
 

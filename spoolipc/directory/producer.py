@@ -16,26 +16,26 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
 
-from ..engine import Kind, ProducerOptions, retry
+from ..engine import ProducerOptions, retry
 from ..errors import AlreadySettled, Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
 from ..format import footer
 from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Limits, Message
 from . import fs, housekeeping, pool, reset, transitions
 from . import table as W
-from .hearing import SessionWatch
 from .itemfile import ItemFile
 from .lock import put_off
 from .pool import LARGE, find_pooled, has_room, places, why_full
 from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, SECOND, Lent, Pin, Recycler, keeper, rounded
-from .session import Session, Side, operation
+from .session import Look, Session, Side, operation
 from .staging import Staged, Staging
 from .table import Words, bucket, owned
+from .watch import SessionWatch
 
 T = TypeVar("T")
 RETRY_AFTER: Final = 1.0
@@ -180,34 +180,35 @@ class DirectoryProducer(Side):
         return ShutDown(f"{self.path}: {what}")
 
     def _wait_for_room(self, need: int, until: Deadline) -> bool:
-        """Wait until there may be room for an item of `need` bytes; false when the deadline is past.
+        """Wait until there may be room for an item of `need` bytes; false when the deadline is past."""
+        return self.session.wait("space", until, *self._room_for(need))
 
-        When the file system refused to store it although it seemed to have room (a quota does that), any change of its
-        free space or any item taken is reason to try again, and so is a second gone by.
+    def _room_for(self, need: int) -> tuple[Look, Callable[[], None]]:
+        """How to wait for room for `need` bytes. Raises TooLarge.
+
+        Where the file system refused to store it although it seemed to have room (a quota does that), any change of its
+        free space, any item taken and a second gone by is reason to try again.
         """
         need = rounded(need)
         self._refuse_impossible(need)
         before, self._staging.no_space = self._staging.no_space, None
         self._places = 0
+        retry_at = time.monotonic() + RETRY_AFTER
 
         def look(words: Words) -> bool:
             if words[W.SHUTDOWN]:
                 return True
             if before is not None:
-                return before != self._staging.space(words)
+                return before != self._staging.space(words) or time.monotonic() >= retry_at
             return has_room(words, need) and (bool(words[W.POOL_COUNT]) or not self._recycler.lacking(need))
 
-        retry_at = time.monotonic() + RETRY_AFTER
-        soon = until if before is None else min(retry_at, until or retry_at)
-        if self.session.wait("space", look, soon, lambda: self._each_second(need, before is not None)):
-            return True
-        return soon != until and (until is None or time.monotonic() < until)
+        def each_second() -> None:
+            housekeeping.round_if_due(self.session)
+            self._staging.say_what_for(need, before is not None)
+            if keeper.is_due():
+                self._recycler.mappings.sweep(self.session.look())
 
-    def _each_second(self, need: int, refused: bool) -> None:
-        housekeeping.round_if_due(self.session)
-        self._staging.say_what_for(need, refused)
-        if keeper.is_due():
-            self._recycler.mappings.sweep(self.session.look())
+        return look, each_second
 
     # Committing
 
@@ -312,9 +313,10 @@ class DirectoryProducer(Side):
             what = f"items {seqs[0]} to {seqs[-1]} are in the spool, but not known to be durable"
             raise StorageError(error.errno, f"{what}: {error.strerror}", self.path) from error
 
-    def watch(self, kind: Kind) -> SessionWatch:
-        """A watch for space, for an event loop."""
-        return self.session.doorbell.watch(kind)
+    @operation
+    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> SessionWatch:
+        """A wait of an event loop for room for the message `lacking`."""
+        return SessionWatch(self.session, "space", news, *self._room_for(_need(lacking) if lacking else 0))
 
     # Loans
 

@@ -11,26 +11,27 @@ import logging
 import os
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from ..engine import ConsumerOptions, Kind
+from ..engine import ConsumerOptions
 from ..errors import BadItem, Empty, ShutDown
 from ..format.footer import Buffer
 from ..format.item import message, parse, verify
 from ..message import Deadline, Message
 from . import fs, housekeeping, liveness, transitions
 from . import table as W
-from .hearing import SessionWatch
 from .itemfile import ItemFile, check_regular
 from .journal import Journal
 from .pool import may_pool
 from .quarantine import forget_history
 from .recycling import SECOND, SMALL, Pin, Recycler, keeper
-from .session import MEMBERS, Session, Side, operation
+from .session import MEMBERS, Look, Session, Side, operation
 from .table import Words, active, owned
 from .transitions import consume
+from .watch import SessionWatch
 
 _log = logging.getLogger("spoolipc")
 PATIENCE = 3.0
@@ -270,6 +271,10 @@ class Receiver(Side):
         """Wait until there may be an item, or the end; false when the deadline is past."""
         if self.recycler.pins.pending:
             self.session.step(self._reclaim)
+        return self.session.wait("items", until, self._item_or_end(), self._each_second)
+
+    def _item_or_end(self) -> Look:
+        """Whether there may be an item, or the end."""
         own, state = self._own, self.session.look()[W.SHUTDOWN]
 
         def look(words: Words) -> bool:
@@ -277,7 +282,7 @@ class Receiver(Side):
                 return True
             return _ended(words, own)
 
-        return self.session.wait("items", look, until, self._each_second)
+        return look
 
     def _each_second(self) -> None:
         if self.session.dropped:
@@ -297,9 +302,10 @@ class Receiver(Side):
         self.recycler.reclaim()
         return None, 0, 0
 
-    def watch(self, kind: Kind) -> SessionWatch:
-        """A watch for items, for an event loop."""
-        return self.session.doorbell.watch(kind)
+    @operation
+    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> SessionWatch:
+        """A wait of an event loop for items."""
+        return SessionWatch(self.session, "items", news, self._item_or_end(), self._each_second)
 
     def close(self) -> None:
         """Leave: what is in flight is requeued; files that arrays still show lose their names."""

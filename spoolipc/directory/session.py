@@ -21,15 +21,14 @@ from sys import is_finalizing
 from threading import get_ident
 from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, cast
 
-from ..engine import Kind
 from ..errors import Empty, Full, ShutDown, SpoolClosed, SpoolError, SpoolGone, StorageError
 from ..message import Deadline, Limits
 from . import fs, liveness
 from . import table as W
-from .doorbell import Doorbell, take_place
+from .doorbell import Doorbell, Kind, take_place
 from .journal import Journal, holder, set_limits
 from .layout import Directories, agree, open_directories, temporary_owner
-from .lock import IndexLock, catch_up, no_fork, put_off, reentered, steps
+from .lock import IndexLock, briefly, catch_up, hurried, no_fork, put_off, reentered, steps
 from .pool import MOST_EVICTED, evict, is_worth_waking, waiting, with_room
 from .rebuild import rebuild
 from .table import IndexDamaged, Token, Words
@@ -111,9 +110,8 @@ class Session:
         self.users: list[None] = []
         self.dropped: deque[Any] = deque()
         self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
-        self._role: liveness.Role = role
         self.end = f"{self.path}: this {role} was closed; open a new one"
-        self._mode = asked.mode
+        self._role, self._mode = role, asked.mode
         self._in_child = threading.RLock()
         self._held: list[int] = []
         self.journal = _NONE
@@ -170,6 +168,8 @@ class Session:
             raise reentered(self.path)
         steps[thread] = []  # before the mutex is taken, and until after: a signal may come between any two
         try:
+            if thread in hurried:
+                lock.wait_for_threads()
             with lock.mutex:
                 if not self.is_open:
                     raise SpoolClosed(self.end)
@@ -300,9 +300,7 @@ class Session:
     def peek_words(self) -> Words | None:
         """As `look`, but None where there is nothing whole to look at."""
         journal = self.journal
-        if not self.is_open or journal is _NONE or not journal.is_whole():
-            return None
-        return journal.words
+        return journal.words if self.is_open and journal is not _NONE and journal.is_whole() else None
 
     # Waiting
 
@@ -319,7 +317,7 @@ class Session:
         """As `take_place`, within a step."""
         return take_place(self.journal.words, self.token, kind, self.directories.alive), 0, 0
 
-    def wait(self, kind: Kind, look: Look, until: Deadline, each_second: Callable[[], None]) -> bool:
+    def wait(self, kind: Kind, until: Deadline, look: Look, each_second: Callable[[], None]) -> bool:
         """Wait until `look(words)` is true (True) or the deadline is past (False).
 
         look: sees the words without the lock: a hint. each_second: keeps house; called at once, and whenever a second
@@ -498,6 +496,7 @@ class Side:
     """What the two sides of the engine have in common."""
 
     session: Session
+    briefly = staticmethod(briefly)
 
     def give_back(self) -> None:
         """Requeue what was dropped unsettled."""

@@ -20,9 +20,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 
 from .. import errors
 from .. import message as values
@@ -33,6 +33,7 @@ from ..message import Deadline, Delivery, Limits, Message
 from .spool import Item, Spool, clear, spools
 
 __all__ = ["Consumer", "Loan", "MemoryEngine", "Producer", "clear"]
+T = TypeVar("T")
 _LONGEST_SLEEP: Final = 3600.0
 _MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -72,17 +73,53 @@ class _Session:
 
     def _wait(self, until: Deadline) -> bool:
         """Wait, within a step, until another try may help; False when the deadline is past."""
-        now, spool = time.monotonic(), self._spool
-        ends = [now + _LONGEST_SLEEP, math.inf if until is None else until]
-        if min(ends) <= now:
+        spool, left = self._spool, math.inf if until is None else until - time.monotonic()
+        if left <= 0:
             return False
-        away = (*spool.in_flight.values(), *spool.requeued[:1])
-        ends += [item.due for item in away if item.due > spool.now]
         spool.busy = 0  # meanwhile others may be, a signal handler of this thread too
-        spool.changed.wait(max(0.0, min(ends) - now))
+        spool.changed.wait(min(left, self.pause()))
         spool.busy = threading.get_ident()
         spool.look(self)
         return True
+
+    def pause(self) -> float:
+        """Seconds until the next lease or delay ends, an hour at most. A step."""
+        spool = self._spool
+        away = (*spool.in_flight.values(), *spool.requeued[:1])
+        ends = [item.due for item in away if item.due > spool.now]
+        return max(0.0, min([_LONGEST_SLEEP, *(end - time.monotonic() for end in ends)]))
+
+    def briefly(self, step: Callable[[], T]) -> T:
+        return step()
+
+
+class Watch:
+    """One wait of an event loop. look: raises Empty or Full when another try would. A step."""
+
+    def __init__(self, session: _Session, look: Callable[[], object], news: Callable[[], None]) -> None:
+        self._session, self._look, self._news = session, look, news
+        with session._spool.step(session) as spool:
+            spool.changed.news.append(news)
+
+    def fileno(self) -> int:
+        return -1
+
+    def arm(self) -> float:
+        with self._session._spool.step(self._session):
+            try:
+                self._look()
+            except (errors.Empty, errors.Full):
+                return self._session.pause()
+            except errors.SpoolError:
+                pass  # another try meets it as well
+            return 0.0
+
+    def drain(self) -> None:
+        """There is no descriptor."""
+
+    def close(self) -> None:
+        with suppress(errors.SpoolError, ValueError), self._session._spool.step() as spool:
+            spool.changed.news.remove(self._news)
 
 
 class Producer(_Session):
@@ -103,6 +140,10 @@ class Producer(_Session):
                 error.seqs = tuple(seqs)
                 raise
         return seqs
+
+    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> Watch:
+        size = _size(items.layout_of(lacking.arrays), lacking) if lacking else 0
+        return Watch(self, lambda: self._spool.check_room(size), news)
 
     def loan(self, spec: values.ArraySpec, meta: values.Json, until: Deadline) -> Loan:
         layout, message = items.layout_of_spec(spec), Message((), None, meta)
@@ -179,6 +220,9 @@ class Consumer(_Session):
         with suppress(errors.SpoolError), self._spool.step(self) as spool:
             while len(taken.items) > start:
                 spool.restore(taken.items.pop())
+
+    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> Watch:
+        return Watch(self, lambda: self._spool.deliverable(self, 1), news)
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         seconds = math.inf if lease is None else lease

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
@@ -63,6 +63,20 @@ class Item:
         )
 
 
+class Changed(threading.Condition):
+    """Tells threads and event loops of a change. news: what the loops want called; it is changed in steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.news: list[Callable[[], None]] = []
+
+    def notify_all(self) -> None:
+        """Tell all who wait."""
+        super().notify_all()
+        for news in self.news:
+            news()
+
+
 class Spool:
     """A spool's state, which is changed in its steps only, and the spool as it is looked after from outside.
 
@@ -73,7 +87,7 @@ class Spool:
     def __init__(self, path: str) -> None:
         self.path = path
         self.process = os.getpid()
-        self.changed = threading.Condition()
+        self.changed = Changed()
         self.busy = 0  # the thread that is in a step
         self.asked: dict[str, int] = {}
         self.limits = values.DEFAULTS

@@ -8,10 +8,10 @@ import pytest
 
 from spoolipc import memory
 from spoolipc.engine import Engine
-from spoolipc.testing import EngineSuite, LoanSuite, RestoreSuite
+from spoolipc.testing import EngineSuite, LoanSuite, RestoreSuite, WatchSuite
 
 
-class TestMemoryEngine(EngineSuite, LoanSuite, RestoreSuite):
+class TestMemoryEngine(EngineSuite, LoanSuite, RestoreSuite, WatchSuite):
     @pytest.fixture(autouse=True)
     def _clear(self) -> Iterator[None]:
         yield

@@ -36,9 +36,10 @@ FLOORS: Final = {
     "pool": "journal layout liveness transitions",
     "quarantine": "journal layout pool transitions",
     "rebuild": "journal layout liveness quarantine",
-    "hearing": "engine lock",
-    "doorbell": "engine hearing liveness",
-    "session": "engine doorbell journal layout liveness lock pool rebuild",
+    "hearing": "lock",
+    "doorbell": "hearing liveness",
+    "session": "doorbell journal layout liveness lock pool rebuild",
+    "watch": "doorbell hearing session",
     "visitor": "journal layout lock session transitions",
     "recycling": "itemfile layout lock pool session transitions",
     "housekeeping": "layout liveness pool quarantine session transitions",
@@ -49,10 +50,10 @@ FLOORS: Final = {
     "check": "gc itemfile layout liveness quarantine repair visitor",
     "staging": "format.footer format.item itemfile layout liveness pool recycling session",
     "reset": "dead_letters gc housekeeping layout liveness lock quarantine session transitions",
-    "producer": "engine format.footer format.item hearing housekeeping itemfile lock pool recycling reset session"
-    " staging transitions",
-    "receiving": "engine format.footer format.item hearing housekeeping itemfile journal liveness pool quarantine"
-    " recycling session transitions",
+    "producer": "engine format.footer format.item housekeeping itemfile lock pool recycling reset session"
+    " staging transitions watch",
+    "receiving": "engine format.footer format.item housekeeping itemfile journal liveness pool quarantine recycling"
+    " session transitions watch",
     "consumer": "engine housekeeping itemfile layout lock pool quarantine receiving recycling session transitions",
     "pair": "engine consumer housekeeping journal liveness pool producer session",
     "directory": "engine consumer dead_letters pair producer reset stat",
