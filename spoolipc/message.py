@@ -301,7 +301,7 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """An item in `failed/`.
+    """An item that was rejected, failed too often or is damaged.
 
     seq: the number it was put under. path: its file, which np.load reads if it is not damaged. bytes: of the
     file. reason: why it was dead-lettered; attempts: how often it was delivered; history: every failure known,

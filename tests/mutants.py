@@ -67,7 +67,7 @@ soak | housekeeping | test_soak one | = _crashed(session)¶    items ==> = set[i
 # `gc` killed; several at once; during traffic
 live-staged | gc | test_gc live_sessions | owner in crashed: ==> owner:
 live-pinned | gc | test_gc orphans | != W.NOTHING ==> > 5
-live-history | gc | test_gc orphans | if not fs.exists(directories.items, item) and ==> if
+live-history | quarantine | test_gc orphans | if fs.exists(directories.items, item_name(number)): ==> if False:
 gc-twice | gc | test_gc several | return  # another gc was first ==> raise
 gc-planted | gc | test_gc dry_run | not stat.S_ISREG(status.st_mode): ==> False:
 alive | liveness | test_gc live_sessions | not fs.lock(fd): ==> False:
@@ -91,7 +91,11 @@ history | receiving | test_receive history | forget_history(self.session.directo
 retried-asleep | dead_letters | test_wakeups retried | seq, 1, ==> seq, 0,
 no-letter | dead_letters | test_directory_engine retried | missing := set(wanted).difference(there): ==> missing := ():
 # `failed/` takes no item
-left-aside | quarantine | test_dead_letters does_not_take | if error.errno not in _REFUSED: ==> if True:
+left-aside | quarantine | test_dead_letters does_not_take | move(_TOP, aside) ==> raise
+left-there | quarantine | test_stops_nobody at_all | move("", "") ==> raise
+left-in-free | journal | test_stops_nobody building | elif kind == UNLINK: ==> elif kind == -1:
+left-by-round | layout | test_stops_nobody crashed_session | if name not in self.stuck: ==> if True:
+left-by-gc | gc | test_stops_nobody goes_on | self.not_removed.append( ==> raise ValueError(
 # a log that is slow or blocked
 logged | layout | test_taken_away is_logged | (level, message, values)) ==> (level, message, values)); self.tell()
 # lock holder stopped (SIGSTOP)

@@ -47,7 +47,7 @@ examples:
   %(prog)s /dev/shm/frames --json | jq .bytes_freed
 
 exit codes: 0 done, also where a damaged index was built again, which the report
-says; 1 it could not be done; 2 no spool"""
+says; 1 it could not be done, or not all of it; 2 no spool"""
 _STAT = """\
 Show what is in a spool: items waiting and in flight, dead letters,
 files kept to be written again, who has it open, its limits, and how old the
@@ -283,7 +283,7 @@ def _run_gc(options: argparse.Namespace) -> int:
     with _progress("gc") as progress:
         done = gc(options.path, dry_run=options.dry_run, progress=progress)
     _print(options, done, text.gc_text(done))
-    return DONE
+    return PROBLEM if done.not_removed else DONE
 
 
 def _run_stat(options: argparse.Namespace) -> int:

@@ -85,6 +85,7 @@ def gc_text(done: GcReport) -> str:
     if done.foreign_files:
         is_not = "is a name that is" if done.foreign_files == 1 else "are names that are"
         said.append(f"  left alone: {done.foreign_files:,} {is_not} not the spool's")
+    said += [f"  could not be removed: {printable(what)}" for what in done.not_removed]
     return "\n".join([f"{printable(done.path)}: {head}{freed}", *said])
 
 

@@ -36,7 +36,7 @@ from .layout import (
     read_shutdown,
     temporary_owner,
 )
-from .quarantine import failed_numbers, history_number
+from .quarantine import failed_numbers, history_number, is_known
 from .repair import Kind, Problem, put_right, repair_all, wrong_at_top, wrong_status
 from .table import Rows, Words, files_in, owners, rows, violations
 from .visitor import Visitor
@@ -276,11 +276,8 @@ class _Look:
             self._note("foreign", f"{part}/{name}", "is none of the spool's names")
             return
         self._status(part, name)
-        if self.visitor.step(self._is_orphaned, item_name(number)):
+        if not self.visitor.step(is_known, self.directories, number):
             self._note("orphan", f"{part}/{name}", "is the history of an item that is no more")
-
-    def _is_orphaned(self, name: str) -> bool:
-        return not fs.exists(self.directories.items, name) and not fs.exists(self.directories.failed, name)
 
     def _has_no_file(self, owner: int) -> bool:
         words = self.visitor.snapshot()

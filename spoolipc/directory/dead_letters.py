@@ -1,9 +1,9 @@
-"""Dead letters: what lies in `failed/`, why, and what to do with it.
+"""Dead letters: what they are, why, and what to do with them.
 
-A dead letter is `failed/SEQ.npy`, an item that was rejected, failed in every attempt or was damaged, with its history
-in `failed/SEQ.jsonl`. To retry one is a put whose file is there already: one transition that renames the file into
-`items/` under a new number. To drop one is a transition that renames it into `free/`, where `gc` finds it if the
-unlinking that follows is never reached. Either way the count of dead letters changes with the rename.
+A dead letter is an item that was rejected, failed in every attempt or was damaged (`quarantine.py` says where it is),
+with its history in `failed/SEQ.jsonl`. To retry one is a put whose file is there already: one transition that renames
+the file into `items/` under a new number. To drop one is a transition that renames it into `free/`, where `gc` finds it
+if the unlinking that follows is never reached. Either way the count of dead letters changes with the rename.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import fs, transitions
 from . import table as W
 from .itemfile import ItemFile
 from .layout import Directories, item_name
-from .quarantine import failed_numbers, forget_history, read_history
+from .quarantine import failed_numbers, forget_history, letter_at, read_history
 from .session import Session, administration
 from .visitor import Visitor
 
@@ -42,13 +42,14 @@ def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> Re
 
     def retry(session: Session, number: int) -> None:
         try:
-            with ItemFile(session.directories.failed, item_name(number)) as file:
+            directory, _, name = letter_at(session.directories, number)
+            with ItemFile(directory, name) as file:
                 _, tail = file.parse()
         except FileNotFoundError:
             return  # somebody else was first
         except BadItem as error:
             damaged[number] = str(error)
-            _log.warning("%s: item %d stays in failed/: %s", session.path, number, error)
+            _log.warning("%s: item %d stays a dead letter: %s", session.path, number, error)
             return
         seq = session.step(_requeue, session, number, file.size, tail)
         if seq is not None:
@@ -96,14 +97,14 @@ def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
 
 def _letter(directories: Directories, number: int) -> DeadLetter | None:
     """A dead letter as the files tell it; None when it is gone."""
-    name = item_name(number)
+    directory, part, name = letter_at(directories, number)
     try:
-        size = fs.stat_at(name, dir_fd=directories.failed).st_size
+        size = fs.stat_at(name, dir_fd=directory).st_size
         failures = read_history(directories, number)
         arrays: tuple[StoredArray, ...] = ()
         meta, put_time, damage = None, None, ""
         try:
-            with ItemFile(directories.failed, name) as file:
+            with ItemFile(directory, name) as file:
                 blocks, tail = file.parse()
             names = tail.names or (None,) * len(blocks)
             arrays = tuple(
@@ -117,7 +118,7 @@ def _letter(directories: Directories, number: int) -> DeadLetter | None:
         return None
     return DeadLetter(
         seq=number,
-        path=str(directories.path / "failed" / name),
+        path=str(directories.path / part / name),
         bytes=size,
         reason=failures[-1].why if failures else "unknown: its history is lost",
         attempts=max((failure.attempt for failure in failures), default=0),
@@ -135,8 +136,8 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     journal, directories = session.journal, session.directories
     if journal.words[W.SHUTDOWN]:
         raise ShutDown(f"{session.path}: was shut down; SpoolWriter(path, reopen=True) opens it again")
-    name = item_name(number)
-    if not fs.exists(directories.failed, name):
+    directory, part, name = letter_at(directories, number)
+    if not fs.exists(directory, name):
         return None, 0, 0
     record = journal.unused_record()
     words = journal.words
@@ -145,7 +146,7 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     flags = W.NEVER_AGAIN | (0 if not tail.names and tail.meta is None else W.HAS_METADATA)
     at = (record + W.ITEM_AT) * W.WORD
     W.ITEM.pack_into(journal.map, at, seq, max(0, tail.put_time), 0, flags, tail.data_end, 0, 0, 0, 0)
-    journal.commit(transitions.put_new(words, record, size, "failed", name))
+    journal.commit(transitions.put_new(words, record, size, part, name))
     forget_history(directories, number)
     return seq, 1, 0
 
@@ -153,15 +154,15 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
 def drop_letter(session: Session, number: int) -> tuple[bool, int, int]:
     """Remove a dead letter; false when it is gone already. A step."""
     journal, directories = session.journal, session.directories
-    name = item_name(number)
+    directory, part, name = letter_at(directories, number)
     try:
-        mode = fs.stat_at(name, dir_fd=directories.failed).st_mode
+        mode = fs.stat_at(name, dir_fd=directory).st_mode
     except FileNotFoundError:
         return False, 0, 0
     if stat.S_ISDIR(mode):
-        where = str(directories.path / "failed" / name)
+        where = str(directories.path / part / name)
         raise StorageError(errno.EISDIR, "is a directory, which spoolipc did not make; remove it", where)
-    journal.commit(transitions.drop_letter(journal.words, number))
-    fs.unlink_missing_ok(directories.free, name)
+    journal.commit(transitions.drop_letter(journal.words, number, part, name))
+    directories.remove("free", item_name(number))
     forget_history(directories, number)
     return True, 0, 0

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import resource
 import select
 import stat
@@ -48,6 +49,7 @@ _MANY: Final = 1 << 62  # files, where a file system has no number of them
 _AT_ONCE: Final = 1 << 20  # bytes of a read, which takes the memory for all that it is asked for
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _STATM: Final = Path("/proc/self/statm")
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _TIMENS_OFFSETS: Final = Path("/proc/self/timens_offsets")
 _libc: Final = ctypes.CDLL(None)
 
@@ -215,6 +217,33 @@ def nearest(path: Path) -> str:
         while not os.path.lexists(path) and path != path.parent:
             path = path.parent
         return os.path.realpath(path)
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path` (or will: its nearest existing parent), e.g. "tmpfs".
+
+    Read from the kernel's mount table; "unknown" where that cannot be read.
+    """
+    real = nearest(path)
+    best, kind = "", "unknown"
+    try:
+        table = read_text(_MOUNTINFO)
+    except OSError:
+        return kind
+    for line in table.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4]
+        if "\\" in point:
+            point = _unescaped(point)
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return kind
+
+
+def _unescaped(text: str) -> str:
+    """A path as the mount table writes it, with blanks and backslashes as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def open_place(path: Path) -> int:
@@ -421,6 +450,11 @@ _REMEDIES: Final = {
     errno.ENOMEM: "; hold fewer arrays, or raise ulimit -v (of arrays by the ten thousand, vm.max_map_count)",
 }
 """What to do where a limit of the process is met."""
+
+
+def is_own_limit(error: OSError) -> bool:
+    """Whether an error is of a limit of this process, and says nothing of the file."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def is_ordinary(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple
 
@@ -24,7 +24,7 @@ from . import table as W
 from .housekeeping import discard_if_shut_down, put_right
 from .journal import Journal
 from .layout import FILES, PARTS, Directories, item_name, item_number, temporary_owner
-from .quarantine import history_number
+from .quarantine import aside_number, history_number, is_known
 from .session import Session, administration
 from .table import Rows, owned, owners, rows
 from .visitor import AnySpool, Visitor
@@ -49,8 +49,9 @@ class GcReport:
     more. crashed_sessions: removed from `alive/`. half_written: replacements of `index` and `spool.json` never
     finished. discarded_items: items of a spool that was shut down at once, which nobody gets. pooled_files:
     consumed files kept to be written again, where no session is there that would. index_rebuilt: the index was
-    damaged. foreign_files: names that are none of the spool's, left alone. bytes_freed: disk blocks that the files
-    removed had (st_blocks * 512); what another process has open or mapped comes back when it lets go.
+    damaged. foreign_files: names that are none of the spool's, left alone. not_removed: files that could not be
+    removed, each with the reason; all else was done. bytes_freed: disk blocks that the files removed had
+    (st_blocks * 512); what another process has open or mapped comes back when it lets go.
     """
 
     path: str
@@ -67,6 +68,7 @@ class GcReport:
     pooled_files: int = 0
     index_rebuilt: bool = False
     foreign_files: int = 0
+    not_removed: tuple[str, ...] = ()
     bytes_freed: int = 0
 
 
@@ -84,19 +86,16 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progres
         visitor.look()
         damaged = visitor.damage != ""
         if dry_run:
-            sweep = _Sweep(visitor, progress)
-            sweep.run()
-            return GcReport(visitor.path, True, index_rebuilt=damaged, **sweep.counts)
+            return _Sweep(visitor, progress).run(damaged)
     with administration(path) as session:
-        sweep = _Sweep(session, progress)
-        sweep.run()
-    return GcReport(session.path, False, index_rebuilt=damaged, **sweep.counts)
+        return _Sweep(session, progress).run(damaged)
 
 
 def foreign_at_top(directories: Directories) -> list[str]:
     """Names at the top of the spool that are none of its own."""
     ours = {*PARTS, *FILES}
-    return sorted(name for names in fs.batches(directories.root) for name in names if name not in ours)
+    names = [name for names in fs.batches(directories.root) for name in names if name not in ours]
+    return sorted(name for name in names if aside_number(name) is None)
 
 
 class _Sweep:
@@ -107,16 +106,15 @@ class _Sweep:
         self.session = spool if isinstance(spool, Session) else None
         self.progress = progress
         self.counts: Counter[str] = Counter()
+        self.not_removed: list[str] = []
         self._seen = 0
         self._living: set[int] = set()
 
-    def run(self) -> None:
+    def run(self, damaged: bool) -> GcReport:
         """Everything, in the order that lets one kind of leftover become another before that is looked for."""
         self._claims()
         self._discarded()
-        self._step(
-            self._remove_all, self.spool.directories.root, ["index.new", "spool.json.new"], "half_written"
-        )
+        self._step(self._half_written)
         self._temporary_files()
         self._free_files()
         self._histories()
@@ -125,6 +123,10 @@ class _Sweep:
         self.counts["foreign_files"] += len(foreign_at_top(self.spool.directories))
         for names in fs.batches(self.spool.directories.items):
             self._looked_at(names, sum(item_number(name) is None for name in names))
+        left = tuple(self.not_removed)
+        return GcReport(
+            self.spool.path, self.session is None, index_rebuilt=damaged, not_removed=left, **self.counts
+        )
 
     def _step(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do `work`, which wakes nobody, under the lock."""
@@ -138,8 +140,10 @@ class _Sweep:
         if self.progress is not None:
             self.progress(self._seen, None)
 
-    def _remove(self, directory: int, name: str, kind: str) -> None:
-        """Remove one file and count it; what is no regular file was planted and stays."""
+    def _remove(self, part: str, name: str, kind: str) -> None:
+        """Remove one file and count it; what is no regular file was planted and stays. part: "" for the top."""
+        directories = self.spool.directories
+        directory = directories.parts[part] if part else directories.root
         try:
             status = fs.stat_at(name, dir_fd=directory)
             if not stat.S_ISREG(status.st_mode):
@@ -149,14 +153,17 @@ class _Sweep:
                 fs.unlink(name, dir_fd=directory)
         except FileNotFoundError:
             return  # another gc was first
+        except OSError as error:
+            self.not_removed.append(f"{os.path.join(part, name)}: {error.strerror}")
+            return
         self.counts[kind] += 1
         if status.st_nlink == 1:
             self.counts["bytes_freed"] += status.st_blocks * 512
 
-    def _remove_all(self, directory: int, names: Iterable[str], kind: str) -> None:
-        """Remove names in the locked step, as only its holder may be making them."""
-        for name in names:
-            self._remove(directory, name, kind)
+    def _half_written(self) -> None:
+        """A step, as only the holder of the lock may be making these files."""
+        for name in ("index.new", "spool.json.new"):
+            self._remove("", name, "half_written")
 
     def _crashed(self, tokens: set[int]) -> set[int]:
         """Which of `tokens` are of sessions that have crashed, and not since one was found alive: its file would be
@@ -243,21 +250,19 @@ class _Sweep:
         return count, 0, 0
 
     def _temporary_files(self) -> None:
-        directory = self.spool.directories.tmp
-        for names in fs.batches(directory):
+        for names in fs.batches(self.spool.directories.tmp):
             owners = {name: temporary_owner(name) for name in names}
             crashed = self._crashed(set(owners.values()) - {0})
             for name, owner in owners.items():
                 if owner in crashed:
-                    self._remove(directory, name, "temporary_files")
+                    self._remove("tmp", name, "temporary_files")
             self._looked_at(names, sum(not owner for owner in owners.values()))
 
     def _free_files(self) -> None:
-        directory = self.spool.directories.free
-        for names in fs.batches(directory, _FREE_BATCH):
+        for names in fs.batches(self.spool.directories.free, _FREE_BATCH):
             found = [number for number in map(item_number, names) if number is not None]
             for number in self._orphans(np.array(found, np.uint64)).tolist():
-                self._remove(directory, item_name(number), "orphaned_files")
+                self._remove("free", item_name(number), "orphaned_files")
             self._looked_at(names, len(names) - len(found))
 
     def _orphans(self, listed: Rows) -> Rows:
@@ -282,14 +287,12 @@ class _Sweep:
                 return orphans
 
     def _histories(self) -> None:
-        """An item moves from items/ to failed/ and not back, so it is looked for in that order."""
         directories = self.spool.directories
 
         def remove(histories: dict[str, int]) -> None:
             for name, number in histories.items():
-                item = item_name(number)
-                if not fs.exists(directories.items, item) and not fs.exists(directories.failed, item):
-                    self._remove(directories.failed, name, "orphaned_histories")
+                if not is_known(directories, number):
+                    self._remove("failed", name, "orphaned_histories")
 
         for names in fs.batches(directories.failed):
             histories = {name: number for name in names if (number := history_number(name)) is not None}
@@ -298,11 +301,10 @@ class _Sweep:
             self._looked_at(names, len(names) - known)
 
     def _sessions(self) -> None:
-        directory = self.spool.directories.alive
-        for names in fs.batches(directory):
+        for names in fs.batches(self.spool.directories.alive):
             tokens = set(map(liveness.token_of, names)) - {0}
             for token in self._crashed(tokens):
-                self._remove(directory, liveness.token_name(token), "crashed_sessions")
+                self._remove("alive", liveness.token_name(token), "crashed_sessions")
             self._looked_at(names, len(names) - len(tokens))
 
     def _pool(self) -> None:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Collection
 from typing import Final
 
+from ..errors import SpoolError
 from . import fs, liveness, pool, transitions
 from . import table as W
 from .layout import read_shutdown, temporary_owner
@@ -99,8 +100,8 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
         if words[waiter.token] in crashed:
             words[waiter.since] = words[waiter.token] = 0
             words[W.LOOKS + place] = words[W.WANTED + place] = 0
-    for token in () if left else crashed:
-        fs.unlink_missing_ok(session.directories.alive, liveness.token_name(token))
+    for token in () if left else crashed - _stuck(session):
+        session.directories.remove("alive", liveness.token_name(token))
     words[W.PEAK_BYTES] = pool.lower_peak(words)
     _trim(session)
     if words[W.SHUTDOWN] == W.DISCARDED:
@@ -115,7 +116,14 @@ def _crashed(session: Session) -> set[int]:
         names = [entry.name for entry in itertools.islice(entries, _NAMES)]
     if len(names) > _SESSIONS:
         names = random.sample(names, _SESSIONS)
-    return liveness.crashed_among(alive, set(map(liveness.token_of, names)) - {0, session.token})
+    asked = set(map(liveness.token_of, names)) - {0, session.token} - _stuck(session)
+    return liveness.crashed_among(alive, asked)
+
+
+def _stuck(session: Session) -> set[int]:
+    """Crashed sessions of which all is settled but a file that cannot be removed: who comes later tries that again."""
+    names = session.directories.stuck
+    return {*map(temporary_owner, names), *map(liveness.token_of, names)} if names else set()
 
 
 def _settle_round(session: Session, crashed: set[int], now: int) -> tuple[int, int, bool]:
@@ -152,13 +160,13 @@ def end_loans(session: Session, lenders: Collection[int]) -> None:
 
 def _remove_temporary(session: Session, crashed: set[int]) -> bool:
     """Remove temporary files of crashed sessions; whether some may be left. A step."""
-    tmp, removed = session.directories.tmp, 0
-    with fs.scan(tmp) as entries:
+    directories, removed = session.directories, 0
+    with fs.scan(directories.tmp) as entries:
         for entry in itertools.islice(entries, _NAMES):
-            if temporary_owner(entry.name) in crashed:
+            if temporary_owner(entry.name) in crashed and entry.name not in directories.stuck:
                 if removed == _UNLINKED:
                     return True
-                fs.unlink_missing_ok(tmp, entry.name)
+                directories.remove("tmp", entry.name)
                 removed += 1
         return next(entries, None) is not None
 
@@ -201,7 +209,13 @@ def discard_some(session: Session, below: int) -> tuple[int, int, int]:
                 return count, 0, MEMBERS
             record = ownerless.pop()
         seq, attempt = words[record + W.SEQ], words[record + W.ATTEMPT]
-        journal.commit(transitions.discard(words, record))
+        try:
+            journal.commit(transitions.discard(words, record))
+        except OSError as error:
+            if isinstance(error, SpoolError):
+                raise
+            set_aside(session.directories, journal, record, "", f"could not be removed: {error.strerror}")
+            continue
         if attempt:
             forget_history(session.directories, seq)
     return _DISCARDED_AT_ONCE, 0, MEMBERS

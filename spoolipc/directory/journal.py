@@ -196,6 +196,8 @@ class Journal:
             try:
                 if target:
                     fs.rename(name, new_name, src_dir_fd=parts[source], dst_dir_fd=parts[target])
+                elif kind == UNLINK:
+                    self._directories.remove(source, name)
                 else:
                     fs.unlink_missing_ok(parts[source], name)
             except OSError as error:
@@ -294,9 +296,7 @@ def happened(directories: Directories, kind: int, subject: int, *, finish: bool)
     if kind == DONATE:
         return fs.exists(directories.free, name)
     if finish and kind == UNLINK:
-        # One that cannot be removed must stop nobody: `gc` finds it in free/.
-        with contextlib.suppress(OSError):
-            fs.unlink_missing_ok(directories.free, name)
+        directories.remove("free", name)
     return True
 
 

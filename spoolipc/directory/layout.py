@@ -7,6 +7,7 @@
       items/         one SEQ.npy per item, from commit to acknowledgement; its descriptor bears the index lock
       free/          consumed files, pinned, reserved, or pooled to be written again
       failed/        dead letters and quarantined items SEQ.npy, each with its history in SEQ.jsonl
+      SEQ.failed.npy a dead letter that failed/ did not take
       alive/         one locked file per session (`liveness.py`)
       shutdown       there once the spool was shut down
       sources.json   the last item id taken from each spool that forwards to this one
@@ -57,7 +58,6 @@ SHARED: Final = 0o770
 _MAKE_ONE: Final = "SpoolWriter(path) makes one"
 _DELETING: Final = 0.1  # seconds after which more is gone where all of a spool is being removed, not a part
 _MARKS: Final = {DRAINING: b"draining", DISCARDED: b"discarded"}
-MOUNTINFO: Final = Path("/proc/self/mountinfo")
 NETWORK: Final = frozenset(
     "nfs nfs4 cifs smb3 smbfs ncpfs afs ceph lustre gfs2 ocfs2 glusterfs 9p beegfs gpfs pvfs2 orangefs coda"
     " fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.rclone fuse.gcsfuse fuse.juicefs".split()
@@ -102,6 +102,7 @@ class Directories:
         self.parts: dict[str, int] = {}
         self._shared = shared
         self.said: list[tuple[int, str, tuple[object, ...]]] = []
+        self.stuck: set[str] = set()  # files that could not be removed
         fs.lock_shared(root)
         try:
             for name in PARTS:
@@ -178,6 +179,17 @@ class Directories:
         for name in lost:
             fs.replace(self._open_part(name, True), self.parts[name])
         return "items" in lost
+
+    def remove(self, part: str, name: str) -> None:
+        """Remove a file that nobody needs, which may be gone already. One that cannot be removed stops nobody: it
+        stays, for `gc` to try, and the log says so once."""
+        try:
+            fs.unlink_missing_ok(self.parts[part], name)
+        except OSError as error:
+            if name not in self.stuck:
+                self.stuck.add(name)
+                what = "%s: %s/%s cannot be removed (%s), and is left to gc"
+                self.say(logging.WARNING, what, self.path, part, name, error.strerror)
 
     def say(self, level: int, message: str, *values: object) -> None:
         """Log something once the lock is let go, as a log may be slow or blocked."""
@@ -478,38 +490,8 @@ def write_shutdown(root: int, state: int, mode: int) -> None:
         fs.close(fd)
 
 
-# File systems: a map of a file on a network file system is not coherent between machines.
-
-
-def file_system(path: Path) -> str:
-    """The type of the file system that holds `path` (or will: its nearest existing parent), e.g. "tmpfs".
-
-    Read from the kernel's mount table; "unknown" where that cannot be read.
-    """
-    real = fs.nearest(path)
-    best, kind = "", "unknown"
-    try:
-        table = fs.read_text(MOUNTINFO)
-    except OSError:
-        return kind
-    for line in table.splitlines():
-        left, _, right = line.partition(" - ")
-        point = left.split()[4]
-        if "\\" in point:
-            point = _unescaped(point)
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, right.split()[0]
-    return kind
-
-
-def _unescaped(text: str) -> str:
-    """A path as the mount table writes it, with blanks and backslashes as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
 def _refuse_network(path: Path) -> None:
-    kind = file_system(path)
+    kind = fs.file_system(path)
     if kind in NETWORK:
         raise NetworkFileSystem(
             errno.ENOTSUP,

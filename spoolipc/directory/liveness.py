@@ -65,18 +65,16 @@ def announce(alive: int, token: Token, role: Role, mode: int) -> int:
 def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
     """Whether the session of `token` has ended without leaving; the caller holds the index lock.
 
-    missing: the answer for one whose file is not there. False where its file is closed to this user: others can tell.
+    missing: the answer for one whose file is not there. False where its file cannot be opened: others can tell.
     """
     try:
         fd = fs.open_at(token_name(token), os.O_RDONLY | fs.CAREFUL, dir_fd=alive)
     except FileNotFoundError:
         return missing
-    except PermissionError:
-        return False
     except OSError as error:
-        if error.errno in _PLANTED:
-            return True  # no session has such a file
-        raise
+        if fs.is_own_limit(error):
+            raise
+        return error.errno in _PLANTED  # no session has such a file
     try:
         return fs.lock(fd)
     finally:

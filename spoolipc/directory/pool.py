@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container
+from contextlib import suppress
 from typing import Final, TypeVar
 
 from . import fs, transitions
@@ -224,8 +225,9 @@ def evict_one(directories: Directories, journal: Journal, record: int, link: int
         fd = -1
     try:
         journal.commit(transitions.evict(journal.words, record, link))
-        if fd >= 0 and not fs.fstat(fd).st_nlink and fs.lock(fd) and _nobody_looks(directories, journal):
-            fs.truncate(fd, 0)
+        with suppress(OSError):
+            if fd >= 0 and not fs.fstat(fd).st_nlink and fs.lock(fd) and _nobody_looks(directories, journal):
+                fs.truncate(fd, 0)
     finally:
         if fd >= 0:
             fs.close(fd)

@@ -1,5 +1,8 @@
 """Setting an item aside, and the history of what failed: one line of JSON a failure in `failed/SEQ.jsonl`.
 
+A dead letter is `failed/SEQ.npy`, or `SEQ.failed.npy` at the top of the spool where `failed/` did not take it, as where
+that is full or a file system of its own: an item that has failed stops nobody.
+
 The history exists only while there is something to tell: it is removed when the item is acknowledged after all, and
 stays beside `failed/SEQ.npy` when the item is dead-lettered. It outlives the table, and so does the number of attempts.
 """
@@ -7,15 +10,15 @@ stays beside `failed/SEQ.npy` when the item is dead-lettered. It outlives the ta
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
-from ..errors import UnsafeSpool
+from ..errors import SpoolError
 from ..message import Failure
 from . import fs
 from .journal import Journal
@@ -27,7 +30,8 @@ from .transitions import dead_letter
 _NAME: Final = re.compile(r"(\d{20})\.jsonl")
 _LONGEST: Final = 1 << 20
 _LONGEST_REASON: Final = 4096
-_REFUSED: Final = (errno.EXDEV, errno.EISDIR, errno.EPERM)  # it would be so again
+_ASIDE: Final = ".failed.npy"
+_TOP: Final = "."
 MOST_ATTEMPTS: Final = 1 << 32
 
 
@@ -75,10 +79,12 @@ def note_failure(
 
 
 def read_history(directories: Directories, number: int) -> tuple[Failure, ...]:
-    """The failures of an item, oldest first; a torn last line is left out, and a file that nobody lets us read."""
+    """The failures of an item, oldest first; a torn last line is left out, and a file that cannot be read."""
     try:
         text = fs.read_own(directories.failed, history_name(number), _LONGEST)
-    except (FileNotFoundError, PermissionError, UnsafeSpool):
+    except OSError as error:
+        if fs.is_own_limit(error):
+            raise
         return ()
     return tuple(failure for line in text.splitlines() if (failure := _parse(line)) is not None)
 
@@ -98,10 +104,32 @@ def forget_history(directories: Directories, number: int) -> None:
         fs.unlink(history_name(number), dir_fd=directories.failed)
 
 
+def aside_number(name: str) -> int | None:
+    """The number in the name of a dead letter that `failed/` did not take, or None for any other name."""
+    return item_number(name.removesuffix(_ASIDE) + ".npy") if name.endswith(_ASIDE) else None
+
+
+def letter_at(directories: Directories, number: int) -> tuple[int, str, str]:
+    """Where the dead letter of a number is: its directory, that one's name, and its own."""
+    aside = f"{number:020d}{_ASIDE}"
+    if fs.exists(directories.root, aside):
+        return directories.root, _TOP, aside
+    return directories.failed, "failed", item_name(number)
+
+
 def failed_numbers(directories: Directories) -> list[int]:
-    """The numbers of the items in `failed/`, in order."""
-    names = fs.list_names(directories.failed)
-    return sorted(number for number in map(item_number, names) if number is not None)
+    """The numbers of the dead letters, in order."""
+    found = {*map(item_number, fs.list_names(directories.failed))}
+    found.update(map(aside_number, fs.list_names(directories.root)))
+    return sorted(number for number in found if number is not None)
+
+
+def is_known(directories: Directories, number: int) -> bool:
+    """Whether there is an item, or a dead letter, of a number: looked for in the order in which it moves."""
+    if fs.exists(directories.items, item_name(number)):
+        return True
+    directory, _, name = letter_at(directories, number)
+    return fs.exists(directory, name)
 
 
 def attempts_of(directories: Directories, numbers: set[int]) -> dict[int, int]:
@@ -116,37 +144,52 @@ def attempts_of(directories: Directories, numbers: set[int]) -> dict[int, int]:
 
 
 def set_aside(directories: Directories, journal: Journal, record: int, who: str, why: str) -> None:
-    """Move an item to `failed/`: the first that waits, or one in flight or delayed; the caller holds the index lock.
+    """Make an item a dead letter: the first that waits, or one in flight or delayed; the caller holds the index lock.
 
-    One that has lost its file is only forgotten. One that `failed/` does not take, as where that is a file system of
-    its own, stops nobody: it gets another name in `items/`, which is no item's. The reason is written first: a crash
-    after it leaves the item where it was, with one line more in its history.
+    One that has lost its file, or whose file cannot be moved at all, is only forgotten. The reason is written first: a
+    crash after it leaves the item where it was, with one line more in its history.
     """
-    words = journal.words
-    seq = words[record + SEQ]
-    note_failure(directories, journal, seq, words[record + ATTEMPT], who, why)
-    there = fs.exists(directories.items, item_name(seq))
-    if not there:
-        directories.check()
+    seq = journal.words[record + SEQ]
+    note_failure(directories, journal, seq, journal.words[record + ATTEMPT], who, why)
+
+    def move(part: str, name: str) -> None:
+        with_room(
+            directories, journal, lambda: journal.commit(dead_letter(journal.words, record, part, name))
+        )
+
     try:
-        journal.commit(dead_letter(words, record, there=there))
+        said = _moved(seq, move)
     except OSError as error:
-        if error.errno not in _REFUSED:
+        if isinstance(error, SpoolError):
             raise
-        aside = f"{seq:020d}.failed.npy"
-        journal.commit(dead_letter(words, record, there=there, aside=aside))
-        what = "%s: item %d is left aside as items/%s, as failed/ does not take it (%s): %s"
-        directories.say(logging.ERROR, what, directories.path, seq, aside, error.strerror, why)
-        return
-    if there:
-        directories.say(logging.ERROR, "%s: item %d is now in failed/: %s", directories.path, seq, why)
-    else:
-        directories.say(logging.ERROR, "%s: item %d has no file any more", directories.path, seq)
+        move("", "")
+        is_lost = isinstance(error, FileNotFoundError)
+        stays = f"cannot be moved ({error.strerror}); it stays where it is, and is delivered no more"
+        said = "has no file any more" if is_lost else stays
+    directories.say(logging.ERROR, "%s: item %d %s: %s", directories.path, seq, said, why)
 
 
 def set_file_aside(directories: Directories, number: int, who: str, why: str) -> None:
-    """Move the file of an item that no record stands for, or whose record is to be built again, to `failed/`."""
+    """Make a dead letter of the file of an item that no record stands for, or whose record is to be built again."""
     note_failure(directories, None, number, 0, who, why)
-    name = item_name(number)
-    fs.rename(name, name, src_dir_fd=directories.items, dst_dir_fd=directories.failed)
-    directories.say(logging.ERROR, "%s: item %d is now in failed/: %s", directories.path, number, why)
+    places = {**directories.parts, _TOP: directories.root}
+
+    def move(part: str, name: str) -> None:
+        fs.rename(item_name(number), name, src_dir_fd=directories.items, dst_dir_fd=places[part])
+
+    said = _moved(number, move)
+    directories.say(logging.ERROR, "%s: item %d %s: %s", directories.path, number, said, why)
+
+
+def _moved(number: int, move: Callable[[str, str], None]) -> str:
+    """Move an item's file to `failed/`, or to the top where that does not take it, by `move(part, name)`; what to say.
+    Raises OSError where neither can be done."""
+    try:
+        move("failed", item_name(number))
+    except OSError as error:
+        if isinstance(error, SpoolError):
+            raise
+        aside = f"{number:020d}{_ASIDE}"
+        move(_TOP, aside)
+        return f"is now a dead letter as {aside}, which failed/ does not take ({error.strerror})"
+    return "is now in failed/"

@@ -165,7 +165,7 @@ def _clear_free(directories: Directories) -> list[int]:
         for entry in itertools.islice(entries, _LEFTOVERS):
             number = item_number(entry.name)
             if number is not None:
-                fs.unlink_missing_ok(directories.free, entry.name)
+                directories.remove("free", entry.name)
                 if number < W.FIRST_DONATED:
                     numbers.append(number)
     return numbers

@@ -255,7 +255,7 @@ class Session:
         place, own = self.directories, self._held[-1]
         place.check()
         if not fs.fstat(own).st_nlink:
-            with no_fork, contextlib.suppress(FileExistsError):  # a directory in its place stays
+            with no_fork, contextlib.suppress(OSError):  # what somebody put in its place stays
                 fs.unlink_missing_ok(place.alive, liveness.token_name(self.token))
                 fs.replace(liveness.announce(place.alive, self.token, self._role, place.file_mode), own)
             self.doorbell.forget_watch()
@@ -415,8 +415,8 @@ class Session:
             with contextlib.suppress(OSError):  # now, so that whoever leaves next knows to be the last
                 for name in fs.list_names(self.directories.tmp):
                     if temporary_owner(name) == self.token:  # left of a put that was interrupted
-                        fs.unlink_missing_ok(self.directories.tmp, name)
-                fs.unlink_missing_ok(self.directories.alive, liveness.token_name(self.token))
+                        self.directories.remove("tmp", name)
+            self.directories.remove("alive", liveness.token_name(self.token))
         return None, 0, 0
 
     def evict_if_alone(self) -> tuple[int, int, int]:

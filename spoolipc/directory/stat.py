@@ -14,7 +14,8 @@ from ..errors import LockTimeout
 from ..message import Limits, SpoolStat, State
 from . import fs, hearing, liveness, pool
 from . import table as W
-from .layout import MEMORY, agree, file_system, item_number, read_shutdown
+from .layout import MEMORY, agree, item_number, read_shutdown
+from .quarantine import failed_numbers
 from .table import Words, rows
 from .visitor import Visitor
 
@@ -31,7 +32,7 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
         stuck_on = visitor.look()
         damage = visitor.damage
         counts = _listed(visitor) if visitor.journal is None else _counted(visitor.journal.words)
-        kind = file_system(Path(visitor.path))
+        kind = fs.file_system(Path(visitor.path))
         pinned: tuple[int | None, int | None, dict[str, int] | None] = None, None, None
         sessions = None
         try:
@@ -85,8 +86,7 @@ def _listed(visitor: Visitor) -> dict[str, Any]:
             with suppress(FileNotFoundError):
                 counts["bytes"] += fs.stat_at(name, dir_fd=directories.items).st_size
                 counts["depth"] += item_number(name) is not None
-    for names in fs.batches(directories.failed):
-        counts["failed"] += sum(item_number(name) is not None for name in names)
+    counts["failed"] = len(failed_numbers(directories))
     return {**counts, "state": _STATES[read_shutdown(directories.root)], "oldest_age": None}
 
 

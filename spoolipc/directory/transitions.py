@@ -163,8 +163,8 @@ def put(words: Words, record: int, seq: int, name: str, successor: int, link: in
 
 
 def put_new(words: Words, record: int, size: int, source: str, name: str) -> Transition:
-    """NOTHING becomes WAITING: a file of `size` bytes that is `name` in the part `source`, tmp/ or failed/; the caller
-    has described the item in its record."""
+    """NOTHING becomes WAITING: a file of `size` bytes that is `name` in the part `source`, tmp/ or that of a dead
+    letter; the caller has described the item in its record."""
     seq = next_seq(words)
     stores = _take_unused(words, record)
     stores[record + W.STATE] = W.WAITING
@@ -175,7 +175,7 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
     stores[W.NEXT_SEQ] = seq + 1
     stores[W.NEXT_SEQ_CHECK] = seq + 1 ^ W.ALL_BITS
     stores[W.ITEM_BYTES] = words[W.ITEM_BYTES] + size
-    if source == "failed":
+    if source != "tmp":
         stores[W.FAILED_COUNT] = max(0, words[W.FAILED_COUNT] - 1)
     return (ARRIVE, seq, stores, (source, name, "items", item_name(seq)))
 
@@ -299,15 +299,15 @@ def _removal(words: Words, record: int) -> Stores:
     return stores
 
 
-def dead_letter(words: Words, record: int, *, there: bool, aside: str = "") -> Transition:
-    """WAITING, the first, IN_FLIGHT or DELAYED moves to failed/. there: its file is; else it is only forgotten. aside:
-    another name for it in items/ instead, which is no item's."""
+def dead_letter(words: Words, record: int, part: str, name: str) -> Transition:
+    """WAITING, the first, IN_FLIGHT or DELAYED moves to `name` in `part`, as a dead letter. Without a part it is only
+    forgotten: its file is gone, or cannot be moved."""
     seq = words[record + W.SEQ]
     stores = _removal(words, record)
-    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + (there and not aside)
-    name = item_name(seq)
-    target, new_name = ("items", aside) if aside else ("failed", name)
-    return (LEAVE, seq, stores, ("items", name, target, new_name) if there else None)
+    if not part:
+        return (MEMORY, 0, stores, None)
+    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + 1
+    return (LEAVE, seq, stores, ("items", item_name(seq), part, name))
 
 
 def discard(words: Words, record: int) -> Transition:
@@ -399,7 +399,7 @@ def limit_stores(limits: Limits) -> Stores:
     }
 
 
-def drop_letter(words: Words, number: int) -> Transition:
-    """A dead letter's file moves to free/, where it is no item and no pooled file, to be unlinked."""
+def drop_letter(words: Words, number: int, part: str, name: str) -> Transition:
+    """A dead letter's file, `name` in `part`, moves to free/ to be unlinked, no item and no pooled file."""
     stores = {W.FAILED_COUNT: max(0, words[W.FAILED_COUNT] - 1)}
-    return (DONATE, number, stores, ("failed", item_name(number), "free", item_name(number)))
+    return (DONATE, number, stores, (part, name, "free", item_name(number)))

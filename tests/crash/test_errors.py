@@ -22,7 +22,7 @@ from support.faults import Event, Hook, Injector, at, fail, partly
 from support.scenarios import CORE, SCENARIOS, Run, arrays, value_of
 
 import spoolipc
-from spoolipc import Empty, ShutDown, SpoolError, SpoolReader, SpoolWriter, StorageError
+from spoolipc import Empty, ShutDown, SpoolError, SpoolReader, SpoolWriter
 
 ERRORS = {
     "open_at": "EIO ENOSPC EMFILE EACCES",
@@ -112,8 +112,7 @@ def test_a_file_that_can_never_be_removed_keeps_nobody_from_the_spool(place: Pat
         writer.put_many([arrays(value, "large") for value in (1, 2)])
         shown = reader.get()
         with Injector(refuse):
-            with pytest.raises(StorageError, match=str(path)):
-                reader.close()  # its file would lose its name
+            reader.close()  # its file would lose its name
             writer.put(arrays(3, "small"))
             with SpoolReader(path) as other:
                 assert list(map(value_of, other.get_many(2))) == [2, 3]

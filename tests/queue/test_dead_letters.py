@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.account import check_spool
 from support.damage import crash, item
 from support.mounts import tmpfs
 from support.peer import Peer
@@ -209,8 +210,9 @@ def test_a_dead_letter_that_failed_does_not_take_is_left_aside_and_stops_nobody(
             writer.put(np.array([4]))
             assert [int(array[0]) for array in reader.get_many(9)] == [3, 4]
             gc(spool)
-        aside = sorted(path.name for path in (spool / "items").iterdir())
+        aside = sorted(path.name for path in spool.glob("*.npy"))
         assert aside == [f"{number:020d}.failed.npy" for number in (1, 2, 3)]
-        assert int(np.load(spool / "items" / aside[0])[0]) == 0
+        assert int(np.load(spool / aside[0])[0]) == 0
         assert all(name in caplog.text for name in aside)
-        SpoolReader(spool).close()
+        assert [letter.path for letter in failed_list(spool)] == [str(spool / name) for name in aside]
+        check_spool(spool)

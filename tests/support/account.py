@@ -10,7 +10,7 @@ from support.peek import IN_FREE, IN_ITEMS, peek_table
 
 
 def names_in(path: Path, part: str) -> list[str]:
-    """The `.npy` names in a part of a spool, in order."""
+    """The `.npy` names in a part of a spool, or at its top, in order."""
     return sorted(name for name in os.listdir(path / part) if name.endswith(".npy"))
 
 
@@ -43,7 +43,7 @@ def check_spool(path: Path, *, orphans: bool = False, checked: bool = True) -> N
     assert counts["pooled"] == len(pooled)
     assert counts["pooled_bytes"] == sum(row.bytes for row in pooled)
     assert counts["next_seq"] > max([0, *(row.seq for row in table.of(*IN_ITEMS))])
-    assert counts["failed"] == len(names_in(path, "failed"))
+    assert counts["failed"] == len(names_in(path, "failed")) + len(names_in(path, "."))
     if checked:
         assert fsck(path).problems == ()
         assert counts["failed"] == stat(path).failed
