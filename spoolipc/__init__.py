@@ -2,11 +2,11 @@
 
 import logging
 
-from .admin import failed_drop, failed_list, failed_retry, failed_show, purge, remove, set_limits
+from .admin import failed_drop, failed_list, failed_retry, failed_show, fsck, purge, remove, set_limits
+from .admin import gc as gc
 from .admin import stat as stat
-from .directory.check import FsckReport, fsck
+from .directory.check import FsckReport
 from .directory.gc import GcReport
-from .directory.gc import gc as gc
 from .directory.repair import Problem
 from .errors import (
     AlreadySettled,

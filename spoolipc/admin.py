@@ -5,14 +5,19 @@ Any of them may be called at any time, also while readers and writers use the sp
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 from .connect import connect
-from .errors import NoSuchItem
+from .directory import check
+from .directory import gc as sweep
+from .errors import NoSuchItem, UnsupportedOperation
 from .message import DeadLetter, Limits, Retried, SpoolStat
 
 Place = str | os.PathLike[str]
+C = TypeVar("C", bound=Callable[..., object])
 
 
 def stat(path: Place) -> SpoolStat:
@@ -92,3 +97,20 @@ def set_limits(
     Crash-safe: all are changed or none. Raises ValueError for what is no limit, and what SpoolReader raises.
     """
     return connect(path).admin().set_limits(Limits(maxsize, max_bytes, recycle_bytes, max_attempts))
+
+
+def _of_files(call: C) -> C:
+    """A call for a spool in a directory; UnsupportedOperation for one that has no files."""
+
+    @functools.wraps(call)
+    def run(path: Place, **options: Any) -> object:
+        if not connect(path).crosses_processes:
+            what = "is in the memory of this process, where a crash leaves nothing to remove or repair"
+            raise UnsupportedOperation(f"{os.fsdecode(path)}: {what}")
+        return call(path, **options)
+
+    return cast(C, run)
+
+
+gc = _of_files(sweep.gc)
+fsck = _of_files(check.fsck)

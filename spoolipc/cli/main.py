@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
-from ..admin import failed_drop, failed_list, failed_retry, purge, remove, set_limits, stat
+from ..admin import failed_drop, failed_list, failed_retry, fsck, gc, purge, remove, set_limits, stat
 from ..connect import connect
-from ..directory.check import fsck
-from ..directory.gc import Progress, gc
+from ..directory.gc import Progress
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
 from ..message import DeadLetter
 from . import text

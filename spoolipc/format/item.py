@@ -127,7 +127,10 @@ def layout_of(arrays: Sequence[Array]) -> Layout:
         key: tuple[_Kind, ...] = ((dtype, dtype.num, array.shape, array.flags.fnc),)
     else:
         key = tuple([((dtype := a.dtype), dtype.num, a.shape, a.flags.fnc) for a in arrays])
-    layout = _layouts.get(key)
+    try:
+        layout = _layouts.get(key)
+    except TypeError:
+        raise _unhashable(key) from None
     return _lay_out(key) if layout is None else layout
 
 
@@ -144,7 +147,10 @@ def layout_of_spec(spec: ArraySpec) -> Layout:
     # As numpy sees it: what has no elements, or only one dimension that counts, is in both orders.
     fortran = order == "F" and 0 not in shape and sum(n > 1 for n in shape) > 1
     key = ((dtype, dtype.num, shape, fortran),)
-    layout = _layouts.get(key)
+    try:
+        layout = _layouts.get(key)
+    except TypeError:
+        raise _unhashable(key) from None
     return _lay_out(key) if layout is None else layout
 
 
@@ -380,6 +386,11 @@ def verify(buffer: Buffer, footer: Footer) -> None:
         raise BadItem(
             f"checksum mismatch: the data have {actual:#010x}, the footer says {footer.checksum:#010x}"
         )
+
+
+def _unhashable(key: tuple[_Kind, ...]) -> UnsupportedArray:
+    what = "has a title that cannot be hashed, as a list or a dict; give the field a title that is a string or a tuple"
+    return UnsupportedArray(f"dtype {key[0][0]} {what}" if len(key) == 1 else f"one of the dtypes {what}")
 
 
 def _lay_out(key: tuple[_Kind, ...]) -> Layout:

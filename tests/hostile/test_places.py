@@ -25,6 +25,7 @@ from spoolipc import (
     SpoolReader,
     SpoolWriter,
     StorageError,
+    UnsupportedOperation,
     failed_drop,
     failed_list,
     failed_retry,
@@ -264,6 +265,16 @@ class TestPaths:
             ):
                 face(outer / inner)
         assert sorted(outer.rglob("*")) == before
+
+    @pytest.mark.parametrize("call", [gc, fsck])
+    def test_what_is_in_memory_has_no_files_to_look_after(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[str], object]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UnsupportedOperation, match="memory://x: is in the memory of this process"):
+            call("memory://x")
+        with pytest.raises(ValueError, match=r"'redis://x' is no URL that is known"):
+            call("redis://x")
 
     @pytest.mark.fault
     @needs_namespaces[1]

@@ -247,3 +247,16 @@ def test_object_arrays_are_a_type_error_and_leave_nothing(
     assert writer.empty()
     assert nothing_left(spool)
     assert writer.put(np.zeros(3)) == (3 if recycled else 1)
+
+
+def test_a_title_that_cannot_be_hashed_is_refused_with_a_remedy_that_helps(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    array = np.zeros(3, np.dtype([(([1, 2], "x"), "f4")]))
+    for call in (writer.put, lambda array: writer.loan(3, array.dtype)):
+        with pytest.raises(UnsupportedArray, match="give the field a title that is a string or a tuple"):
+            call(array)
+    with pytest.raises(UnsupportedArray, match="title that cannot be hashed"):
+        writer.put({"one": array, "other": np.zeros(3)})
+    writer.put(np.zeros(3, np.dtype([(((1, 2), "x"), "f4")])))
+    assert reader.get_nowait().dtype.fields["x"][2] == (1, 2)
