@@ -22,7 +22,7 @@ from support.peek import peek_table
 from support.scenarios import Run, every_or_core
 
 import spoolipc
-from spoolipc import Empty, LockTimeout, SpoolReader, SpoolWriter, stat
+from spoolipc import Empty, LockTimeout, SpoolReader, SpoolWriter, set_limits, stat
 from spoolipc.directory import fs
 from spoolipc.directory.lock import IndexLock
 from spoolipc.directory.recycling import Recycler
@@ -266,6 +266,28 @@ def test_a_get_many_whose_arrays_cannot_all_be_copied_returns_those_that_can(
             reader.get_many(4, copy=True)
         made.clear()
         assert rest(path) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("way", ["small", "large", "large and verified"])
+@pytest.mark.parametrize("recycle_bytes", [None, 0])
+def test_an_item_whose_arrays_cannot_be_copied_waits_for_the_next_get(
+    place: Path, monkeypatch: pytest.MonkeyPatch, way: str, recycle_bytes: int | None
+) -> None:
+    path = place / "spool"
+    puts(path, way)
+    set_limits(path, recycle_bytes=recycle_bytes)
+
+    def short(message: Any) -> Any:
+        raise MemoryError
+
+    with SpoolReader(path, verify=way == "large and verified") as reader, monkeypatch.context() as patch:
+        patch.setattr("spoolipc.format.item._copied", short)
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                reader.get(copy=True)
+        patch.undo()
+        assert [float(reader.get_nowait(copy=True)[0]) for _ in range(5)] == list(range(5))
+    check_spool(path)
 
 
 def test_a_timeout_that_a_signal_handler_raises_passes_through_and_loses_nothing(place: Path) -> None:
