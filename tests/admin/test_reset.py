@@ -82,14 +82,6 @@ def test_fresh_writer_names_the_process_that_is_in_its_way(spool: Path) -> None:
         SpoolWriter(spool, fresh=True).close()
 
 
-def test_second_of_two_fresh_writers_is_refused_and_the_first_goes_on(spool: Path) -> None:
-    with SpoolWriter(spool, fresh=True, maxsize=2) as writer:
-        writer.put(np.zeros(9))
-        with pytest.raises(SpoolInUse):
-            SpoolWriter(spool, fresh=True, maxsize=3)
-        assert (writer.qsize(), writer.maxsize) == (1, 2)
-
-
 def test_removal_killed_at_any_name_is_finished_by_the_next(tmp_path: Path) -> None:
     for place in itertools.count(1):
         path = tmp_path / str(place)
@@ -153,9 +145,3 @@ def test_spool_in_memory_is_looked_after_by_the_same_functions() -> None:
         assert stat("memory://looked-after").depth == 1
         assert set_limits("memory://looked-after", maxsize=4).maxsize == writer.maxsize == 4
         assert purge("memory://looked-after") == 1
-
-
-def test_reader_that_waits_is_given_what_a_fresh_writer_puts(spool: Path) -> None:
-    with SpoolReader(spool) as reader, SpoolWriter(spool, fresh=True) as writer:
-        writer.put(np.ones(3))
-        assert reader.get_nowait().sum() == 3

@@ -29,18 +29,6 @@ def said(path: Path) -> dict[str, Any]:
     return asdict(stat(path))
 
 
-def test_an_empty_spool(path: Path) -> None:
-    found = said(path)
-    zeros = dict.fromkeys(
-        "depth delayed in_flight bytes failed free_files free_bytes pinned_files".split(), 0
-    )
-    zeros |= dict.fromkeys("pinned_bytes puts gets live_sessions".split(), 0)
-    assert {name: found[name] for name in zeros} == zeros
-    assert (found["path"], found["state"], found["oldest_age"]) == (str(path), "open", None)
-    assert (found["limits"]["maxsize"], found["limits"]["max_bytes"]) == (10, 10**9)
-    assert (found["index_damage"], found["stuck_on"]) == ("", "")
-
-
 def test_every_state_of_an_item_is_counted(path: Path) -> None:
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
         for _ in range(6):

@@ -18,7 +18,7 @@ from support.mounts import ext4, tmpfs
 from support.peek import peek_table
 from support.waits import until, until_asleep
 
-from spoolipc import Empty, Full, SpoolReader, SpoolWriter, StorageError, TooLarge, failed_list, fsck
+from spoolipc import Empty, Full, SpoolReader, SpoolWriter, StorageError, failed_list, fsck
 
 FORK = multiprocessing.get_context("fork")
 MIB = 1 << 20
@@ -141,18 +141,6 @@ def test_put_nowait_on_a_full_disk_raises_full_and_leaves_nothing(disk: Path) ->
             assert np.array_equal(reader.get_nowait(), array_of(count % 4, count))
     (disk / "foreign").unlink()
     sound(path)
-
-
-def test_what_never_fits_names_what_it_needs_the_size_and_what_is_free(disk: Path) -> None:
-    with SpoolWriter(disk / "spool") as writer:
-        status = os.statvfs(disk)
-        with pytest.raises(TooLarge) as caught:
-            writer.put(np.zeros(32 * MIB, np.uint8))
-        text = str(caught.value)
-        assert f"file system has {status.f_blocks * status.f_frsize} bytes" in text
-        assert f"({status.f_bavail * status.f_frsize} free)" in text
-        assert f"item of {32 * MIB + 4096} bytes" in text
-        writer.put(np.zeros(100))
 
 
 def test_put_that_waits_goes_on_when_a_foreign_file_is_removed(disk: Path) -> None:

@@ -18,7 +18,6 @@ from support.peer import Peer
 
 from spoolipc import (
     Empty,
-    LimitMismatch,
     SpoolReader,
     SpoolWriter,
     failed_list,
@@ -99,22 +98,13 @@ def test_delay_of_the_last_attempt_means_nothing(pair: Pair, spool: Path) -> Non
     assert failed_show(spool, seq).reason == "later; that was attempt 3 of 3"
 
 
-@pytest.mark.parametrize(("limit", "most"), [(None, 5), (1, 1), (0, None)])
-def test_limit_of_attempts_is_five_or_what_the_first_asked_for(
-    spool: Path, limit: int | None, most: int | None
-) -> None:
-    with SpoolWriter(spool, max_attempts=limit) as writer, SpoolReader(spool) as reader:
-        seq = writer.put(np.zeros(3))
-        for attempt in range(1, (most or 30) + 1):
-            item = reader.receive(block=False)
-            assert item.attempt == attempt
-            item.nack()
-        letters = [(letter.seq, letter.attempts) for letter in failed_list(spool)]
-        assert letters == ([(seq, most)] if most else [])
-        assert reader.qsize() == (0 if most else 1)
-        if limit is not None:
-            with pytest.raises(LimitMismatch, match=f"max_attempts={limit}"):
-                SpoolReader(spool, max_attempts=4)
+def test_limit_of_attempts_is_five_where_nobody_asked_for_another(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put(np.zeros(3))
+        for _ in range(5):
+            assert failed_list(spool) == []
+            reader.receive(block=False).nack()
+        assert [letter.attempts for letter in failed_list(spool)] == [5]
 
 
 def test_dead_letters_outlive_the_index_and_their_numbers_are_not_given_again(

@@ -6,8 +6,6 @@ import contextlib
 import gc
 import os
 import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ import pytest
 from support.arrays import Array, inode_of, same
 from support.calls import Call
 from support.peek import peek_table
-from support.peer import Peer
 
-from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter
+from spoolipc import Empty, Full, SpoolReader, SpoolWriter
 
 LARGE = 5000
 
@@ -43,8 +40,8 @@ def warm(writer: SpoolWriter, reader: SpoolReader) -> None:
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("shape", [(), 0, 3, (3, 0), (40, 50, 3), LARGE], ids=str)
-@pytest.mark.parametrize("dtype", ["f8", "u1", ">c8", "M8[us]", "S5", [("a", "i1"), ("b", "f8")]], ids=str)
+@pytest.mark.parametrize("shape", [(), (3, 0), (40, 50, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [">c8", [("a", "i1"), ("b", "f8")]], ids=str)
 def test_what_was_filled_in_is_what_readers_get(
     writer: SpoolWriter, reader: SpoolReader, spool: Path, order: Any, shape: Any, dtype: Any
 ) -> None:
@@ -210,24 +207,6 @@ def test_loan_waits_for_room_when_it_begins(spool: Path, reader: SpoolReader) ->
         assert reader.get()[0] == 5
 
 
-def test_shutdown_during_the_loan_discards_it(writer: SpoolWriter, spool: Path) -> None:
-    with pytest.raises(ShutDown), writer.loan(LARGE):
-        writer.shutdown()
-    assert files(spool, "items") == files(spool, "tmp") == []
-
-
-def test_writer_killed_during_the_loan_leaves_nothing(spool: Path) -> None:
-    with Peer(spool) as peer:
-        peer.run(
-            "writer = SpoolWriter(path); loan = writer.loan(5000); array = loan.__enter__(); array[:] = 1"
-        )
-        assert len(files(spool, "tmp")) == 1
-        peer.kill()
-    with SpoolWriter(spool) as writer:
-        assert files(spool, "tmp") == []
-        assert writer.empty()
-
-
 def test_writer_gone_with_its_array_leaves_no_file_behind(spool: Path, reader: SpoolReader) -> None:
     with SpoolWriter(spool) as writer:
         with writer.loan(LARGE) as array:
@@ -265,26 +244,6 @@ def test_fork_during_the_loan_keeps_the_file_from_being_written_again(
     assert os.waitstatus_to_exitcode(status) == 0
     os.close(awake)
     os.close(go_on)
-
-
-def test_threads_may_lend_at_once(writer: SpoolWriter, reader: SpoolReader) -> None:
-    def several(first: int) -> None:
-        for number in range(first, first + 30):
-            with writer.loan(LARGE) as array:
-                array[:] = number
-                time.sleep(0)  # let another thread in
-                assert (array == number).all()
-
-    seen: list[int] = []
-    with ThreadPoolExecutor(4) as threads:
-        futures = [threads.submit(several, first) for first in (0, 100, 200, 300)]
-        while len(seen) < 120:
-            array = reader.get(timeout=10)
-            assert (array == array[0]).all()
-            seen.append(int(array[0]))
-        for future in futures:
-            future.result(10)
-    assert sorted(seen) == [first + number for first in (0, 100, 200, 300) for number in range(30)]
 
 
 def test_array_stays_read_only_after_its_block(writer: SpoolWriter, reader: SpoolReader) -> None:

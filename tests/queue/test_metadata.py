@@ -17,16 +17,6 @@ VALUES: list[Any] = [
     *(None, True, 0, -1.5, 10**30, "", "größe 長さ \x00 \U0001f600", [], {}, list(range(1000))),
     {"camera": 3, "": None, "größe": [1, [2, {"deep": []}]]},
 ]
-NO_JSON: list[Any] = [
-    float("nan"),
-    float("inf"),
-    {1: 2},
-    object(),
-    b"x",
-    {"a": {1}},
-    {1, 2},
-    np.longdouble(1),
-]
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["", "table lost"])
@@ -44,11 +34,6 @@ def test_any_json_value_comes_back(
             assert item.meta == value
             assert len(item.array) == size
             assert item.meta == value
-
-
-def test_tuples_come_back_as_lists(writer: SpoolWriter, reader: SpoolReader) -> None:
-    writer.put(np.zeros(1), meta=(1, (2,)))
-    assert reader.receive().meta == [1, [2]]
 
 
 def test_metadata_is_read_without_mapping_the_file(
@@ -71,16 +56,6 @@ def test_metadata_is_read_without_mapping_the_file(
         assert len(made) == 1  # for all arrays
 
 
-def test_item_can_be_chosen_by_its_metadata_and_acknowledged_unread(
-    writer: SpoolWriter, reader: SpoolReader
-) -> None:
-    for camera in range(6):
-        writer.put(np.full(LARGE, camera), meta={"camera": camera})
-    writer.shutdown()
-    seen = [int(item.array[0]) for item in reader.items() if item.meta["camera"] % 2]
-    assert seen == [1, 3, 5]
-
-
 def test_time_of_the_put_is_found_again_when_the_table_is_lost(
     writer: SpoolWriter, reader: SpoolReader, spool: Path
 ) -> None:
@@ -98,7 +73,7 @@ def test_time_of_the_put_is_found_again_when_the_table_is_lost(
             assert item.put_time == before
 
 
-@pytest.mark.parametrize("bad", NO_JSON, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), {1: 2}, np.longdouble(1)], ids=str)
 def test_what_is_no_json_is_refused_before_anything_is_put(
     writer: SpoolWriter, reader: SpoolReader, spool: Path, bad: Any
 ) -> None:

@@ -53,14 +53,6 @@ def test_consumed_file_is_written_again_when_no_view_is_left(
     assert (reader.get_nowait() == 2).all()
 
 
-@pytest.mark.parametrize("size", [50, SIZE])
-def test_traffic_keeps_to_a_few_files(
-    writer: SpoolWriter, reader: SpoolReader, spool: Path, size: int
-) -> None:
-    traffic(writer, reader, np.ones(size), 200)
-    assert len(inodes(spool)) <= 8
-
-
 @pytest.mark.parametrize("limits", [{}, {"max_bytes": 1 << 30}, {"maxsize": 1}], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(50, SIZE), (SIZE, 3 * SIZE), (100_000, 50_000), (50, 600, 2000, SIZE)], ids=str

@@ -17,7 +17,7 @@ import pytest
 from support.peer import Peer
 from support.waits import is_locked, naps, polls, start_waiting, until, until_asleep
 
-from spoolipc import Empty, SpoolReader, SpoolWriter, failed_list, failed_retry, stat
+from spoolipc import Empty, SpoolReader, SpoolWriter, failed_retry
 
 LOOK = 1.0
 """Seconds after which whoever sleeps looks by itself."""
@@ -223,37 +223,23 @@ def test_writer_that_waits_for_space_is_woken_by_each_free_place(spool: Path, pe
         none_is_late([after - before for before, after in zip(freed, writer.answer(), strict=True)], times)
 
 
-def test_requeued_item_wakes_a_reader(spool: Path, peers: Peers) -> None:
+@pytest.mark.parametrize("how", ["requeued", "retried"])
+def test_item_that_is_requeued_or_retried_wakes_a_reader(spool: Path, peers: Peers, how: str) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as holder:
-        writer.put_many([np.zeros(1)] * 20)
-        items = [holder.receive() for _ in range(20)]
+        writer.put_many([np.zeros(1)] * 10)
+        items = [holder.receive() for _ in range(10)]
+        for item in items if how == "retried" else []:
+            item.reject("no")
         reader = peers.enter_context(Peer(spool))
         reader.run("reader = SpoolReader(path)")
-        start_waiting(reader, "[[reader.get(), time.monotonic()][1] for _ in range(20)]")
+        start_waiting(reader, "[[reader.get(), time.monotonic()][1] for _ in range(10)]")
         began = []
         for item in items:
             until_asleep(reader.pid)
             began.append(time.monotonic())
-            item.nack()
+            item.nack() if how == "requeued" else failed_retry(spool, [item.seq])
             until(lambda: not writer.qsize())
-        none_is_late([came - each for came, each in zip(reader.answer(), began, strict=True)], 20)
-
-
-def test_dead_letter_that_is_retried_wakes_a_reader(spool: Path, peers: Peers) -> None:
-    with SpoolWriter(spool) as writer, SpoolReader(spool) as rejecting:
-        for _ in range(10):
-            writer.put(np.zeros(1))
-            rejecting.receive().reject("no")
-    reader = peers.enter_context(Peer(spool))
-    reader.run("reader = SpoolReader(path)")
-    start_waiting(reader, "[[reader.get(), time.monotonic()][1] for _ in range(10)]")
-    began = []
-    for letter in failed_list(spool):
-        until_asleep(reader.pid)
-        began.append(time.monotonic())
-        failed_retry(spool, [letter.seq])
-        until(lambda: not stat(spool).depth)
-    none_is_late([came - each for came, each in zip(reader.answer(), began, strict=True)], 10)
+        none_is_late([came - each for came, each in zip(reader.answer(), began, strict=True)], 10)
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["itself", "another"])

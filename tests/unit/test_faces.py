@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +17,8 @@ from spoolipc import memory
 from spoolipc.connect import connect
 from spoolipc.errors import (
     AlreadySettled,
-    Empty,
     Full,
     LeaseExpired,
-    ShutDown,
     UnsupportedArray,
     UnsupportedOperation,
 )
@@ -225,25 +221,6 @@ class TestArguments:
 
 
 class TestWriter:
-    def test_put_of_several_says_in_its_error_which_were_put(self) -> None:
-        with SpoolWriter(URL, maxsize=2) as writer, pytest.raises(Full) as caught:
-            writer.put_many([np.zeros(1)] * 3, block=False)
-        assert caught.value.seqs == (1, 2)
-
-    def test_loan_is_put_at_the_end_of_the_block_unless_it_raises(
-        self, writer: SpoolWriter, reader: SpoolReader
-    ) -> None:
-        with pytest.raises(KeyError), writer.loan(3) as array:
-            raise KeyError
-        assert writer.empty()
-        with writer.loan(3, meta="lent") as array:
-            array[:] = 7
-            assert writer.empty()
-        item = reader.receive()
-        assert (item.array.tolist(), item.meta) == ([7, 7, 7], "lent")
-        assert np.shares_memory(item.array, array)
-        assert not array.flags.writeable
-
     def test_loans_arrive_in_the_order_in_which_they_are_committed(
         self, writer: SpoolWriter, reader: SpoolReader
     ) -> None:
@@ -291,30 +268,8 @@ class TestWriter:
         with pytest.raises(ValueError, match="durability"):
             SpoolWriter(URL, durability="fsync")
 
-    def test_put_calls_little_python_before_the_engine(
-        self, writer: SpoolWriter, reader: SpoolReader
-    ) -> None:
-        array = np.zeros(1)
-        item = reader.receive(block=False) if writer.put(array) and writer.put(array) else None
-        assert item is not None
-        assert calls_of_faces(lambda: writer.put(array)) == 1
-        assert calls_of_faces(lambda: writer.put(array, timeout=1)) == 2
-        assert calls_of_faces(reader.get) == 1
-        assert calls_of_faces(item.ack) == 2
-
 
 class TestReader:
-    def test_copies_are_writable_and_ones_own(self, writer: SpoolWriter, reader: SpoolReader) -> None:
-        writer.put_many([np.zeros((2, 3), order="F"), {"a": np.zeros(1)}])
-        array, named = reader.get_many(2, copy=True)
-        assert (array.flags.writeable, array.flags.owndata, array.flags.f_contiguous) == (True, True, True)
-        assert named["a"].flags.writeable
-        writer.put_many([array, array])
-        assert not reader.get().flags.writeable
-        assert reader.get(copy=True).flags.writeable
-        with pytest.raises(Empty):
-            reader.get_nowait()
-
     def test_iteration_holds_no_array_while_it_waits(self, writer: SpoolWriter) -> None:
         class Reader(SpoolReader):
             def get(self, *args: Any, **more: Any) -> Any:
@@ -330,35 +285,12 @@ class TestReader:
                 last = weakref.ref(next(arrays))
             assert list(arrays) == []
 
-    def test_items_are_acknowledged_or_requeued_with_the_loop(
-        self, writer: SpoolWriter, reader: SpoolReader
-    ) -> None:
-        writer.put_many([np.full(1, number) for number in range(3)])
-
-        def loop() -> None:
-            for item in reader.items():
-                if item.array[0] == 1:
-                    raise KeyError
-
-        with pytest.raises(KeyError):
-            loop()
-        item = reader.receive()
-        assert (item.array[0], item.attempt, item.nbytes > 8, item.settled) == (1, 2, True, False)
-        assert repr(item) == "Item(seq=2, attempt=2, in flight)"
-        item.nack()
-        with pytest.raises(AlreadySettled, match="requeued before"):
-            item.ack()
-        writer.shutdown()
-        assert reader.take().attempt == 3
-        assert [item.seq for item in reader.items()] == [3]
-        with pytest.raises(ShutDown):
-            reader.get()
-
     def test_item_says_what_it_is_and_who_lost_it(self, writer: SpoolWriter) -> None:
         with SpoolReader(URL, lease=1e-6) as reader:
             writer.put({"a": np.zeros(1), "b": np.ones(2)}, meta=[1])
             item = reader.receive()
-            assert item.put_time > 0
+            assert (item.put_time > 0, item.nbytes > 8) == (True, True)
+            assert repr(item) == "Item(seq=1, attempt=1, in flight)"
             with pytest.raises(LeaseExpired):
                 item.ack()
             with pytest.raises(AlreadySettled, match="lease ended"):
@@ -378,24 +310,3 @@ class TestReader:
             "SpoolReader('memory://faces')",
         )
         assert (writer.path, writer.maxsize, writer.full(), reader.qsize()) == (URL, 0, False, 0)
-
-
-def calls_of_faces(call: Callable[[], Any]) -> int:
-    """How many Python functions above the engine are called by `call`, a lambda not counted."""
-    count = 0
-
-    def on(frame: FrameType, event: str, _: object) -> None:
-        nonlocal count
-        name = frame.f_code.co_filename
-        count += (
-            event == "call"
-            and name.endswith(("/queue.py", "/item.py", "/message.py"))
-            and "format" not in name
-        )
-
-    sys.setprofile(on)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count
