@@ -59,8 +59,8 @@ lost-file | producer | test_interleavings put-lose | self._staging.write_new(los
 # Ctrl-C wherever a signal can come
 claimed | consumer | test_interrupts in_flight | self.session.step(self._requeue, taken) ==> pass
 verified | consumer | test_interrupts in_flight | self.session.step(self._requeue, claimed) ==> pass
-released | session | test_interrupts before and put_small | lock.release()¶                    raise ==> raise
-left-reserved | producer | test_interrupts reserved_goes | in owned(journal.words, (token,)): ==> in ():
+released | session | test_interrupts put_small-after | lock.release()¶                    raise ==> raise
+left-reserved | producer | test_interrupts failed_put_reserved | in owned(journal.words, (token,)): ==> in ():
 unstaged | producer | test_limits another_took | self._staging.unstage(left) ==> pass
 # writers and readers killed at random for a long time
 soak | housekeeping | test_soak one | = _crashed(session)¶    items ==> = set[int]()¶    items

@@ -34,6 +34,9 @@ ANYWHERE = (
     " open_after_a_crash rebuild_a_deleted_index"
 ).split()
 
+AFTER = [pytest.param(True, id="after"), pytest.param(False, id="before", marks=pytest.mark.exhaustive)]
+"""An interrupt after a call comes before the next one as well, and loses what the call returned."""
+
 
 @pytest.fixture(autouse=True)
 def unraisable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +44,9 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", AFTER)
 @pytest.mark.parametrize("name", every_or_core())
-def test_interrupted_before_or_after_any_call(place: Path, name: str, after: bool) -> None:
+def test_interrupted_amid_an_operation(place: Path, name: str, after: bool) -> None:
     path = place / "spool"
     with Run(path, name) as run:
         met = run.with_fault()
@@ -53,9 +56,7 @@ def test_interrupted_before_or_after_any_call(place: Path, name: str, after: boo
             with Run(path, name) as run:
                 if after:
                     run.with_fault(after=lambda event, _, fault=fault: fault(event))  # type: ignore[misc]
-                elif (
-                    call != "close"
-                ):  # Python delivers no signal between the begin of a `finally` and a call in C
+                elif call != "close":  # between the begin of a `finally` and a call in C comes no signal
                     run.with_fault(fault)
         except BaseException as failure:
             failure.add_note(f"{name}: call {number}, {call}")
@@ -194,7 +195,7 @@ def open_to_take(path: Path, way: str) -> SpoolReader:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", AFTER)
 def test_a_get_many_interrupted_at_any_call_leaves_every_item_for_the_next_get(
     place: Path, way: str, after: bool
 ) -> None:
@@ -226,7 +227,13 @@ def test_a_get_many_interrupted_wherever_a_signal_can_come_leaves_every_item(pla
     assert len(lost) <= 4, lost
 
 
-@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ENOLCK])
+@pytest.mark.parametrize(
+    "error",
+    [
+        errno.EIO,
+        *(pytest.param(error, marks=pytest.mark.exhaustive) for error in (errno.EMFILE, errno.ENOLCK)),
+    ],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_get_many_ended_early_by_an_error_returns_what_was_taken(place: Path, way: str, error: int) -> None:
     path, calls, number, counts = place / "spool", ["first"], 1, set[int]()

@@ -121,6 +121,14 @@ def drained(reader: SpoolReader) -> list[int]:
         got.append(int(found[0]))
 
 
+def look(path: Path) -> None:
+    """What finds the index as it is, and leaves it so."""
+    before = picture(path)
+    for call in (stat, failed_list, fsck):
+        call(path)
+    assert picture(path) == before
+
+
 def repair(path: Path) -> None:
     assert fsck(path, repair=True).clean
 
@@ -136,14 +144,13 @@ def test_an_index_is_built_again_by_a_process_that_may_use_little_memory(path: P
     assert forked(work) == 0
 
 
-@pytest.mark.parametrize("call", [None, stat, failed_list, gc, fsck, repair])
+@pytest.mark.parametrize("call", [look, gc, repair])
 @pytest.mark.parametrize("how", OUTSIDE)
 def test_a_damaged_index_stops_no_tool_and_is_built_again_when_the_spool_is_opened(
-    path: Path, how: str, call: Callable[[Path], object] | None
+    path: Path, how: str, call: Callable[[Path], object]
 ) -> None:
     OUTSIDE[how](path)
-    if call is not None:
-        call(path)
+    call(path)
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
         assert writer.put(array(LAST + 1)) == LAST + 1
         assert drained(reader) == [*WAITING, LAST + 1]

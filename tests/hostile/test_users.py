@@ -273,7 +273,7 @@ class TestGroups:
             got = owner.ask("[int(each[0]) for each in reader.get_many(9, timeout=5)]")
             assert got == ([9, 10] if part == "items" else [1, 9, 10])  # one was in flight, by the old index
 
-    @pytest.mark.parametrize(("mode", "other"), [(0o770, None), (None, 0o770), (0o770, 0o770)])
+    @pytest.mark.parametrize(("mode", "other"), [(0o770, None), (None, 0o770)])
     def test_started_together_they_leave_a_spool_that_can_be_opened_whatever_mode_each_wants(
         self, tmp_path: Path, mode: int | None, other: int | None
     ) -> None:

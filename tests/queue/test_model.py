@@ -555,7 +555,7 @@ class SpoolMachine(RuleBasedStateMachine):
             assert (letters[seq].attempts, letters[seq].meta) == (entry.attempt, entry.meta)
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("examples", [40, pytest.param(600, marks=pytest.mark.exhaustive)])
 def test_any_sequence_of_calls_does_what_it_does_to_the_model(
     monkeypatch: pytest.MonkeyPatch, examples: int
 ) -> None:

@@ -180,13 +180,10 @@ def use(reader: SpoolReader) -> None:
         assert (item.array == 4).all()
 
 
-@pytest.mark.parametrize("lease", [None, 60.0])
 @pytest.mark.parametrize("event", EVENTS)
-def test_views_outlive_what_becomes_of_item_reader_and_spool(
-    spool: Path, event: str, lease: float | None
-) -> None:
+def test_views_outlive_what_becomes_of_item_reader_and_spool(spool: Path, event: str) -> None:
     """Of items got and of one received, which `event` is done to; afterwards whatever may be written again is."""
-    with SpoolWriter(spool) as writer, SpoolReader(spool, lease=lease) as reader, SpoolReader(spool) as other:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader, SpoolReader(spool) as other:
         writer.put_many([full_of(number) for number in range(5)])
         views = reader.get_many(4)
         item = reader.receive()

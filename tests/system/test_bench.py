@@ -62,8 +62,7 @@ def semaphores(pid: int) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("measuring", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "measuring"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_the_command_stopped_by_a_signal_leaves_nothing_and_says_one_line(
     number: signal.Signals, measuring: bool, tmp_path: Path
 ) -> None:
@@ -188,6 +187,7 @@ def test_every_peer_says_how_it_is_used_and_whether_it_is_here() -> None:
         assert one.missing() is None or one.package in (one.missing() or "")
 
 
+@pytest.mark.exhaustive
 def test_every_peer_installed_carries_arrays_whole(tmp_path: Path) -> None:
     here = {(one.name, "memory"): one.make for one in CARRIERS if not one.missing() and not one.apart}
     found = compare(here, TINY, tmp_path, rounds=1, seconds=0.001)
@@ -195,6 +195,7 @@ def test_every_peer_installed_carries_arrays_whole(tmp_path: Path) -> None:
     assert len(found) == 2 * len(here)
 
 
+@pytest.mark.exhaustive
 def test_a_run_fills_the_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_run_fills_the_document(
     assert report.fill(document, run) == document
 
 
+@pytest.mark.exhaustive
 def test_the_small_measures_have_their_figures(tmp_path: Path) -> None:
     assert wake(tmp_path, 3)["spoolipc"]["count"] == 3
     rows = backlog(tmp_path, (0, 100), 10)
@@ -223,6 +225,7 @@ def test_the_small_measures_have_their_figures(tmp_path: Path) -> None:
     assert memory(tmp_path, 20, 100_000)["last"]["producer resident"] > 0
 
 
+@pytest.mark.exhaustive
 def test_every_measurement_has_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"BATCH": 0.001, "WAKES": 3, "WRITERS": 2, "READERS": 2, "EACH": 9}
     for name, value in few.items():
@@ -233,6 +236,7 @@ def test_every_measurement_has_its_figures(tmp_path: Path, monkeypatch: pytest.M
                 assert min(batch()) > 0
 
 
+@pytest.mark.exhaustive
 def test_two_trees_are_compared_by_the_same_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "STARTS", 1)
     names = [measures.NAMES[0], measures.WAKE]

@@ -34,7 +34,18 @@ def run_pytest(directory: Path, ci: str, *options: str) -> subprocess.CompletedP
     """Run pytest under the project's `conftest.py` on the tests written in `directory`."""
     shutil.copy(Path(__file__).parents[1] / "conftest.py", directory)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *options, "."],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:hypothesispytest",
+            "-rA",
+            *options,
+            ".",
+        ],
         cwd=directory,
         env=os.environ | {"CI": ci},
         capture_output=True,

@@ -26,7 +26,7 @@ def run(temporary: Path, name: str, *args: str) -> subprocess.CompletedProcess[s
 
 
 def test_article_measures_both_carriers_and_the_floor(tmp_path: Path) -> None:
-    ran = run(tmp_path, ARTICLE, "--workers=2", "--rounds=2", f"--dir={tmp_path}", "--floor")
+    ran = run(tmp_path, ARTICLE, "--workers=1", "--rounds=2", f"--dir={tmp_path}", "--floor")
     assert ran.returncode == 0, ran.stderr
     for row in (
         "| multiprocessing.Queue |",
@@ -99,11 +99,10 @@ def test_numbers_that_show_nothing_are_refused(tmp_path: Path, name: str, args: 
         ("worker_pool.py", ["--images=2", "--workers=2"]),
     ],
 )
-def test_smallest_numbers_will_do_time_after_time(tmp_path: Path, name: str, args: list[str]) -> None:
-    for _ in range(2):
-        ran = run(tmp_path, name, *args)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "True" in ran.stdout
+def test_smallest_numbers_will_do(tmp_path: Path, name: str, args: list[str]) -> None:
+    ran = run(tmp_path, name, *args)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "True" in ran.stdout
     assert list(tmp_path.iterdir()) == []
 
 

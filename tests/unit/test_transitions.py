@@ -23,7 +23,7 @@ from spoolipc.directory.transitions import CLEAN, Transition
 from spoolipc.message import Limits
 
 RECORDS: Final = 40
-TABLES: Final = 30
+TABLES: Final = 15
 STEPS: Final = 250
 ARROWS: Final = {
     name
