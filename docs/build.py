@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import spoolipc
+import spoolipc.aio
 import spoolipc.engine
 import spoolipc.testing
 from spoolipc.cli.main import _parser
@@ -76,6 +77,8 @@ def reference() -> str:
     parts.append(f"## {ERRORS}\n")
     parts.append("| error | is also | raised when |\n|---|---|---|")
     parts += [_error(name, thing) for name, thing in sorted(errors.items())]
+    parts += [f"\n## asyncio\n\n{_doc(spoolipc.aio)}\n"]
+    parts += [_entry(name, getattr(spoolipc.aio, name)) for name in spoolipc.aio.__all__]
     parts += ["\n## Commands\n", *map(_command, _commands(_parser())), ENGINE]
     parts += [_protocol(name, getattr(spoolipc.engine, name)) for name in PROTOCOLS]
     parts.append(f"### `spoolipc.testing`\n\n{_doc(spoolipc.testing)}")
@@ -175,7 +178,7 @@ def _dedented(block: str) -> str:
 def _signature(thing: Any) -> str:
     if inspect.isclass(thing) and getattr(thing, "__dataclass_params__", None):
         return ""  # its fields are what its docstring tells
-    if thing in (spoolipc.Item, spoolipc.Loan):
+    if thing in (spoolipc.Item, spoolipc.Loan, spoolipc.aio.AsyncItem):
         return ""  # made by `receive` and `loan` alone
     signature = inspect.signature(thing)
     kept = [

@@ -96,10 +96,11 @@ class Producer(Session, Protocol):
 class Consumer(Session, Protocol):
     """An engine as a reader uses it."""
 
-    def take(self, limit: int, until: Deadline, writable: bool = False) -> list[Message]:
+    def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> list[Message]:
         """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown.
 
-        writable: the arrays may be written, which nobody else sees; copied at once or page by page.
+        writable: the arrays may be written, which nobody else sees; copied at once or page by page. kept: as long as
+        the list lives, a `Restorer` can put all of it back, whoever puts meanwhile.
         """
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:

@@ -31,15 +31,8 @@ from .message import (
 _log = logging.getLogger("spoolipc")
 
 
-class Item:
-    """An item in flight at a reader.
-
-    As a context manager it is acknowledged at the end of the block, or requeued when the block raises; by hand,
-    with ack, nack or reject.
-
-    seq: sequence number. attempt: 1 at the first delivery. nbytes: bytes stored. Nothing of the arrays is
-    read before `array` or `arrays` is asked for.
-    """
+class Received:
+    """What is told of an item in flight, by both faces: each settles it in its own way."""
 
     def __init__(self, consumer: Consumer, delivery: Delivery, copy: Copy = False) -> None:
         self._consumer = consumer
@@ -125,25 +118,6 @@ class Item:
                 raise
         return self._contents
 
-    def ack(self) -> None:
-        """Take the item off the spool for good. Raises LeaseExpired, AlreadySettled."""
-        self._settle(Ack(), "acknowledged")
-
-    def nack(self, delay: float = 0.0, reason: str = "requeued") -> None:
-        """Requeue the item, to be redelivered after `delay` seconds, before all that was never delivered.
-
-        After `max_attempts` deliveries it becomes a dead letter instead. Raises LeaseExpired, AlreadySettled.
-        """
-        self._settle(Nack(duration("delay", delay), _checked(reason)), "requeued")
-
-    def reject(self, reason: str) -> None:
-        """Make the item a dead letter with this reason. Raises LeaseExpired, AlreadySettled."""
-        self._settle(Reject(_checked(reason)), "rejected")
-
-    def extend(self, seconds: float) -> None:
-        """Let the lease end so many seconds from now. Raises LeaseExpired, AlreadySettled."""
-        self._settle(Extend(duration("seconds", seconds, positive=True)), "")
-
     def _settle(self, verdict: Verdict, settled: str) -> None:
         if self._settled:
             raise AlreadySettled(f"item {self.seq} was {self._settled} before")
@@ -162,6 +136,41 @@ class Item:
             turn.append(None)
             raise
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(seq={self.seq}, attempt={self.attempt}, {self._settled or 'in flight'})"
+        )
+
+
+class Item(Received):
+    """An item in flight at a reader.
+
+    As a context manager it is acknowledged at the end of the block, or requeued when the block raises; by hand,
+    with ack, nack or reject.
+
+    seq: sequence number. attempt: 1 at the first delivery. nbytes: bytes stored. Nothing of the arrays is
+    read before `array` or `arrays` is asked for.
+    """
+
+    def ack(self) -> None:
+        """Take the item off the spool for good. Raises LeaseExpired, AlreadySettled."""
+        self._settle(Ack(), "acknowledged")
+
+    def nack(self, delay: float = 0.0, reason: str = "requeued") -> None:
+        """Requeue the item, to be redelivered after `delay` seconds, before all that was never delivered.
+
+        After `max_attempts` deliveries it becomes a dead letter instead. Raises LeaseExpired, AlreadySettled.
+        """
+        self._settle(Nack(duration("delay", delay), checked_reason(reason)), "requeued")
+
+    def reject(self, reason: str) -> None:
+        """Make the item a dead letter with this reason. Raises LeaseExpired, AlreadySettled."""
+        self._settle(Reject(checked_reason(reason)), "rejected")
+
+    def extend(self, seconds: float) -> None:
+        """Let the lease end so many seconds from now. Raises LeaseExpired, AlreadySettled."""
+        self._settle(Extend(duration("seconds", seconds, positive=True)), "")
+
     def __enter__(self) -> Self:
         return self
 
@@ -174,12 +183,9 @@ class Item:
             self.ack()
             return
         try:
-            self.nack(reason=_reason(error))
+            self.nack(reason=reason_of(error))
         except SpoolError as problem:
             _log.warning("%s", problem)  # what the block raised goes on to the caller
-
-    def __repr__(self) -> str:
-        return f"Item(seq={self.seq}, attempt={self.attempt}, {self._settled or 'in flight'})"
 
 
 class Loan:
@@ -248,13 +254,13 @@ def no_value(message: Message) -> Message:
     return message
 
 
-def _checked(reason: str) -> str:
+def checked_reason(reason: str) -> str:
     if not isinstance(reason, str):
         raise TypeError(f"reason must be a string, not {reason!r}")
     return reason
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     if isinstance(error, GeneratorExit):
         return "the loop over the reader's items ended in it"
     return f"{type(error).__name__}: {error}"

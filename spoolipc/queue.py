@@ -33,7 +33,6 @@ from .message import (
     Arrays,
     ArraySpec,
     Copy,
-    Deadline,
     Json,
     Limits,
     Message,
@@ -50,11 +49,10 @@ T = TypeVar("T")
 _new = tuple.__new__  # a Message made without a call of Python code: `put` is a few microseconds
 
 
-class _Face:
-    """What both sides share."""
+class Face:
+    """What all faces share."""
 
     _session: Session
-    _crosses_processes: bool
 
     @property
     def path(self) -> str:
@@ -74,6 +72,15 @@ class _Face:
         """Whether no item waits."""
         return not self._session.qsize()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+
+class _Face(Face):
+    """What both sides share."""
+
+    _crosses_processes: bool
+
     def close(self) -> None:
         """Leave the spool; arrays that it gave out stay valid. Harmless when repeated."""
         self._session.close()
@@ -85,9 +92,6 @@ class _Face:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r})"
 
     def _pickled(self, **options: Any) -> tuple[Any, ...]:
         """What `__reduce__` returns: the same path opened with these options."""
@@ -187,7 +191,7 @@ class SpoolWriter(_Face):
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
         if type(array) is not np.ndarray:
-            return self._producer.put((_message(array, meta),), until)[0]
+            return self._producer.put((message_of(array, meta),), until)[0]
         return self._producer.put((_new(Message, ((array,), None, meta, 0, "", 0, 0, 0)),), until)[0]
 
     def put_many(
@@ -205,12 +209,7 @@ class SpoolWriter(_Face):
         that an array is TooLarge is found when its turn comes.
         """
         until = deadline_of(block, timeout)
-        several = list(arrays)
-        given = [None] * len(several) if metas is None else list(metas)
-        if len(given) != len(several):
-            raise ValueError(f"{len(several)} arrays but {len(given)} metas; give one for each")
-        messages = [_message(array, meta) for array, meta in zip(several, given, strict=True)]
-        return self._producer.put(messages, until)
+        return self._producer.put(messages_of(arrays, metas), until)
 
     def put_nowait(self, array: Puttable | Mapping[str, Puttable], *, meta: Json = None) -> int:
         """Put without waiting: `put(array, block=False)`."""
@@ -328,15 +327,15 @@ class SpoolReader(_Face):
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
         if out is not None:
-            return self._take_into(out, until, copy)
+            return self._given(self._consumer.take(1, until), False, self._filling(out, copy))[0]
         if copy:
-            return self._given(self._consumer.take(1, until, on_write(copy)), copy, _arrays)[0]
+            return self._given(self._consumer.take(1, until, on_write(copy)), copy, arrays_of)[0]
         taken = self._consumer.take(1, until)
         message = taken[0]
         if message.names is None:
             return message.arrays[0]
         try:
-            return _arrays(message)
+            return arrays_of(message)
         except BaseException:
             self._put_back(taken)
             raise
@@ -368,7 +367,8 @@ class SpoolReader(_Face):
         found = self._consumer.take(1, deadline_of(block, timeout), on_write(copy))
         return self._given(found, copy, partial(taken_item, self._consumer))[0]
 
-    def _take_into(self, out: Array, until: Deadline, copy: Copy) -> Array:
+    def _filling(self, out: Array, copy: Copy) -> Callable[[Message], Arrays]:
+        """What fills `out` with a message's array. Raises ValueError where that is no array to be filled."""
         if not isinstance(out, np.ndarray) or not out.flags.writeable or out.dtype.hasobject:
             raise ValueError(
                 f"out must be a writable array of numbers, as np.empty(shape, dtype) gives, not {out!r}"
@@ -379,9 +379,7 @@ class SpoolReader(_Face):
             raise UnsupportedOperation(
                 f"{self.path}: cannot put an item back that does not fit into out; get a copy"
             )
-        found = self._consumer.take(1, until)
-        filled: Array = self._given(found, False, lambda message: copied_into(message, out))[0]
-        return filled
+        return lambda message: copied_into(message, out)
 
     def get_many(
         self, limit: int, block: bool = True, timeout: float | None = None, *, copy: Copy = False
@@ -392,7 +390,7 @@ class SpoolReader(_Face):
         Other parameters and errors are those of `get`.
         """
         limit, until = whole("limit", limit, 1), deadline_of(block, timeout)
-        return self._given(self._consumer.take(limit, until, on_write(copy)), copy, _arrays)
+        return self._given(self._consumer.take(limit, until, on_write(copy)), copy, arrays_of)
 
     def get_nowait(self, *, copy: Copy = False) -> Arrays:
         """Get without waiting: `get(block=False)`."""
@@ -492,7 +490,18 @@ def _spec(shape: int | tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F
     return ArraySpec(sizes + unit.shape, unit.dtype, order)
 
 
-def _message(array: Puttable | Mapping[str, Puttable], meta: Json) -> Message:
+def messages_of(
+    arrays: Iterable[Puttable | Mapping[str, Puttable]], metas: Iterable[Json] | None
+) -> list[Message]:
+    """The messages of what `put_many` is given."""
+    several = list(arrays)
+    given = [None] * len(several) if metas is None else list(metas)
+    if len(given) != len(several):
+        raise ValueError(f"{len(several)} arrays but {len(given)} metas; give one for each")
+    return [message_of(array, meta) for array, meta in zip(several, given, strict=True)]
+
+
+def message_of(array: Puttable | Mapping[str, Puttable], meta: Json) -> Message:
     if not isinstance(array, Mapping):
         return Message((plain(array),), None, meta)
     if not array:
@@ -503,7 +512,7 @@ def _message(array: Puttable | Mapping[str, Puttable], meta: Json) -> Message:
     return Message(tuple(map(plain, array.values())), tuple(array), meta)
 
 
-def _arrays(message: Message) -> Arrays:
+def arrays_of(message: Message) -> Arrays:
     """What `get` returns of a message."""
     names, arrays = message.names, message.arrays
     return arrays[0] if names is None else dict(zip(names, no_value(message).arrays, strict=True))

@@ -37,9 +37,10 @@ _LONGEST: Final = 1e9  # seconds of a lease or delay
 
 class Taken(list[Message]):
     """What a take has taken. places: the record and number of each item, to put it back, which is possible for as long
-    as this lives."""
+    as this lives. kept: whoever puts meanwhile; else what is small may be written again."""
 
     places: list[tuple[int, int]]
+    kept: bool
 
 
 class Claim:
@@ -77,14 +78,14 @@ class DirectoryConsumer(Receiver):
 
     # Taking
 
-    def take(self, limit: int, until: Deadline, writable: bool = False) -> Taken:
+    def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> Taken:
         """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown.
 
         An error in the midst ends it early; an interrupt puts back what was taken.
         """
         # Filled by the calls, so that nothing taken is unknown after an interrupt, wherever that came.
         got = Taken()
-        got.places = []
+        got.places, got.kept = [], kept
         some = self._take_verified if self.verify else self._take_some
         try:
             try:
@@ -139,6 +140,8 @@ class DirectoryConsumer(Receiver):
                         space += 1
                         continue
                 pin = None
+                if shown is None and got.kept:
+                    shown = got
                 if shown is not None:  # watched first, so that an interrupt leaves no file pinned for ever
                     pin = Pin(journal.identity, record, seq)
                     recycler.pins.add(pin, shown)
@@ -169,6 +172,8 @@ class DirectoryConsumer(Receiver):
                     except BadItem:  # in failed/ now, and logged
                         continue
                     got.places.append((delivery.handle.record, delivery.seq))
+                    if got.kept:
+                        self.recycler.pins.add(delivery.handle.pin, got)
                     self.session.step(self._ack, [delivery], got)
                     got.append(message)
             except BaseException as error:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
 
+import numpy as np
+
 from .. import errors
 from .. import message as values
 from ..engine import ConsumerOptions, ProducerOptions, retry
@@ -205,7 +207,7 @@ class Consumer(_Session):
 
     role = "reader"
 
-    def take(self, limit: int, until: Deadline, writable: bool = False) -> _Taken:
+    def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> _Taken:
         with self._spool.step(self) as spool:
             found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
             spool.gets += len(found)
@@ -322,5 +324,7 @@ def _size(layout: items.Layout, message: Message) -> int:
 def _made(message: Message) -> Item:
     """The item of a message that is put now."""
     layout, now = items.layout_of(message.arrays), time.time_ns()
-    _size(layout, message)
-    return Item(b"".join((*items.parts(layout, message.arrays), _footer(layout, message, now))), now)
+    image = np.empty(_size(layout, message), np.uint8).data
+    items.store(image, layout, message.arrays)  # by numpy, which lets other threads run meanwhile
+    image[layout.end :] = _footer(layout, message, now)
+    return Item(image, now)

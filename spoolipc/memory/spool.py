@@ -37,7 +37,7 @@ class Item:
     """An item. image: the bytes of its file. owner: at whom it was in flight last. due: monotonic seconds when its
     lease ends, or when it is to be delivered again. given: tells when nobody can settle it any more."""
 
-    image: bytes | bytearray
+    image: bytearray | memoryview
     put_time: int
     seq: int = 0
     attempt: int = 0

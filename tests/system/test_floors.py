@@ -63,6 +63,7 @@ FLOORS: Final = {
     "admin": "connect check gc",
     "item": "engine format.item",
     "queue": "engine format.item connect item",
+    "aio": "engine item queue",
     "spoolipc": "admin item queue check gc repair",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
@@ -155,7 +156,7 @@ if TYPE_CHECKING:
 def test_the_faces_meet_engines_in_connect_only_and_engines_do_not_meet() -> None:
     in_directory = {name for name, path in PATHS.items() if path.parent.name == "directory"}
     engines = {*in_directory, "memory"}
-    for name in ("errors", "message", "engine", "testing", "item", "queue", "format.item"):
+    for name in ("errors", "message", "engine", "testing", "item", "queue", "aio", "format.item"):
         assert not allowed(name) & engines, name
     assert not allowed("memory") & in_directory
     assert not any({"memory", "memory.spool"} & allowed(name) for name in in_directory)
