@@ -312,6 +312,7 @@ gone-part | session | test_taken_away part | place.check() ==> pass
 gone-limits | rebuild | test_taken_away spool_json | set_limits(words, _limits(directories, old)) ==> pass
 # a session's file in `alive/` removed
 gone-file | session | test_taken_away makes_its_file | not fs.fstat(own).st_nlink: ==> False:
+renewed | hearing | test_taken_away thread_that_waits | self.add(doorbell)¶            except ==> self.remove(doorbell)¶            except
 # a cleaner of old files
 cleaned | layout | test_taken_away cleaner | fs.lock_shared(root) ==> pass
 # spool in the lower layer of an overlay

@@ -103,11 +103,11 @@ class Doorbell:
         """The table was built again: take a place in the new one when the next wait begins."""
         self._place = -1
 
-    def forget_watch(self) -> None:
-        """The file is another one: listen to that when the next wait begins."""
+    def renew_watch(self) -> None:
+        """The file is another one: listen to that."""
         ears = hearing.ears()
         if ears is not None and self.number >= 0:
-            ears.remove(self)
+            ears.renew(self)
 
     @property
     def file(self) -> str:
@@ -195,12 +195,12 @@ class Doorbell:
             if look():
                 return True
             nap = LOOK_EVERY[kind]
-            if ears is None or not armed:
+            if ears is None or self.number < 0 or not armed:
                 nap, pause = min(nap, pause), min(2 * pause, POLL[1])
             now = time.monotonic()
             if now >= until:
                 return False
-            if ears is None:
+            if ears is None or self.number < 0:
                 fs.sleep(min(nap, until - now))
             else:
                 ears.sleep(self, ticket, min(now + nap, until))

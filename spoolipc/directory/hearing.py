@@ -74,6 +74,16 @@ class Ears:
             self._doorbells[number] = weakref.ref(doorbell, functools.partial(self._doorbells.pop, number))
             doorbell.number = number
 
+    def renew(self, doorbell: Hearer) -> None:
+        """Listen to the file that took the place of its own; who sleeps sleeps on."""
+        with self._lock:
+            before = doorbell.number
+            try:
+                self.add(doorbell)
+            except OSError:
+                self.remove(doorbell)
+            self._doorbells.pop(before, None)
+
     def remove(self, doorbell: Hearer) -> None:
         """Listen for it no more, and wake its threads. The watch itself goes with the file."""
         with self._lock:
@@ -89,7 +99,7 @@ class Ears:
 
     def sleep(self, doorbell: Hearer, ticket: int, until: float) -> None:
         """Sleep until a ring later than `ticket` is heard, or until then (monotonic seconds)."""
-        while doorbell.tickets == ticket and not doorbell.closed:
+        while doorbell.tickets == ticket and doorbell.number >= 0 and not doorbell.closed:
             seconds = until - time.monotonic()
             if seconds <= 0:
                 return

@@ -258,7 +258,7 @@ class Session:
             with no_fork, contextlib.suppress(OSError):  # what somebody put in its place stays
                 fs.unlink_missing_ok(place.alive, liveness.token_name(self.token))
                 fs.replace(liveness.announce(place.alive, self.token, self._role, place.file_mode), own)
-            self.doorbell.forget_watch()
+            self.doorbell.renew_watch()
         self.looked_at = self.journal.words[W.HOUSEKEPT]
         return None, 0, 0
 

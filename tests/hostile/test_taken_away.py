@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.calls import Call
 from support.damage import PARTS, crash, item
 from support.peek import peek_table
 from support.peer import Peer
 from support.waits import is_locked
 
-from spoolipc import Full, NotASpool, SpoolGone, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
+from spoolipc import Empty, Full, NotASpool, SpoolGone, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
+from spoolipc.directory.doorbell import LOOK_EVERY
 
 LARGE = np.arange(10_000)
 
@@ -207,6 +209,25 @@ def test_a_session_makes_its_file_again_and_is_woken_through_it(spool: Path) -> 
         peer.kill()  # it has died with a file, so that this is seen at once
         with SpoolReader(spool) as reader:
             reader.get(timeout=10)
+
+
+def test_a_thread_that_waits_hears_through_the_file_that_another_made_again(
+    spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spoolipc.directory.session.EVERY", 600.0)
+    monkeypatch.setitem(LOOK_EVERY, "items", 600.0)
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        waiting = [Call(reader.get) for _ in range(2)]
+        for call in waiting:
+            call.until_asleep()
+        for token in tokens(spool):
+            token.unlink()
+        SpoolReader(spool).close()  # a round of housekeeping
+        with pytest.raises(Empty):
+            reader.get_nowait()  # makes the file again
+        writer.put_many([LARGE, LARGE])
+        for call in waiting:
+            assert np.array_equal(call.result(), LARGE)
 
 
 def test_the_large_put_of_a_writer_whose_file_was_removed_ends(spool: Path) -> None:
