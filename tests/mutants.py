@@ -198,7 +198,7 @@ never-rebuilt | rebuild | test_recycling power | = W.NEVER_AGAIN ==> = 0
 # inotify's limits used up
 said-once | hearing | test_inotify_limits says_so | _warned = True ==> _warned = False
 unheard | hearing | test_inotify_limits reported | while not fs.poll(ears.fd, 0) and ==> while False and
-polled | doorbell | test_wakeups polling | ears is None or not armed: ==> False:
+polled | doorbell | test_wakeups polling | ears is None or self.number < 0 or not armed: ==> False:
 # a waiting session crashes, or its time is up, as it is woken
 ring-crashed | liveness | test_wakeups in_the_place | if fs.lock(fd): ==> if False:
 ring-stale | doorbell | test_wakeups in_the_place | and since > fresh: ==> :
@@ -308,11 +308,12 @@ limits-followed | journal | test_transitions | set_limits(words, agree(directori
 limits-said | transitions | test_directory_engine are_changed | 0, limit_stores(limits), ==> 0, limit_stores(Limits()),
 # a directory of the spool removed
 gone-part | session | test_taken_away part | place.check() ==> pass
+gone-unlocked | layout | test_taken_away under_the_lock | with exclusively(self.root, str(self.path)): ==> if True:
 # `spool.json` removed
 gone-limits | rebuild | test_taken_away spool_json | set_limits(words, _limits(directories, old)) ==> pass
 # a session's file in `alive/` removed
 gone-file | session | test_taken_away makes_its_file | not fs.fstat(own).st_nlink: ==> False:
-renewed | hearing | test_taken_away thread_that_waits | self.add(doorbell)¶            except ==> self.remove(doorbell)¶            except
+renewed | doorbell | test_taken_away thread_that_waits | ears.renew(self) ==> ears.remove(self)
 # a cleaner of old files
 cleaned | layout | test_taken_away cleaner | fs.lock_shared(root) ==> pass
 # spool in the lower layer of an overlay

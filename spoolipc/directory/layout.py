@@ -105,17 +105,28 @@ class Directories:
         self.stuck: set[str] = set()  # files that could not be removed
         fs.lock_shared(root)
         try:
+            if restore:
+                self._make_missing()
             for name in PARTS:
-                self.parts[name] = self._open_part(name, restore)
+                self.parts[name] = self._open_part(name)
         except BaseException:
             for fd in self.parts.values():
                 fs.close(fd)
             raise
         self.items, self.free, self.tmp, self.failed, self.alive = (self.parts[name] for name in PARTS)
 
-    def _open_part(self, name: str, restore: bool) -> int:
-        if restore and not fs.exists(self.root, name):
-            self._make_again(name)
+    def _make_missing(self) -> None:
+        """For who opens the spool: make the parts again that somebody removed, items/ first, as that bears the lock
+        under which the others are made. Raises SpoolGone, LockTimeout."""
+        lost = [name for name in PARTS if not fs.exists(self.root, name)]
+        if "items" in lost:
+            self._make_again("items")
+        if lost:
+            with exclusively(self.root, str(self.path)):
+                for name in lost:
+                    self._make_again(name)
+
+    def _open_part(self, name: str) -> int:
         try:
             fd = fs.open_directory(name, self.root)
         except (NotADirectoryError, FileNotFoundError):
@@ -131,14 +142,17 @@ class Directories:
         return fd
 
     def _make_again(self, name: str) -> None:
-        """Make a part again that somebody removed, unless all of the spool is being removed. Raises SpoolGone.
+        """Make a part again that somebody removed, where there is none, unless all of the spool is being removed. The
+        caller holds the lock. Raises SpoolGone.
 
         Who still has the lock on an `items/` that was removed is alone with it: he is made to find the index damaged
         first, so that he builds it again under the lock that all others take.
         """
+        if fs.exists(self.root, name):
+            return
         fs.sleep(_DELETING)
         self.check_there(whole=True)
-        if name == "items":
+        if name == "items" and not fs.exists(self.root, name):  # nobody was first
             fd = fs.open_own(self.root, "index", os.O_WRONLY)
             try:
                 fs.pwrite(fd, ALL_BITS.to_bytes(WORD, "little"), CAPACITY * WORD)
@@ -177,7 +191,8 @@ class Directories:
         self.check_there()
         lost = self._lost()
         for name in lost:
-            fs.replace(self._open_part(name, True), self.parts[name])
+            self._make_again(name)
+            fs.replace(self._open_part(name), self.parts[name])
         return "items" in lost
 
     def remove(self, part: str, name: str) -> None:

@@ -13,12 +13,26 @@ import numpy as np
 import pytest
 from support.calls import Call
 from support.damage import PARTS, crash, item
+from support.locks import lock_file
 from support.peek import peek_table
 from support.peer import Peer
 from support.waits import is_locked
 
-from spoolipc import Empty, Full, NotASpool, SpoolGone, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
+from spoolipc import (
+    Empty,
+    Full,
+    LockTimeout,
+    NotASpool,
+    SpoolGone,
+    SpoolReader,
+    SpoolWriter,
+    failed_list,
+    fsck,
+    gc,
+    stat,
+)
 from spoolipc.directory.doorbell import LOOK_EVERY
+from spoolipc.directory.lock import IndexLock
 
 LARGE = np.arange(10_000)
 
@@ -75,6 +89,27 @@ def test_who_opens_a_spool_makes_a_part_again_that_was_removed(spool: Path, part
         assert writer.maxsize == 7
         assert writer.put(LARGE) == 2
         assert len(reader.get_many(10)) == (1 if part == "items" else 2)
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "items"])
+@pytest.mark.parametrize("opening", [SpoolReader, SpoolWriter])
+def test_who_opens_a_spool_makes_a_part_again_under_the_lock(
+    spool: Path, monkeypatch: pytest.MonkeyPatch, opening: Callable[[Path], object], part: str
+) -> None:
+    SpoolWriter(spool).close()
+    shutil.rmtree(spool / part)
+    take, fd = IndexLock.take, os.open(lock_file(spool), os.O_RDONLY)
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexLock, "take", lambda lock, patience=0.0: take(lock, 0.0))
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with pytest.raises(LockTimeout):
+                opening(spool)
+        finally:
+            os.close(fd)
+    assert not (spool / part).exists()
+    SpoolReader(spool).close()
+    assert (spool / part).is_dir()
 
 
 def test_steps_without_a_rename_do_not_go_on_under_the_lock_of_a_directory_that_was_removed(
