@@ -30,6 +30,7 @@ from .message import (
 
 T = TypeVar("T")
 Durability = Literal["none", "fsync"]
+End = Literal["shutdown", "writers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,15 @@ class ProducerOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerOptions:
-    """How a consumer is opened. verify: compare every item with its checksum. create: as for a producer."""
+    """How a consumer is opened. verify: compare every item with its checksum. create: as for a producer. end: when
+    there is nothing to wait for any more, so that ShutDown is raised: "shutdown", after one; "writers", also when no
+    producer has the spool open, nothing is in flight at others or delayed, and since this was opened there was a
+    producer, or an item."""
 
     limits: Limits = field(default_factory=Limits)
     verify: bool = False
     create: bool = True
+    end: End = "shutdown"
 
 
 class Session(Protocol):

@@ -92,6 +92,12 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def one_of(name: str, value: Any, first: str, second: str) -> None:
+    """Raise ValueError for what is neither of two words."""
+    if value not in (first, second):
+        raise ValueError(f'{name} must be "{first}" or "{second}", not {value!r}')
+
+
 def on_write(copy: Copy) -> bool:
     """Whether "on-write" is what is asked for. Raises ValueError for what is no `Copy`."""
     if isinstance(copy, (bool, np.bool)):
@@ -142,6 +148,20 @@ class Limits:
 
 DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_attempts=5, mode=0o700)
 """What is in force where nobody asked."""
+
+
+def joined(limits: Limits | None, beside: Limits) -> Limits:
+    """The limits given in either way. Raises ValueError for one that is no limit, or that is given twice."""
+    if limits is not None and not isinstance(limits, Limits):
+        raise ValueError(f"limits must be as Limits(maxsize=5), not {limits!r}")
+    asked = asdict(limits or Limits())
+    for name, value in asdict(beside).items():
+        if value is None:
+            continue
+        if asked[name] not in (None, value):
+            raise ValueError(f"{name} is given twice: {asked[name]!r} in limits and {value!r} beside it")
+        asked[name] = value
+    return Limits(**asked)
 
 
 class Message(NamedTuple):

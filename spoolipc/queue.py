@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -18,6 +17,7 @@ from .engine import (
     Consumer,
     ConsumerOptions,
     Durability,
+    End,
     Lender,
     Preallocator,
     Producer,
@@ -41,7 +41,9 @@ from .message import (
     deadline_of,
     duration,
     flag,
+    joined,
     on_write,
+    one_of,
     whole,
 )
 
@@ -97,7 +99,8 @@ class _Face(Face):
         """What `__reduce__` returns: the same path opened with these options."""
         if not self._crosses_processes:
             raise UnsupportedOperation(f"{self!r} cannot be pickled: no other process can open {self.path}")
-        return _reopened, (type(self), self.path, options)
+        face: Any = type(self)
+        return partial(face, self.path, **options), ()
 
 
 class SpoolWriter(_Face):
@@ -145,9 +148,8 @@ class SpoolWriter(_Face):
         preallocate: tuple[int, int] | None = None,
         checksum: bool = False,
     ) -> None:
-        if durability not in ("none", "fsync"):
-            raise ValueError(f'durability must be "none" or "fsync", not {durability!r}')
-        asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
+        one_of("durability", durability, "none", "fsync")
+        asked = joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
         flags = flag("reopen", reopen), flag("checksum", checksum), flag("fresh", fresh)
         options = ProducerOptions(asked, durability, *flags, flag("create", create))
         ahead = None if preallocate is None else _count_and_nbytes(preallocate)
@@ -275,6 +277,10 @@ class SpoolReader(_Face):
     this reader ends. `get` needs none.
     verify: compare every item that was put with a checksum with it; one that differs is a dead letter.
     create: False, raise NotASpool where there is no spool, rather than make one.
+    end: when loops over this reader end and `get` raises ShutDown. "shutdown": after `SpoolWriter.shutdown`. "writers":
+    also when no item waits or is delayed, no other reader has one in flight, and no writer has the spool open; not
+    before there was a writer, or an item, since this reader was opened. A writer that is forked counts from the fork,
+    also one that the child never uses; one that is pickled from when it is opened: keep another open until then.
 
     Threads may share a reader; it can be pickled (another process opens the same path) and used after a fork,
     unless its spool is in memory.
@@ -295,9 +301,11 @@ class SpoolReader(_Face):
         lease: float | None = None,
         verify: bool = False,
         create: bool = True,
+        end: End = "shutdown",
     ) -> None:
-        asked = _joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
-        options = ConsumerOptions(asked, flag("verify", verify), flag("create", create))
+        asked = joined(limits, Limits(maxsize, max_bytes, recycle_bytes, max_attempts, mode))
+        one_of("end", end, "shutdown", "writers")
+        options = ConsumerOptions(asked, flag("verify", verify), flag("create", create), end)
         self._lease = None if lease is None else duration("lease", lease, positive=True)
         engine = connect(path)
         self._crosses_processes = engine.crosses_processes
@@ -453,25 +461,7 @@ class SpoolReader(_Face):
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = self._options
-        return self._pickled(lease=self._lease, verify=options.verify, create=options.create)
-
-
-def _reopened(face: type[_Face], path: str, options: dict[str, Any]) -> Any:
-    return face(path, **options)  # type: ignore[call-arg]
-
-
-def _joined(limits: Limits | None, beside: Limits) -> Limits:
-    """The limits given in either way. Raises ValueError for one that is no limit, or that is given twice."""
-    if limits is not None and not isinstance(limits, Limits):
-        raise ValueError(f"limits must be as Limits(maxsize=5), not {limits!r}")
-    asked = asdict(limits or Limits())
-    for name, value in asdict(beside).items():
-        if value is None:
-            continue
-        if asked[name] not in (None, value):
-            raise ValueError(f"{name} is given twice: {asked[name]!r} in limits and {value!r} beside it")
-        asked[name] = value
-    return Limits(**asked)
+        return self._pickled(lease=self._lease, verify=options.verify, create=options.create, end=options.end)
 
 
 def _count_and_nbytes(preallocate: tuple[int, int]) -> tuple[int, int]:

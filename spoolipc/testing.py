@@ -112,9 +112,9 @@ class Suite:
         asked = engines.ProducerOptions(Limits(**limits), self.durability, reopen, fresh=fresh)
         return self.opened.enter_context(closing(self.engine(self.place).producer(asked)))
 
-    def open_consumer(self, **limits: int) -> Consumer:
+    def open_consumer(self, end: engines.End = "shutdown", **limits: int) -> Consumer:
         """A consumer likewise."""
-        asked = engines.ConsumerOptions(Limits(**limits))
+        asked = engines.ConsumerOptions(Limits(**limits), end=end)
         return self.opened.enter_context(closing(self.engine(self.place).consumer(asked)))
 
     @cached_property
@@ -268,6 +268,22 @@ class SharedSuite(Suite):
         else:
             assert isinstance(waiting.exception(20), ShutDown)
         refused(ShutDown, *gets(self.consumer, None), *gets(self.other, None))
+
+    @pytest.mark.parametrize("verdict", [Ack(), Nack(0, ""), Nack(0.1, ""), Reject("")], ids=repr)
+    def test_last_writer_leaves_while_another_reader_has_an_item_in_flight(self, verdict: Verdict) -> None:
+        self.consumer = self.open_consumer("writers")
+        self.put(0)
+        delivery = self.claim_other()
+        waiting = self.aside(self.consumer.take, 1, None)
+        self.producer.close()
+        assert not wait([waiting], 0.05).done, "the item may be requeued"
+        self.other.settle([delivery], verdict)
+        if isinstance(verdict, Nack):
+            assert list(map(number_of, waiting.result(20))) == [0]
+        else:
+            assert isinstance(waiting.exception(20), ShutDown)
+        refused(ShutDown, *gets(self.consumer, None))
+        refused(Empty, *gets(self.other))
 
     def test_threads_and_readers_settle_each_item_once(self) -> None:
         def put(me: int) -> None:
@@ -745,6 +761,60 @@ class EngineSuite(SharedSuite):
         self.put(5)
         assert self.take() == [5]
         assert self.admin.stat().bytes == 0
+
+    def test_reader_ends_when_the_last_writer_has_left_and_not_before_the_first_came(self) -> None:
+        self.consumer = self.open_consumer("writers")
+        for _ in range(2):  # the second run is like the first
+            refused(Empty, *gets(self.consumer), *gets(self.consumer, time.monotonic() + 0.05))
+            waiting = self.aside(self.consumer.take, 1, soon())
+            producers = [self.open_producer() for _ in range(2)]
+            for number, producer in enumerate(producers):
+                producer.put([message(number)], NOW)
+            assert list(map(number_of, waiting.result(20))) == [0]
+            producers[0].close()
+            assert self.take() == [1]
+            refused(Empty, *gets(self.consumer))
+            waiting = self.aside(self.consumer.take, 1, None)
+            producers[1].close()
+            assert isinstance(waiting.exception(20), ShutDown)
+            refused(ShutDown, *gets(self.consumer, None), *gets(self.consumer))
+            self.consumer.close()
+            self.consumer = self.open_consumer("writers")
+
+    def test_reader_ends_that_came_after_the_writer_had_left(self) -> None:
+        self.put(0, 1)
+        self.producer.close()
+        self.consumer, late = self.open_consumer("writers"), self.open_consumer("writers")
+        assert self.take() == [0, 1]
+        refused(ShutDown, *gets(self.consumer, None), *gets(late, None))
+        refused(Empty, *gets(self.open_consumer("writers")), *gets(self.open_consumer()))
+
+    def test_reader_ends_after_a_writer_that_put_nothing(self) -> None:
+        self.consumer = self.open_consumer("writers")
+        self.open_producer().close()
+        refused(ShutDown, *gets(self.consumer, None))
+        self.producer = self.open_producer()
+        refused(Empty, *gets(self.consumer))
+        self.put(0)
+        assert self.take() == [0]
+
+    def test_writer_keeps_a_reader_from_its_end_that_was_there_before(self) -> None:
+        assert self.producer.qsize() == 0
+        self.consumer = self.open_consumer("writers")
+        waiting = self.aside(self.consumer.claim, 1, None, None)
+        self.producer.close()
+        assert isinstance(waiting.exception(20), ShutDown)
+
+    def test_reader_does_not_wait_for_what_it_has_in_flight_itself_and_shutdown_ends_it_too(self) -> None:
+        self.consumer = self.open_consumer("writers")
+        self.put(0)
+        delivery = self.claim()
+        self.producer.shutdown(False)
+        refused(ShutDown, *gets(self.consumer, None))
+        self.producer.close()
+        refused(ShutDown, *gets(self.consumer, None))
+        self.settle(delivery, Nack(0, ""))
+        assert self.take() == [0]
 
     def test_closed_session_says_so_and_closing_again_is_harmless(self) -> None:
         self.put(0)

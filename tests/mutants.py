@@ -76,6 +76,12 @@ crashed | housekeeping | test_leases sleeping_reader | = _crashed(session)¶    
 crash-order | housekeeping | test_leases who_opens | reversed(active(words)): ==> active(words):
 gc-order | table | test_gc redelivered_in_order | in reversed(active(words)) ==> in active(words)
 first | transitions | test_order before_all | words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] ==> words[W.READY_HEAD]
+# the last writer leaves, is killed at any call, or ends without closing
+writer-left | session | test_last_writer woken_by_the_close | items = MEMBERS  # it ==> pass  # it
+writer-there | liveness | test_last_writer stopped_writer | return not fs.lock(fd) ==> return False
+writer-forked | session | test_last_writer from_the_fork | self.is_open and self._held else ==> False else
+writer-crashed | receiving | test_last_writer killed_writer | self.session.step(self._see_end) ==> pass
+end-awaited | housekeeping | test_last_writer is_settled | = min(below, words[W.ENDING] or below) ==> = 0
 # reader hangs
 lease | housekeeping | test_directory_engine lease_ended | 0 < ends <= now: ==> False:
 late | consumer | test_directory_engine lease_ended | 0 < words[record + W.DUE] <= fs.monotonic_ns(): ==> False:
@@ -217,7 +223,7 @@ fork-pooled | receiving | test_fork stay_in_the_child | recycler.releasable() ==
 fork-reclaim | recycling | test_fork stay_in_the_child | shared = forked or ==> shared =
 fork-ack | consumer | test_fork dropped_it | pin.left or pin.forks != forks.begun ==> pin.left
 fork-crash | housekeeping | test_fork views_got | transitions.drop(journal.words ==> transitions.release(journal.words
-fork-lock | session | test_fork crash_of | in held: ==> in ():
+fork-lock | session | test_fork crash_of | in {*self._held} - kept: ==> in ():
 fork-session | session | test_fork of_its_own | self.is_forked = True ==> pass
 fork-opening | session | test_fork announces | no_fork: ==> contextlib.nullcontext():
 fork-ears | hearing | test_fork that_waits | _ears, _ears_lock, _deaf = None, threading.RLock(), False ==> pass
@@ -322,8 +328,8 @@ overlaid | receiving | test_overlay | tail[0] != words[record + W.PUT_TIME] and 
 batches | fs | test_gc thousand | islice(entries, size)] ==> entries]
 progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass
 # not in the matrix: shutdown
-end-others | receiving | test_directory_engine end_waits | words[W.IN_FLIGHT_COUNT] <= own and ==>
-end-wakes | receiving | test_shutdown at_once_when | return MEMBERS ==> return 0
+end-others | receiving | test_directory_engine end_waits | words[W.IN_FLIGHT_COUNT] <= self._own and ==>
+end-wakes | housekeeping | test_shutdown at_once_when | = 0¶    return MEMBERS ==> = 0¶    return 0
 discarded | producer | test_directory_engine immediate_shutdown | (now == W.DISCARDED and state == W.DRAINING) ==> False
 # not in the matrix: fsck
 fsck-size | repair | test_fsck longer | "missing", "size") ==> "missing")

@@ -21,6 +21,7 @@ from ..errors import BadItem, Empty, LeaseExpired, ShutDown, SpoolError
 from ..message import NOW, Ack, Contents, Deadline, Delivery, Extend, Message, Nack, Peeked, Verdict
 from . import fs, housekeeping, transitions
 from . import table as W
+from .housekeeping import at_end, pass_on
 from .itemfile import ItemFile
 from .layout import item_name
 from .lock import forks, put_off
@@ -158,7 +159,7 @@ class DirectoryConsumer(Receiver):
         if not got:
             recycler.reclaim()
         space += len(got)
-        return not got and self.has_ended(), items + self.pass_on(space), space
+        return not got and self.has_ended(), items + pass_on(words, space), space
 
     @operation
     def _take_verified(self, got: Taken, limit: int, sure: bool, writable: bool) -> None:
@@ -245,7 +246,7 @@ class DirectoryConsumer(Receiver):
             taken.append(self._delivery(record, 1))
             journal.commit(transitions.claim(words, record, token, due))
         space += len(taken)
-        return not taken and self.has_ended(), items + self.pass_on(0), space
+        return not taken and self.has_ended(), items + pass_on(words, 0), space
 
     def _delivery(self, record: int, more: int) -> Delivery:
         """The item at `record`. more: 1 for one that is about to be in flight here. A step."""
@@ -411,7 +412,7 @@ class DirectoryConsumer(Receiver):
         """Take items in flight off the spool; `undo` as for `consume`. A step."""
         if self.recycler.pins.pending:
             self.recycler.reclaim()
-        done = 0
+        words, done = self.session.journal.words, 0
         for delivery in deliveries:
             claim: Claim = delivery.handle
             record, pin = self._still_ours(delivery), claim.pin
@@ -424,7 +425,7 @@ class DirectoryConsumer(Receiver):
                 self.recycler.pins.pending.append(pin)
             self.given.pop(claim.given, None)
             done += 1
-        return None, self.pass_on(done) if self.session.journal.words[W.SHUTDOWN] else 0, done
+        return None, at_end(words) if words[W.SHUTDOWN] or words[W.ENDING] else 0, done
 
     def _is_single(self, seq: int) -> bool:
         """Whether an item's file is a regular one that has no other name."""
@@ -451,7 +452,7 @@ class DirectoryConsumer(Receiver):
             self.recycler.mappings.forget(journal.words[record + W.FILE])
             set_aside(self.session.directories, journal, record, _who(), reason)
             self.given.pop(delivery.handle.given, None)
-        return None, self.pass_on(len(deliveries)), len(deliveries)
+        return None, pass_on(journal.words, len(deliveries)), len(deliveries)
 
     def _extend(self, deliveries: Sequence[Delivery], due: int) -> tuple[None, int, int]:
         for delivery in deliveries:
@@ -506,7 +507,7 @@ class DirectoryConsumer(Receiver):
             return None, 0, 0
         self.recycler.mappings.forget(journal.words[record + W.FILE])
         set_aside(self.session.directories, journal, record, _who(), why)
-        return None, self.pass_on(1), 1
+        return None, pass_on(journal.words, 1), 1
 
 
 def _who() -> str:

@@ -22,8 +22,8 @@ from . import table as W
 from .itemfile import ItemFile
 from .layout import Directories, item_name
 from .quarantine import failed_numbers, forget_history, letter_at, read_history
-from .session import Session, administration
-from .visitor import Visitor
+from .session import Session
+from .visitor import Visitor, administration
 
 _log = logging.getLogger("spoolipc")
 

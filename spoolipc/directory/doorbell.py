@@ -34,15 +34,15 @@ from . import table as W
 from .liveness import crashed_among, ring, token_name
 from .table import Token, Waiter, Words
 
-Kind = Literal["items", "space"]
-LOOK_EVERY: Final = {"items": 1.0, "space": 0.05}
+Kind = Literal["items", "space", "end"]
+LOOK_EVERY: Final = {"items": 1.0, "space": 0.05, "end": 1.0}
 """Seconds a sleeper waits before it looks again unasked; for space less, as not every single place is rung for."""
 FRESH: Final = 1_500_000_000  # ns: a sleeper's `since` is never older, a look each second and some delay
 SHORT_LOOK: Final = (5e-6, 200e-6)  # seconds of looking before sleeping: least and most
 CROWDED: Final = 50e-6  # seconds: a look that takes longer gave the core to somebody with work to do
 SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have been a longer look
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where nothing can be heard: first and longest
-_CODES: Final[dict[Kind, int]] = {"items": W.FOR_ITEMS, "space": W.FOR_SPACE}
+_CODES: Final[dict[Kind, int]] = {"items": W.FOR_ITEMS, "space": W.FOR_SPACE, "end": W.FOR_END}
 
 
 class Host(Protocol):
@@ -141,8 +141,8 @@ class Doorbell:
 
     def ring_all(self) -> None:
         """Wake everybody: for what concerns all, such as a shutdown."""
-        self.ring("items", len(W.WAITERS))
-        self.ring("space", len(W.WAITERS))
+        for kind in _CODES:
+            self.ring(kind, len(W.WAITERS))
 
     # Waiting
 

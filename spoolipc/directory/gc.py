@@ -25,9 +25,9 @@ from .housekeeping import discard_if_shut_down, put_right
 from .journal import Journal
 from .layout import FILES, PARTS, Directories, item_name, item_number, temporary_owner
 from .quarantine import aside_number, history_number, is_known
-from .session import Session, administration
+from .session import Session
 from .table import Rows, owned, owners, rows
-from .visitor import AnySpool, Visitor
+from .visitor import AnySpool, Visitor, administration
 
 _log = logging.getLogger("spoolipc")
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
 from .session import EVERY, MEMBERS, Session
-from .table import IndexDamaged, active, lent, owned
+from .table import IndexDamaged, Words, active, lent, owned
 
 _NAMES: Final = 4096  # of a directory looked at in one round: about a millisecond
 _UNLINKED: Final = 64
@@ -27,6 +27,36 @@ _AT_ONCE: Final = 256  # records settled in one round: some milliseconds
 _EVERY_NS: Final = int(EVERY * 1e9)
 _DISCARDED_AT_ONCE: Final = 64
 _TRIM_BYTES: Final = 1 << 28  # evicted in one round, above the files that must go
+
+
+# Whom to wake when items have left the spool
+
+
+def pass_on(words: Words, gone: int) -> int:
+    """How many who wait for items are to look, after a step in which so many left the spool: all when it may be at an
+    end; another one when items are left, as two puts may have woken one. A step."""
+    if gone and (words[W.SHUTDOWN] or words[W.ENDING]) and at_end(words):
+        return MEMBERS
+    return 1 if words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] else 0
+
+
+def at_end(words: Words) -> int:
+    """How many who wait to wake after items left the spool: all, when it was shut down, or none of those waits any more
+    whose end somebody awaits; else nobody. Who is woken looks, and says again what he waits for. A step."""
+    below = words[W.ENDING]
+    if not words[W.SHUTDOWN]:
+        if not below:
+            return 0
+        for head in (words[W.REDELIVERY_HEAD], words[W.READY_HEAD]):
+            if head and words[head + W.SEQ] < below:
+                return 0
+    words[W.ENDING] = 0
+    return MEMBERS
+
+
+def await_end(words: Words, below: int) -> None:
+    """Say that somebody waits until no item of a number below this is left. A step."""
+    words[W.ENDING] = min(below, words[W.ENDING] or below)
 
 
 # Settling one record, in a locked step
@@ -41,7 +71,7 @@ def redeliver(session: Session, record: int, why: str, due: int) -> tuple[bool, 
     who = f"process {liveness.process_of(directories.alive, words[record + W.OWNER])}"
     if most and attempt >= most:
         set_aside(directories, journal, record, who, f"{why}; that was attempt {attempt} of {most}")
-        return False, MEMBERS if words[W.SHUTDOWN] else 0, 1
+        return False, at_end(journal.words), 1
     note_failure(directories, journal, words[record + W.SEQ], attempt, who, why)
     journal.commit(transitions.requeue(words, record, due))
     return True, MEMBERS if due else 1, 0  # after a delay all who wait must know when to look
@@ -206,7 +236,7 @@ def discard_some(session: Session, below: int) -> tuple[int, int, int]:
         record = transitions.first(words)
         if not record or (record == words[W.READY_HEAD] and words[record + W.SEQ] >= below):
             if not ownerless:
-                return count, 0, MEMBERS
+                return count, MEMBERS, MEMBERS
             record = ownerless.pop()
         seq, attempt = words[record + W.SEQ], words[record + W.ATTEMPT]
         try:
@@ -218,4 +248,4 @@ def discard_some(session: Session, below: int) -> tuple[int, int, int]:
             continue
         if attempt:
             forget_history(session.directories, seq)
-    return _DISCARDED_AT_ONCE, 0, MEMBERS
+    return _DISCARDED_AT_ONCE, MEMBERS, MEMBERS

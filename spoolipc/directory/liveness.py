@@ -6,6 +6,9 @@ judged under the index lock only: nobody sees one between making and locking. A 
 last, when it owns nothing. So a file that is not there was removed by somebody else, and its session may live: it makes
 the file again, and until then keeps what it has.
 
+Writers also share a lock on `tmp/`: there is a writer exactly when nobody can have that lock for himself. A forked
+child inherits it, and so counts as a writer from the fork on, before it has a session of its own.
+
 The file begins with a newline, and a session is woken by writing that newline again (`doorbell.py`); then a line of
 JSON says who it is, for messages only.
 """
@@ -90,6 +93,28 @@ def is_alone(alive: int, token: int) -> bool:
 def crashed_among(alive: int, tokens: set[int]) -> set[int]:
     """Which of `tokens` are of sessions that have crashed, or have lost their file; the caller holds the index lock."""
     return {token for token in tokens if has_crashed(alive, token, missing=True)}
+
+
+def has_writer(root: int) -> bool:
+    """Whether there is a writer, or that cannot be known; the caller holds the index lock."""
+    try:
+        fd = fs.open_directory("tmp", root)
+    except OSError:
+        return True
+    try:
+        return not fs.lock(fd)
+    finally:
+        fs.close(fd)
+
+
+def leave_writers(root: int, tmp: int) -> bool:
+    """Count as a writer no more; whether no other is left. The caller holds the index lock. Not by letting go of the
+    lock, which a forked child may share, but of the descriptor."""
+    try:
+        fs.replace(fs.open_directory("tmp", root), tmp)
+    except OSError:  # no descriptor is left, say: it ends with the session
+        return False
+    return not has_writer(root)
 
 
 def ring(alive: int, token: int) -> bool:

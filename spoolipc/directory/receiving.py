@@ -25,10 +25,10 @@ from . import fs, housekeeping, liveness, transitions
 from . import table as W
 from .itemfile import ItemFile, check_regular
 from .journal import Journal
-from .pool import may_pool
+from .pool import may_pool, waiting
 from .quarantine import forget_history
 from .recycling import SECOND, SMALL, Pin, Recycler, keeper
-from .session import MEMBERS, Look, Session, Side, operation
+from .session import Look, Session, Side, operation
 from .table import Words, active, owned
 from .transitions import consume
 from .watch import SessionWatch
@@ -44,14 +44,6 @@ Opened: TypeAlias = tuple[Message, object, bool]
 where they are arrays of their own; single, whether the file has no other name, so that it may be written again."""
 
 
-def _ended(words: Words, own: int) -> bool:
-    """Whether nothing can come any more to a reader that has `own` items in flight."""
-    state = words[W.SHUTDOWN]
-    return state == W.DISCARDED or (
-        state == W.DRAINING and words[W.IN_FLIGHT_COUNT] <= own and not words[W.DELAYED_COUNT]
-    )
-
-
 class Receiver(Side):
     """A reader's session in a spool directory, and the parts of its operations."""
 
@@ -61,6 +53,10 @@ class Receiver(Side):
         self.session = session or Session(path, options.limits, "reader", create=options.create)
         self.verify = options.verify
         self._own = 0  # items in flight here, as they were last counted
+        # Of a reader that ends with its writers: whether they have left, as was last found, WRITERS and HOUSEKEPT then;
+        # where it began, in numbers of items and in time.
+        self._ends, self._left, self._seen = options.end == "writers", False, (0, 0)
+        self._first = self._since = 0
         self.recycler = Recycler(self.session, writable=False)
         self._places: list[int] = []
         self._opened, self._told = time.monotonic(), False
@@ -95,6 +91,9 @@ class Receiver(Side):
     def _enter(self) -> tuple[None, int, int]:
         """The first step."""
         self._take_place()
+        words = self.session.journal.words
+        if self._ends and not (waiting(words) or words[W.IN_FLIGHT_COUNT] or self._has_writer()[0]):
+            self._first, self._since = words[W.NEXT_SEQ], fs.monotonic_ns()
         return housekeeping.round_of(self.session, True)
 
     def _take_place(self) -> None:
@@ -104,6 +103,8 @@ class Receiver(Side):
 
     def nothing(self, ended: bool) -> Empty | ShutDown:
         """The error for a step that found no item. ended: nothing can come any more."""
+        if ended and self._left:
+            return ShutDown(f"{self.path}: has ended: no item is left, and no writer")
         if ended:
             what = "was shut down and has no more items; a writer begins again with fresh=True"
             return ShutDown(f"{self.path}: {what}")
@@ -196,25 +197,36 @@ class Receiver(Side):
             session.see_itself()
         return items, space
 
-    def pass_on(self, done: int) -> int:
-        """How many who wait for items are to look, after a step that took `done` items off: another one when items are
-        left, as two puts may have woken one; all when the spool was shut down, as it may have ended."""
-        words = self.session.journal.words
-        if words[W.SHUTDOWN] and done:
-            return MEMBERS
-        return 1 if words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] else 0
-
     def has_ended(self) -> bool:
         """Whether nothing can come any more: nothing waits, and no other reader may requeue anything. A step."""
         words = self.session.journal.words
-        if not words[W.SHUTDOWN]:
+        if self._ends:
+            self._look_for_writers(words)
+        if not words[W.SHUTDOWN] and not self._left:
             return False
         token = self.session.token
         self._own = sum(
             words[record + W.STATE] == W.IN_FLIGHT and words[record + W.OWNER] == token
             for record in active(words)
         )
-        return _ended(words, self._own)
+        is_over = self._is_over(words)
+        if self._ends and not is_over:
+            housekeeping.await_end(words, W.LAST_SEQ)
+        return is_over
+
+    def _look_for_writers(self, words: Words) -> None:
+        """Learn whether the writers have left that there were since this reader was opened, or whose items. A step."""
+        self._seen = words[W.WRITERS], words[W.HOUSEKEPT]
+        has_begun = words[W.NEXT_SEQ] > self._first or words[W.WRITERS] >= self._since
+        self._left = has_begun and not self._has_writer()[0]
+
+    def _is_over(self, words: Words) -> bool:
+        """Whether nothing can come any more where nothing waits; without the lock, a hint."""
+        state = words[W.SHUTDOWN]
+        if state == W.DISCARDED:
+            return True
+        ending = state == W.DRAINING or self._left
+        return ending and words[W.IN_FLIGHT_COUNT] <= self._own and not words[W.DELAYED_COUNT]
 
     def consume(self, record: int, single: bool, pin: Pin | None, undo: object) -> None:
         """The item at `record` leaves the spool for good. A step.
@@ -262,9 +274,7 @@ class Receiver(Side):
             forget_history(self.session.directories, words[record + W.SEQ])
 
     def _has_writer(self) -> tuple[bool, int, int]:
-        alive = self.session.directories.alive
-        tokens = map(liveness.token_of, fs.list_names(alive))
-        return any(liveness.said_by(alive, token)[1] == "writer" for token in tokens if token), 0, 0
+        return liveness.has_writer(self.session.directories.root), 0, 0
 
     @operation
     def wait_for_item(self, until: Deadline) -> bool:
@@ -275,12 +285,12 @@ class Receiver(Side):
 
     def _item_or_end(self) -> Look:
         """Whether there may be an item, or the end."""
-        own, state = self._own, self.session.look()[W.SHUTDOWN]
+        state = self.session.look()[W.SHUTDOWN]
 
         def look(words: Words) -> bool:
             if words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] or words[W.SHUTDOWN] != state:
                 return True
-            return _ended(words, own)
+            return self._is_over(words) or (self._ends and words[W.WRITERS] != self._seen[0])
 
         return look
 
@@ -288,6 +298,8 @@ class Receiver(Side):
         if self.session.dropped:
             self.give_back()
         housekeeping.round_if_due(self.session)
+        if self._ends and self.session.look()[W.HOUSEKEPT] != self._seen[1]:
+            self.session.step(self._see_end)
         if not self._told and time.monotonic() - self._opened >= PATIENCE:
             self._told = True
             if self.session.look()[W.NEXT_SEQ] == 1 and not self.session.step(self._has_writer):
@@ -297,6 +309,10 @@ class Receiver(Side):
             self.session.step(self._reclaim)
         if keeper.is_due():
             self.recycler.mappings.sweep(self.session.look())
+
+    def _see_end(self) -> tuple[None, int, int]:
+        self.has_ended()
+        return None, 0, 0
 
     def _reclaim(self) -> tuple[None, int, int]:
         self.recycler.reclaim()

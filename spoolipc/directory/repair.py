@@ -22,8 +22,9 @@ from .gc import gc
 from .layout import FILES, PARTS, item_number, make_part, permit, write_limits
 from .quarantine import set_file_aside
 from .rebuild import limits_in, old_table
-from .session import Session, administration
+from .session import Session
 from .table import IndexDamaged, rows
+from .visitor import administration
 
 _WHO: Final = "spoolipc fsck"
 _REPLACEABLE: Final = ("index", "index.new", "spool.json.new", "shutdown")

@@ -25,8 +25,9 @@ from .gc import foreign_at_top
 from .layout import FILES, PARTS, item_number, open_root, stage_limits, temporary_owner
 from .lock import exclusively
 from .quarantine import failed_numbers, history_number
-from .session import MEMBERS, Session, administration
+from .session import MEMBERS, Session
 from .table import active
+from .visitor import administration
 
 _HARMLESS: Final = ("reader", "admin")
 """Roles of the sessions that a spool may be begun anew beside."""

@@ -1,9 +1,8 @@
 """An open spool: how it is entered and left, what a fork does to it, and the locked step in which everything happens.
 
 `Session.step` takes the lock, makes sure that the index is the spool's and whole, does one piece of work, lets go, and
-only then wakes whom the work says. A session is a member: it holds `alive/TOKEN`. A forked child inherits nothing: it
-closes what it got and opens the spool again as a session of its own. A `Visitor` only looks: it announces nothing,
-writes nothing and builds nothing again.
+only then wakes whom the work says. A session is a member: it holds `alive/TOKEN`. A forked child inherits no more than
+to count as a writer: it closes all else that it got, and opens the spool again as a session of its own.
 """
 
 from __future__ import annotations
@@ -99,6 +98,8 @@ class Session:
     lock: IndexLock
     journal: Journal
     doorbell: Doorbell
+    _held: list[int]
+    _end: weakref.finalize[..., Any]
 
     def __init__(
         self, path: str | os.PathLike[str], asked: Limits, role: liveness.Role, *, create: bool = True
@@ -113,7 +114,7 @@ class Session:
         self.end = f"{self.path}: this {role} was closed; open a new one"
         self._role, self._mode = role, asked.mode
         self._in_child = threading.RLock()
-        self._held: list[int] = []
+        self._hold([])
         self.journal = _NONE
         self.doorbell = Doorbell(self)
         _sessions.add(self)  # now, so that a fork meanwhile finds the descriptors
@@ -122,25 +123,34 @@ class Session:
     # Entering
 
     def _open(self, asked: Limits, create: bool) -> None:
+        inherited = self._held
         try:
             as_found = self._role == "admin"
             self.directories = open_directories(self.path, asked, create=create, as_found=as_found)
             self.token = liveness.new_token()
             self.token_bytes = self.token.to_bytes(8, "big")
-            self._held = self.directories.descriptors()
-            self._end = weakref.finalize(self, _abandon, os.getpid(), self._held, self.is_open)
-            self._end.atexit = False
+            self._hold(self.directories.descriptors())
             self.lock = IndexLock(
                 self.directories.items, self.path, functools.partial(holder, self.directories)
             )
             self.step(self._join, asked)
+            _abandon(os.getpid(), inherited, [])
         except BaseException as error:
-            if "_end" in vars(self):
+            if self._held is not inherited:
                 self.let_go()  # not only when this is collected
+                self._hold(inherited)
                 self.is_open[:] = [None]  # a forked child may try again
             if isinstance(error, OSError) and not isinstance(error, SpoolError):
                 raise fs.storage_error(error, self.path) from error
             raise
+
+    def _hold(self, held: list[int]) -> None:
+        """Close these descriptors when this is let go of, or collected."""
+        if "_end" in vars(self):
+            self._end.detach()
+        self._held = held
+        self._end = weakref.finalize(self, _abandon, os.getpid(), held, self.is_open)
+        self._end.atexit = False
 
     def _join(self, asked: Limits) -> tuple[None, int, int]:
         place, journal = self.directories, self.journal
@@ -149,6 +159,9 @@ class Session:
             set_limits(journal.words, agree(place, asked))
             with no_fork:  # a child that has the locked file unawares would hide our death
                 self._held.append(liveness.announce(place.alive, self.token, self._role, place.file_mode))
+            if self._role == "writer":
+                fs.lock_shared(place.tmp)
+                journal.words[W.WRITERS] = fs.monotonic_ns()
 
         return with_room(place, journal, announce), 0, 0
 
@@ -245,6 +258,8 @@ class Session:
         """Wake so many of those who wait, after the step that made the items or the room."""
         if items:
             self.doorbell.ring("items", items)
+            if items >= MEMBERS:
+                self.doorbell.ring("end", items)
         journal = self.journal
         if space and journal is not _NONE and is_worth_waking(journal.words):
             self.doorbell.ring("space", space)
@@ -259,6 +274,8 @@ class Session:
                 fs.unlink_missing_ok(place.alive, liveness.token_name(self.token))
                 fs.replace(liveness.announce(place.alive, self.token, self._role, place.file_mode), own)
             self.doorbell.renew_watch()
+        if self._role == "writer":
+            fs.lock_shared(place.tmp)  # of one that was made again
         self.looked_at = self.journal.words[W.HOUSEKEPT]
         return None, 0, 0
 
@@ -375,7 +392,7 @@ class Session:
         if not self.is_open:
             return
         if self.is_forked or is_finalizing():
-            self.is_open.clear()
+            self._end()
             return
         if put_off(self.close, last):
             return
@@ -404,6 +421,10 @@ class Session:
         _, items, space = last()
         while self.evict_if_alone()[0]:
             pass  # what `last` released, and two who leave at once take each other for company
+        if self._role == "writer":
+            self.journal.words[W.WRITERS] = fs.monotonic_ns()
+            if liveness.leave_writers(self.directories.root, self.directories.tmp):
+                items = MEMBERS  # it may be the end for them
         fs.yield_core()  # the barrier between what was made visible and who waits, as leaving the step is one
         self.wake(items, space)
         self.is_open.clear()  # no other thread takes on more: without our file, nobody would find it
@@ -429,12 +450,11 @@ class Session:
 
     def forked(self) -> None:
         """In a forked child: close what was inherited, so that the parent's death is not hidden by it."""
-        held, self._held = self._held, []
-        for fd in held:
+        kept = {self.directories.tmp} if self._role == "writer" and self.is_open and self._held else set()
+        for fd in {*self._held} - kept:
             with contextlib.suppress(OSError):
                 fs.close(fd)
-        if "_end" in vars(self):
-            self._end.detach()
+        self._hold([*kept])  # it counts as a writer from now on
         if self.journal is not _NONE:
             self.journal.close()
             self.journal = _NONE
@@ -447,23 +467,8 @@ class Session:
             adopt(None)
 
 
-@contextlib.contextmanager
-def administration(path: str | os.PathLike[str]) -> Iterator[Session]:
-    """A session of the spool at `path` for one call that looks after it; root acts as the spool's owner meanwhile.
-
-    Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError.
-    """
-    with fs.as_owner(path):
-        session = Session(path, Limits(), "admin", create=False)
-        try:
-            with session.explaining():
-                yield session
-        finally:
-            session.close(_nothing)
-
-
 def _nothing() -> tuple[None, int, int]:
-    """A step that only makes sure of the index, or the last one of a session that owns nothing."""
+    """A step that only makes sure of the index."""
     return None, 0, 0
 
 
@@ -484,12 +489,7 @@ def _abandon(pid: int, held: list[int], is_open: list[None]) -> None:
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-def _forget_inherited() -> None:
-    for session in list(_sessions):
-        session.forked()
-
-
-os.register_at_fork(after_in_child=_forget_inherited)
+os.register_at_fork(after_in_child=lambda: deque(map(Session.forked, list(_sessions)), 0))
 
 
 class Side:

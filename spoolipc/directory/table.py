@@ -125,6 +125,8 @@ WANTED: Final = _at(
     MOST_WAITERS
 )  # by place: bytes for which that writer waits, as the file system lacks them
 WANTED_BYTES: Final = slice(WANTED * WORD, (WANTED + MOST_WAITERS) * WORD)
+WRITERS: Final = _at()  # monotonic ns at which a writer last came or left
+ENDING: Final = _at()  # somebody waits until no item of a lower number is left, 0 for nobody
 assert _at.next <= HEADER
 
 # Record
@@ -175,6 +177,7 @@ DISCARDED: Final = 2  # no more puts and no more gets
 # What a waiting session waits for
 FOR_ITEMS: Final = 1
 FOR_SPACE: Final = 2
+FOR_END: Final = 3  # of the items that were put
 
 FIRST_DONATED: Final = 2**63
 """Numbers of files that never held an item begin here."""

@@ -1,13 +1,14 @@
-"""A look at a spool from outside: nothing is announced, written or built again.
+"""A spool from outside: looked at, or looked after.
 
-`stat`, `fsck` and the dry run of `gc` look through this. It takes the index lock for as long as one look, and sees a
-damaged index as such where a session would build it again.
+A `Visitor` only looks, for `stat`, `fsck` and the dry run of `gc`: nothing is announced, written or built again. It
+takes the index lock for as long as one look, and sees a damaged index as such where a session would build it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
 
@@ -112,6 +113,21 @@ class Visitor:
                 raise fs.storage_error(error, self.path) from error
         finally:
             self.close()
+
+
+@contextlib.contextmanager
+def administration(path: str | os.PathLike[str]) -> Iterator[Session]:
+    """A session of the spool at `path` for one call that looks after it; root acts as the spool's owner meanwhile.
+
+    Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError.
+    """
+    with fs.as_owner(path):
+        session = Session(path, Limits(), "admin", create=False)
+        try:
+            with session.explaining():
+                yield session
+        finally:
+            session.close(lambda: (None, 0, 0))
 
 
 AnySpool = Session | Visitor

@@ -37,6 +37,7 @@ from .spool import Item, Spool, clear, spools
 __all__ = ["Consumer", "Loan", "MemoryEngine", "Producer", "clear"]
 T = TypeVar("T")
 _LONGEST_SLEEP: Final = 3600.0
+_LOOK_EVERY: Final = 1.0
 _MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -44,12 +45,13 @@ class _Session:
     """One side of an open spool."""
 
     role: str
+    began = math.inf
 
     def __init__(self, spool: Spool, limits: Limits, reopen: bool = False, fresh: bool = False) -> None:
         self._spool, self.path = spool, spool.path
         self.dropped = deque[tuple[Item, int]]()  # of deliveries that are gone: the item, and its attempt
         with spool.step():
-            if fresh and (spool.in_flight or any(one.role == "writer" for one in spool.sessions)):
+            if fresh and (spool.in_flight or spool.has_writer()):
                 raise errors.SpoolInUse(f"{spool.path}: is in use: it has another writer, or items in flight")
             if fresh:
                 spool.empty()
@@ -57,6 +59,7 @@ class _Session:
             spool.agree(limits)
             spool.state = "open" if reopen else spool.state
             spool.sessions.add(self)
+            spool.news += self.role == "writer"
 
     @property
     def maxsize(self) -> int:
@@ -85,11 +88,13 @@ class _Session:
         return True
 
     def pause(self) -> float:
-        """Seconds until the next lease or delay ends, an hour at most. A step."""
+        """Seconds until the next lease or delay ends, an hour at most; or until to see whether a writer was dropped
+        unclosed. A step."""
         spool = self._spool
         away = (*spool.in_flight.values(), *spool.requeued[:1])
         ends = [item.due for item in away if item.due > spool.now]
-        return max(0.0, min([_LONGEST_SLEEP, *(end - time.monotonic() for end in ends)]))
+        longest = _LONGEST_SLEEP if self.began == math.inf else _LOOK_EVERY
+        return max(0.0, min([longest, *(end - time.monotonic() for end in ends)]))
 
     def briefly(self, step: Callable[[], T]) -> T:
         return step()
@@ -207,6 +212,13 @@ class Consumer(_Session):
 
     role = "reader"
 
+    def __init__(self, spool: Spool, options: ConsumerOptions) -> None:
+        super().__init__(spool, options.limits)
+        if options.end == "writers":
+            with spool.step(self):
+                there = spool.waiting() or spool.in_flight or spool.has_writer()
+                self.began = -1 if there else spool.news
+
     def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> _Taken:
         with self._spool.step(self) as spool:
             found = retry(lambda: spool.claim(self, limit, math.inf), self._wait, until)
@@ -296,7 +308,7 @@ class MemoryEngine:
         )
 
     def consumer(self, options: ConsumerOptions) -> Consumer:
-        return Consumer(self._spool(options.create), options.limits)
+        return Consumer(self._spool(options.create), options)
 
     def admin(self) -> Spool:
         return self._spool(create=False)

@@ -26,9 +26,11 @@ _log = logging.getLogger("spoolipc")
 
 
 class Session(Protocol):
-    """A session as its spool knows it. dropped: of deliveries that are gone, the item and its attempt."""
+    """A session as its spool knows it. began: of one that ends with the writers, `Spool.news` when it was opened, or -1
+    where something was there; else math.inf. dropped: of deliveries that are gone, the item and its attempt."""
 
     role: str
+    began: float
     dropped: deque[tuple[Item, int]]
 
 
@@ -81,7 +83,8 @@ class Spool:
     """A spool's state, which is changed in its steps only, and the spool as it is looked after from outside.
 
     fresh: what was never delivered, in order. requeued: what was, by when it is due; it comes first. dead: the dead
-    letters. bytes: of all but those. now: the time of this step, in monotonic seconds.
+    letters. bytes: of all but those. news: writers that came and items that were put. now: the time of this step, in
+    monotonic seconds.
     """
 
     def __init__(self, path: str) -> None:
@@ -92,10 +95,10 @@ class Spool:
         self.asked: dict[str, int] = {}
         self.limits = values.DEFAULTS
         self.state: values.State = "open"
-        self.sessions = set[Session]()
+        self.sessions = weakref.WeakSet[Session]()  # one dropped unclosed has left
         self.fresh, self.requeued = deque[Item](), list[Item]()
         self.in_flight, self.dead = dict[int, Item](), dict[int, Item]()
-        self.bytes = self.puts = self.gets = 0
+        self.bytes = self.puts = self.gets = self.news = 0
         self.now = 0.0
 
     @contextmanager
@@ -156,6 +159,9 @@ class Spool:
         self.changed.notify_all()
         return len(gone)
 
+    def has_writer(self) -> bool:
+        return any(session.role == "writer" for session in self.sessions)
+
     def waiting(self) -> int:
         return len(self.requeued) + len(self.fresh)
 
@@ -178,6 +184,7 @@ class Spool:
         """Make it the last item."""
         item.seq = self.puts = self.puts + 1
         self.bytes += len(item.image)
+        self.news += 1
         self.fresh.append(item)
         self.changed.notify_all()
         return item.seq
@@ -191,6 +198,8 @@ class Spool:
         if self.state == "discarded" or (self.state == "draining" and not others):
             what = "was shut down and has no more items; a writer begins again with fresh=True"
             raise errors.ShutDown(f"{self.path}: {what}")
+        if self.news > asking.began and not others and not self.has_writer():
+            raise errors.ShutDown(f"{self.path}: has ended: no item is left, and no writer")
         raise errors.Empty(f"{self.path}: no item waits")
 
     def claim(self, asking: Session, limit: int, lease: float) -> list[Item]:

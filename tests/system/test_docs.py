@@ -64,6 +64,7 @@ def test_what_the_tutorial_shows_runs(tmp_path: Path) -> None:
             "(480, 640) 1",
             "(480, 640) 2",
             "nobody is watching",
+            "the writer has left",
             "[0, 1, 2, 3, 4]",
             "2 images removed",
             "attempt 2 of an image of camera 3",

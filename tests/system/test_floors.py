@@ -46,10 +46,10 @@ FLOORS: Final = {
     "gc": "housekeeping journal layout liveness pool quarantine session visitor",
     "stat": "hearing layout liveness pool quarantine session visitor",
     "dead_letters": "format.footer itemfile layout quarantine session transitions visitor",
-    "repair": "gc layout liveness quarantine rebuild session",
+    "repair": "gc layout liveness quarantine rebuild session visitor",
     "check": "gc itemfile layout liveness quarantine repair visitor",
     "staging": "format.footer format.item itemfile layout liveness pool recycling session",
-    "reset": "dead_letters gc housekeeping layout liveness lock quarantine session transitions",
+    "reset": "dead_letters gc housekeeping layout liveness lock quarantine session transitions visitor",
     "producer": "engine format.footer format.item housekeeping itemfile lock pool recycling reset session"
     " staging transitions watch",
     "receiving": "engine format.footer format.item housekeeping itemfile journal liveness pool quarantine recycling"
