@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from support.account import check_spool
-from support.damage import cut, item_name, killed_at, link_out, picture, pipe
+from support.damage import cut, item_name, link_out, picture, pipe
 from support.faults import Injector
 
 from spoolipc import (
-    Empty,
     SpoolReader,
     SpoolWriter,
     failed_drop,
     failed_list,
     failed_retry,
     failed_show,
-    gc,
-    stat,
 )
 
 
@@ -88,30 +81,3 @@ def test_one_that_cannot_be_read_stays_with_the_reason_until_it_is_dropped(
     assert seqs(path) == [2]
     assert failed_drop(path) == [2]
     assert Path("/etc/passwd").exists()
-
-
-@pytest.mark.parametrize("call", [failed_retry, failed_drop])
-@pytest.mark.parametrize("after", [False, True])
-def test_a_crash_at_any_rename_or_removal_loses_and_doubles_nothing(
-    path: Path, tmp_path: Path, call: Callable[[Path], Any], after: bool
-) -> None:
-    for place in itertools.count(1):
-        copy = tmp_path / f"copy-{place}"
-        shutil.copytree(path, copy)
-        killed = killed_at(place, call, after, copy)
-        with SpoolReader(copy) as reader:
-            numbers = [letter.meta["number"] for letter in failed_list(copy)]
-            assert stat(copy).failed == len(numbers)
-            numbers += [int(reader.get_nowait()[0]) for _ in range(reader.qsize())]
-            with pytest.raises(Empty):
-                reader.get_nowait()
-        if call is failed_retry:
-            assert sorted(numbers) == [1, 2, 3, 4]
-        else:
-            assert 4 in numbers
-            assert len(numbers) == len(set(numbers))
-        gc(copy)
-        check_spool(copy)
-        if not killed:
-            break
-    assert place > 6

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from support.account import check_spool
 from support.damage import crash, item_name, killed_at, picture
 from support.peek import peek_table, poke
 
-from spoolipc import GcReport, SpoolReader, SpoolWriter, failed_show, fsck, gc
+from spoolipc import GcReport, SpoolReader, SpoolWriter, failed_show, fsck, gc, stat
 
 BIG = np.arange(100_000)
 MANY = 1_500
@@ -272,75 +269,27 @@ def test_several_at_once_share_the_work(path: Path) -> None:
     assert counts(gc(path)) == {}
 
 
-@pytest.mark.damaged
-def test_killed_at_any_removal_it_leaves_the_rest_to_the_next(path: Path, tmp_path: Path) -> None:
-    leave_everything(path)
-    for place in itertools.count(1):
-        copy = tmp_path / f"copy-{place}"
-        shutil.copytree(path, copy, symlinks=True)
-        killed = killed_at(place, gc, False, copy)
-        done = counts(gc(copy))
-        assert killed or done == FOREIGN_FILES
-        assert counts(gc(copy)) == FOREIGN_FILES
-        with SpoolReader(copy) as reader:
-            again = [reader.receive(timeout=5) for _ in range(5)]
-            assert [item.seq for item in again] == [2, 3, 4, 5, 6]
-        if not killed:
-            break
-    assert place > 8
-
-
-@pytest.fixture
-def traffic(path: Path) -> Iterator[list[int]]:
-    """Two writers and two readers at work in other threads; what the readers got, by the end."""
-    got: list[int] = []
+def test_during_traffic_nothing_live_is_removed_and_fsck_finds_nothing(path: Path) -> None:
     end = threading.Event()
 
-    def write(start: int) -> None:
-        with SpoolWriter(path) as writer:
-            for number in itertools.count(start, 2):
-                while writer.qsize() > 20 and not end.is_set():
-                    os.sched_yield()
-                if end.is_set():
-                    return
-                writer.put(np.full((1000, 5000, 40_000)[number % 3], number))
+    def traffic() -> None:
+        kept = np.zeros(0)
+        with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+            while not end.is_set():
+                for size in (1000, 5000, 40_000):
+                    writer.put(np.full(size, size))
+                with reader.receive() as item:
+                    assert (kept == len(kept)).all()
+                    kept = item.array
+                for array in reader.get_many(2):
+                    assert (array == len(array)).all()
 
-    def get() -> None:
-        with SpoolReader(path) as reader:
-            for array in reader:
-                assert (array == array[0]).all()
-                got.append(int(array[0]))
-
-    def receive() -> None:
-        kept = None
-        with SpoolReader(path) as reader:
-            for one in reader.items():
-                with one:
-                    kept = one.array
-                    got.append(int(kept[0]))
-
-    with ThreadPoolExecutor() as pool:
-        writers = [pool.submit(write, start) for start in (0, 1)]
-        readers = [pool.submit(work) for work in (get, receive)]
-        try:
-            yield got
-        finally:
-            end.set()
-            wait(writers)
-            with SpoolWriter(path) as writer:
-                writer.shutdown()
-        for future in writers + readers:
-            future.result()
-    for start in (0, 1):
-        mine = sorted(number for number in got if number % 2 == start)
-        assert mine == list(range(start, start + 2 * len(mine), 2))
-
-
-def test_during_traffic_nothing_live_is_removed_and_fsck_finds_nothing(
-    path: Path, traffic: list[int]
-) -> None:
-    while len(traffic) < 100:
-        os.sched_yield()
-    for _ in range(20):
-        assert counts(gc(path)) == {}
-        assert fsck(path).problems == ()
+    with ThreadPoolExecutor() as aside:
+        running = [aside.submit(traffic) for _ in range(3)]
+        for _ in range(20):
+            assert counts(gc(path)) == {}
+            assert fsck(path).problems == ()
+        end.set()
+        for one in running:
+            one.result()
+    assert stat(path).puts == stat(path).gets + stat(path).depth

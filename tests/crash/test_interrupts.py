@@ -29,7 +29,7 @@ from spoolipc.directory.recycling import Recycler
 
 PACKAGE = str(Path(spoolipc.__file__).parent)
 ANYWHERE = (
-    "put_small put_into_a_consumed_file put_again get_large get_again get_with_a_damaged_one_before receive ack_read"
+    "put_small put_into_a_consumed_file put_again get_large get_again get_with_a_damaged_one_before"
     " receive_and_acknowledge nack_and_ack_the_second_attempt reject lend_and_commit close shutdown_immediately"
     " open_after_a_crash rebuild_a_deleted_index"
 ).split()

@@ -63,12 +63,6 @@ def test_more_than_the_pool_may_hold_is_an_error_and_closes_the_writer(spool: Pa
         assert len(inodes(spool, "free")) == 2
 
 
-@pytest.mark.parametrize("asked", [(-1, NBYTES), (1, -1)])
-def test_numbers_that_mean_nothing_are_refused(spool: Path, asked: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="preallocate"):
-        SpoolWriter(spool, preallocate=asked)
-
-
 def test_files_made_ahead_outlive_their_writer(spool: Path) -> None:
     with Peer(spool) as peer:
         peer.run(f"writer = SpoolWriter(path, preallocate=(3, {NBYTES}))")

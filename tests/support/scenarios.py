@@ -373,15 +373,7 @@ def put_large(stage: Stage) -> Iterator[None]:
 
 @scenario
 def put_durably(stage: Stage) -> Iterator[None]:
-    writer = stage.writer(durability="fsync")
-    yield
-    stage.put(writer)
-    stage.put(writer, "large")
-
-
-@scenario
-def put_with_a_checksum(stage: Stage) -> Iterator[None]:
-    writer = stage.writer(checksum=True)
+    writer = stage.writer(durability="fsync", checksum=True)
     yield
     stage.put(writer)
     stage.put(writer, "large")
@@ -549,16 +541,6 @@ def received(stage: Stage, kind: str = "large", **options: Any) -> Item:
 
 
 @scenario
-def receive(stage: Stage) -> Iterator[None]:
-    reader = filled(stage)
-    yield
-    for value in (1, 2):
-        item = stage.receive(reader, value)
-        assert value_of(item.array) == value
-        assert item.meta is None
-
-
-@scenario
 def receive_and_acknowledge(stage: Stage) -> Iterator[None]:
     reader = filled(stage)
     yield
@@ -583,15 +565,6 @@ def ack_unread(stage: Stage) -> Iterator[None]:
     item = received(stage, "small")
     yield
     stage.settle(1, "gone", item.ack)
-
-
-@scenario
-def ack_read(stage: Stage) -> Iterator[None]:
-    item = received(stage)
-    array = item.array
-    yield
-    stage.settle(1, "gone", item.ack)
-    del array
 
 
 @scenario
