@@ -25,35 +25,31 @@ def inode_of(array: Array) -> int:
     raise AssertionError("the array is in no mapping")
 
 
-def filled(dtype: Any, least: int) -> Array:
-    """An array of distinct bytes, without invalid characters or booleans, of at least `least` bytes."""
+def filled(dtype: Any, shape: tuple[int, ...]) -> Array:
+    """An array of distinct bytes, padding included, without invalid characters or booleans."""
     dtype = np.dtype(dtype)
-    count = least // max(dtype.itemsize, 1) + 3
-    size = count * dtype.itemsize
+    size = int(np.prod(shape)) * dtype.itemsize
     raw = bytes(range(1, 128)) * (size // 127 + 1)
     if dtype.kind == "U":
-        text = "".join(chr(33 + i % 5000) for i in range(size // 4))
+        text = "".join(map(chr, range(1, size + 1)))
         raw = text.encode("utf-32-be" if dtype.str[0] == ">" else "utf-32-le")
     if dtype.kind == "b":
         raw = b"\x01\x00" * size
-    array: Array = np.ndarray((count,), dtype, bytearray(raw[:size] or b"\0"))
-    return array
+    return np.ndarray(shape, dtype, bytearray(raw[:size] or b"\0"))
+
+
+def content(array: Array) -> bytes:
+    """The bytes of an array in the order of its file, padding included."""
+    whole = array.view(f"V{array.itemsize}") if array.dtype.names and array.itemsize else array
+    return whole.tobytes("F" if array.flags.fnc else "C")
 
 
 def same(found: Array, array: Array) -> None:
-    """Assert that `found` is a plain array with the dtype, byte order, shape, memory order and values of `array`."""
+    """Assert that `found` is a plain array with the dtype, byte order, shape, memory order and bytes of `array`."""
     assert type(found) is np.ndarray
     assert found.dtype == array.dtype
     assert found.dtype.byteorder == array.dtype.byteorder
+    assert "metadata" not in repr(found.dtype)
     assert found.shape == array.shape
     assert found.flags.fnc == array.flags.fnc
-    _same_values(found, array)
-
-
-def _same_values(found: Array, array: Array) -> None:
-    """The same bytes, but for the padding between fields."""
-    if array.dtype.names is None:
-        assert found.tobytes() == array.tobytes()
-    else:
-        for name in array.dtype.names:
-            _same_values(found[name], array[name])
+    assert content(found) == content(array)

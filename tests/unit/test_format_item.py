@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.arrays import ALIGNED, NESTED, content, filled, same
 
 from spoolipc.errors import BadItem, TooLarge, UnknownVersion, UnsupportedArray
 from spoolipc.format import footer, item
 from spoolipc.message import Array, ArraySpec
 
 ID = bytes(range(16))
-ALIGNED = np.dtype([("a", "i1"), ("b", "f8"), ("c", "i2")], align=True)
-NESTED = np.dtype([("x", ALIGNED), ("y", [("p", ">i4", (2, 3)), ("q", "S3")], (2,)), ("z", "M8[us]")])
 TITLED = np.dtype([(("a title", "a"), "<i4"), ("b", "V3"), ((2.5, "c"), "u1"), (((1, b"x"), "d"), "u1")])
 DEEP: Any = np.dtype("f8")
 for _ in range(60):
@@ -47,20 +46,6 @@ DTYPES: list[Any] = [
     np.dtype("f8", metadata={"x": 1}),
     np.dtype([("a", np.dtype("f8", metadata={"secret": 1}))], metadata={"secret": 2}),
 ]
-
-
-def filled(dtype: Any, shape: tuple[int, ...]) -> Array:
-    """An array of distinct bytes, padding included, without invalid characters or booleans."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = bytes(range(1, 128)) * (size // 127 + 1)
-    if dtype.kind == "U":
-        raw = "".join(map(chr, range(1, size + 1))).encode(
-            "utf-32-be" if dtype.str[0] == ">" else "utf-32-le"
-        )
-    if dtype.kind == "b":
-        raw = b"\x01\x00" * size
-    return np.ndarray(shape, dtype, bytearray(raw[:size] or b"\0"))
 
 
 SHAPES: dict[str, Array] = {
@@ -94,21 +79,6 @@ def made(*arrays: Array, slack: bytes = b"", **said: Any) -> bytes:
 
 def shown(data: bytes | bytearray) -> list[Array]:
     return [item.view(data, block) for block in item.parse(data, len(data))[0]]
-
-
-def content(array: Array) -> bytes:
-    """The bytes of an array in the order of its file, padding included."""
-    whole = array.view(f"V{array.itemsize}") if array.dtype.names and array.itemsize else array
-    return whole.tobytes("F" if array.flags.fnc else "C")
-
-
-def assert_same(found: Array, array: Array) -> None:
-    assert found.dtype == array.dtype
-    assert found.dtype.byteorder == array.dtype.byteorder
-    assert "metadata" not in repr(found.dtype)
-    assert found.shape == array.shape
-    assert found.flags.fnc == array.flags.fnc
-    assert content(found) == content(array)
 
 
 @every_array
@@ -149,10 +119,10 @@ def test_what_was_written_is_read_back_and_by_np_load_too(array: Array, tmp_path
         for copy in (False, True):
             got = item.message(data, blocks, tail, copy=copy)
             assert got[1:5] == (None, {"k": 1}, 1, ID.hex())
-            assert_same(got.arrays[0], array)
+            same(got.arrays[0], array)
             assert not got.arrays[0].flags.writeable
     (tmp_path / "item.npy").write_bytes(data)
-    assert_same(np.load(tmp_path / "item.npy"), array)
+    same(np.load(tmp_path / "item.npy"), array)
 
 
 def test_several_arrays_are_read_by_repeated_np_load(tmp_path: Path) -> None:
@@ -162,8 +132,8 @@ def test_several_arrays_are_read_by_repeated_np_load(tmp_path: Path) -> None:
     assert got.names == tuple(NAMES)
     with open(tmp_path / "item.npy", "rb") as file:
         for array, found in zip(ARRAYS, got.arrays, strict=True):
-            assert_same(np.load(file), array)
-            assert_same(found, array)
+            same(np.load(file), array)
+            same(found, array)
         assert file.read(8) == footer.MAGIC
 
 
@@ -222,11 +192,11 @@ class TestPlain:
             found = item.plain(other)
             assert type(found) is np.ndarray
             assert np.shares_memory(found, other)
-            assert_same(shown(made(found))[0], found)
+            same(shown(made(found))[0], found)
 
     @pytest.mark.parametrize("scalar", [np.float32(1.5), np.str_("ab"), np.datetime64(1, "s"), np.bool()])
     def test_numpy_scalars_become_0d_arrays(self, scalar: np.generic) -> None:
-        assert_same(item.plain(scalar), np.array(scalar))
+        same(item.plain(scalar), np.array(scalar))
 
     @pytest.mark.parametrize(
         ("other", "expected"),
@@ -239,7 +209,7 @@ class TestPlain:
     )
     def test_what_lends_its_memory_is_read_where_it_is(self, other: Any, expected: Array) -> None:
         found = item.plain(other)
-        assert_same(shown(made(found))[0], expected)
+        same(shown(made(found))[0], expected)
         assert np.shares_memory(found, other.array if isinstance(other, Tensor) else np.asarray(other))
 
     def test_what_lends_memory_that_numpy_cannot_read_is_refused_with_its_reason(self) -> None:
@@ -300,7 +270,7 @@ class TestLayout:
         for dtype in ("i4", "V4", [("a", ">i4")], *fields):
             array = np.zeros(3, np.dtype(dtype))
             assert item.layout_of([array]).blocks[0].dtype == array.dtype
-            assert_same(shown(made(array))[0], array)
+            same(shown(made(array))[0], array)
 
     def test_fields_renamed_in_place_do_not_corrupt_the_caches(self) -> None:
         names = [("in", [("a", "i4")]), ("b", "i4")]
@@ -351,7 +321,7 @@ class TestView:
         with mmap.mmap(-1, 4096) as buffer:
             buffer[: len(made(array))] = made(array)
             got = item.message(buffer, *item.parse(buffer, 4096), copy=True)
-        assert_same(got.arrays[0], array)
+        same(got.arrays[0], array)
 
     def test_writeable_views_write_into_the_buffer_and_others_refuse(self) -> None:
         buffer = bytearray(made(np.zeros(4)))
@@ -368,7 +338,7 @@ class TestView:
     @pytest.mark.parametrize("order", ["C", "F"])
     def test_arrays_without_data_need_no_buffer(self, dtype: Any, order: Any) -> None:
         array = np.zeros((3, 0, 2), dtype, order=order)
-        assert_same(item.view(b"", item.layout_of([array]).blocks[0], writeable=True), array)
+        same(item.view(b"", item.layout_of([array]).blocks[0], writeable=True), array)
 
 
 def test_what_does_not_fit_a_layout_is_not_stored() -> None:
