@@ -231,7 +231,7 @@ fork-ears | hearing | test_fork that_waits | _ears, _ears_lock, _deaf = None, th
 put-back | consumer | test_interrupts interrupted_at_any_call | if got.places: ==> if False:
 put-back-amid | consumer | test_interrupts interrupted_at_any_call | if words[W.MARK]: ==> if False:
 # an error amid `get_many`
-ended-early | consumer | test_interrupts ended_early | (error):¶                self ==> (None):¶                self
+ended-early | consumer | test_errors of_many and get | (error):¶                self ==> (None):¶                self
 not-copied | queue | test_interrupts cannot_all | len(given) if isinstance(error, MemoryError) else 0 ==> 0
 # a signal handler, or a generator that the collector closes
 amid-step | session | test_reentrance handler_amid_any and put-put | if thread in steps: ==> if False:
@@ -341,7 +341,7 @@ fsck-checksum | check | test_verify one_flipped | file.parse(whole=True) ==> fil
 fsck-lists | table | test_fsck contradicts and lost | unlisted, self.seen.count(0) ==> 0, 0
 fsck-sums | table | test_fsck contradicts and flight | int((states == IN_FLIGHT).sum()) ==> words[IN_FLIGHT_COUNT]
 # not in the matrix: how it is built
-calls | receiving | test_call_budget | is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]): ==> True:
+calls | format/item | test_call_budget | _parsed[header] = block ==> pass
 one-door | quarantine | test_one_door | fs.write_whole(fd, ==> os.write(fd,
 floors | dead_letters | test_floors | import fs, ==> import fs, producer,
 # not in the matrix: the engine in memory

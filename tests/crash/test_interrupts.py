@@ -6,7 +6,6 @@ What was interrupted may have been done or not.
 
 from __future__ import annotations
 
-import errno
 import functools
 import shutil
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.account import check_spool
-from support.faults import Event, Injector, at, fail, interrupt, interrupted_at
+from support.faults import Event, Injector, at, interrupt, interrupted_at
 from support.peek import peek_table
 from support.scenarios import Run, every_or_core
 
@@ -99,6 +98,16 @@ def test_file_that_a_failed_put_reserved_is_found_by_the_next(
     place: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     path, array, other = place / "spool", np.zeros(5_000), np.zeros(50_000)
+
+    def fail_to_put() -> None:
+        with monkeypatch.context() as patch:
+            if how == "interrupted":
+                patch.setattr(Recycler, "reserved_at", interrupted)
+            else:
+                without_lock(patch)
+            with pytest.raises((KeyboardInterrupt, LockTimeout)):
+                writer.put(array)
+
     with SpoolWriter(path) as writer, SpoolReader(path) as reader, writer.loan(5_000) as lent:
         for _ in range(5):
             for _ in range(9):  # and some more files lie in the pool
@@ -107,18 +116,13 @@ def test_file_that_a_failed_put_reserved_is_found_by_the_next(
                 for _ in range(9):
                     reader.get()
             lent[0] = 1
-            with monkeypatch.context() as patch:
-                if how == "interrupted":
-                    patch.setattr(Recycler, "reserved_at", interrupted)
-                else:
-                    without_lock(patch)
-                with pytest.raises((KeyboardInterrupt, LockTimeout)):
-                    writer.put(array)
+            fail_to_put()
             writer.put(other)
             reader.get()
         # That which is lent, and those of the next puts
         assert len(peek_table(path).of("reserved")) <= 1 + 2
         lent[:] = 1
+        fail_to_put()
     assert not peek_table(path).of("reserved")
 
 
@@ -225,33 +229,6 @@ def test_a_get_many_interrupted_wherever_a_signal_can_come_leaves_every_item(pla
             lost.append(number)
     assert number > 100
     assert len(lost) <= 4, lost
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        errno.EIO,
-        *(pytest.param(error, marks=pytest.mark.exhaustive) for error in (errno.EMFILE, errno.ENOLCK)),
-    ],
-)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_get_many_ended_early_by_an_error_returns_what_was_taken(place: Path, way: str, error: int) -> None:
-    path, calls, number, counts = place / "spool", ["first"], 1, set[int]()
-    while number <= len(calls):
-        reader, got = open_to_take(path, way), []
-        with Injector(at(number, fail(error))) as injector, suppress(OSError):
-            got = take(reader, way)
-        calls = injector.met
-        counts.add(len(got))
-        left = [float(number) for number in range(len(got), 5)]
-        assert sorted(rest(path)) == left, f"call {number}: {calls[number - 1 :][:1]}"
-        del got
-        reader.close()
-        SpoolReader(path).close()
-        check_spool(path, orphans=True, checked=False)
-        shutil.rmtree(path)
-        number += 1
-    assert counts & {1, 2, 3}
 
 
 def test_a_get_many_whose_arrays_cannot_all_be_copied_returns_those_that_can(

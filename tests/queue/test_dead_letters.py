@@ -89,15 +89,6 @@ def test_every_way_to_fail_counts_as_an_attempt(pair: Pair, spool: Path) -> None
     assert [failure.who for failure in history] == [f"process {peer.pid}", here, here]
 
 
-def test_delay_of_the_last_attempt_means_nothing(pair: Pair, spool: Path) -> None:
-    writer, reader = pair
-    seq = writer.put(np.zeros(3))
-    for _ in range(2):
-        reader.receive(block=False).nack()
-    reader.receive(block=False).nack(delay=60, reason="later")
-    assert failed_show(spool, seq).reason == "later; that was attempt 3 of 3"
-
-
 def test_limit_of_attempts_is_five_where_nobody_asked_for_another(spool: Path) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
         writer.put(np.zeros(3))

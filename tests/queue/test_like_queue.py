@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import pickle
 import queue
-import re
 import threading
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +17,6 @@ from spoolipc import Empty, Full, NotASpool, ShutDown, SpoolReader, SpoolWriter,
 
 LARGE = 5000
 """Of float64: 40 KB, which is given out as a view of the file."""
-
-
-def descriptors() -> Counter[str]:
-    """What this process has open, without the numbers in names."""
-    gc.collect()
-    found: Counter[str] = Counter()
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            found[re.sub(r"[0-9]+", "#", os.readlink(f"/proc/self/fd/{name}"))] += 1
-    return found
 
 
 def test_errors_are_those_of_queue() -> None:
@@ -72,51 +57,6 @@ def test_closing_amid_traffic_of_other_threads_ends_it_with_a_clear_error(spool:
         writer.put(np.ones(3))
         assert sum(int(array.sum()) for array in reader.get_many(100_000)) == 3
     assert list((spool / "tmp").iterdir()) == []
-
-
-def work(writer: SpoolWriter, reader: SpoolReader) -> None:
-    for size in (1, LARGE, 2 * LARGE):
-        writer.put(np.zeros(size))
-        reader.get_nowait()
-    with pytest.raises(Empty):
-        reader.get(timeout=0.01)
-
-
-@pytest.mark.parametrize("closed", [True, False])
-def test_sessions_that_are_closed_or_dropped_leave_nothing_open(spool: Path, closed: bool) -> None:
-    with SpoolWriter(spool) as staying, SpoolReader(spool) as waiting:
-        work(staying, waiting)
-        before = descriptors()
-        for _ in range(20):
-            writer, reader = SpoolWriter(spool), SpoolReader(spool)
-            work(writer, reader)
-            if closed:
-                writer.close()
-                reader.close()
-            del writer, reader
-        opened = descriptors() - before
-        assert sum(opened.values()) <= 3, opened  # of those who stay: whom they woke meanwhile
-        SpoolReader(spool).close()  # who opens it finds those that were dropped
-        assert len(list((spool / "alive").iterdir())) == 2
-
-
-def test_closed_sessions_have_nothing_of_the_spool_open_but_its_table(spool: Path) -> None:
-    writer, reader = SpoolWriter(spool), SpoolReader(spool)
-    work(writer, reader)
-    writer.close()
-    reader.close()
-    here = re.sub(r"[0-9]+", "#", str(spool))
-    left = [name for name in descriptors() if name.startswith(here) and not name.endswith("index")]
-    assert left == []
-
-
-def test_refused_opening_leaves_nothing_open(spool: Path) -> None:
-    with SpoolWriter(spool, maxsize=3):
-        before = descriptors()
-        for _ in range(5):
-            with pytest.raises(ValueError, match="maxsize"):
-                SpoolWriter(spool, maxsize=4)
-        assert descriptors() - before == Counter()
 
 
 def test_writer_and_reader_can_be_pickled(spool: Path) -> None:
