@@ -205,7 +205,7 @@ class DirectoryConsumer(Receiver):
             state = words[record + W.STATE]
             if words[record + W.SEQ] == seq and state in (W.PINNED, W.POOLED):
                 link = linking(words, record) if state == W.POOLED else 0
-                journal.commit(transitions.restore(words, record, link))
+                journal.commit(transitions.restore(words, record, link, self.verify))
                 done += 1
         places.clear()
         return None, done, 0

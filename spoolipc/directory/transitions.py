@@ -262,14 +262,16 @@ def requeue(words: Words, record: int, due: int) -> Transition:
     return (MEMORY, 0, stores, None)
 
 
-def restore(words: Words, record: int, link: int) -> Transition:
+def restore(words: Words, record: int, link: int, counted: int = 0) -> Transition:
     """PINNED, or POOLED with the position that links to it, becomes WAITING again, the first: nobody received
-    it. The file is not written again, as who was interrupted may show it. SEQ is the item that it holds."""
+    it. The file is not written again, as who was interrupted may show it. SEQ is the item that it holds. counted: 1
+    where it was in flight before it was taken, which is no attempt."""
     seq = words[record + W.SEQ]
     stores: Stores = {
         W.ITEM_BYTES: words[W.ITEM_BYTES] + words[record + W.BYTES],
         W.DELIVERED_TOTAL: words[W.DELIVERED_TOTAL] - 1,
         record + W.STATE: W.WAITING,
+        record + W.ATTEMPT: words[record + W.ATTEMPT] - counted,
         record + W.FLAGS: words[record + W.FLAGS] | W.NEVER_AGAIN,
     }
     if link:
