@@ -135,7 +135,7 @@ class Stage:
     def put(self, writer: SpoolWriter, kind: str = "small", **options: Any) -> None:
         self.last += 1
         value = self.last
-        durable = writer.__reduce__()[0].keywords["durability"] == "fsync"
+        durable = writer.__reduce__()[1][2]["durability"] == "fsync"
         with self.change({value: "waiting 0"}, partly=durable) as seqs:
             seqs[value] = writer.put(arrays(value, kind), block=False, **options)
 

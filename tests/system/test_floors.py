@@ -64,7 +64,6 @@ FLOORS: Final = {
     "item": "engine format.item",
     "queue": "engine format.item connect item",
     "aio": "engine item queue",
-    "torch": "engine item queue",
     "spoolipc": "admin item queue check gc repair",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
