@@ -110,8 +110,8 @@ class Consumer(Session, Protocol):
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         """Take up to `limit` items in flight, for `lease` seconds (None: as long as this session lives); waits only
-        for the first. One whose delivery nobody holds any more, unsettled, is redelivered by the next call of this
-        session, with a ResourceWarning. Raises Empty, ShutDown."""
+        for the first, and may take fewer than wait. One whose delivery nobody holds any more, unsettled, is redelivered
+        by the next call of this session, with a ResourceWarning. Raises Empty, ShutDown."""
 
     def load(self, delivery: Delivery, writable: bool = False) -> Message:
         """The whole of an item in flight here; `writable` as for `take`. Raises BadItem, having dead-lettered it;

@@ -393,8 +393,7 @@ class SpoolReader(_Face):
     def get_many(
         self, limit: int, block: bool = True, timeout: float | None = None, *, copy: Copy = False
     ) -> list[Arrays]:
-        """Take what waits, up to `limit` items, in one step; waits only for the first. The step holds up all others for
-        about 20 us an item: where they matter, ask for some hundreds at a time.
+        """Take what waits, up to `limit` items; waits only for the first. After each 64 others have a turn.
 
         Other parameters and errors are those of `get`.
         """

@@ -27,21 +27,13 @@ from .layout import item_name
 from .lock import forks, put_off
 from .pool import linking
 from .quarantine import set_aside
-from .receiving import Opened, Receiver
+from .receiving import AT_ONCE, Opened, Receiver, Taken
 from .recycling import SECOND, Pin, keeper
 from .session import operation
 from .table import Words, active
 from .transitions import first
 
 _LONGEST: Final = 1e9  # seconds of a lease or delay
-
-
-class Taken(list[Message]):
-    """What a take has taken. places: the record and number of each item, to put it back, which is possible for as long
-    as this lives. kept: whoever puts meanwhile; else what is small may be written again."""
-
-    places: list[tuple[int, int]]
-    kept: bool
 
 
 class Claim:
@@ -80,13 +72,10 @@ class DirectoryConsumer(Receiver):
     # Taking
 
     def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> Taken:
-        """Take up to `limit` items off the spool for good; waits only for the first. Raises Empty, ShutDown.
-
-        An error in the midst ends it early; an interrupt puts back what was taken.
-        """
-        # Filled by the calls, so that nothing taken is unknown after an interrupt, wherever that came.
+        """Take up to `limit` items off the spool for good; waits only for the first. An error in the midst ends it
+        early, an interrupt puts back what was taken. Raises Empty, ShutDown."""
         got = Taken()
-        got.places, got.kept = [], kept
+        got.places, got.kept = [], kept or limit > AT_ONCE
         some = self._take_verified if self.verify else self._take_some
         try:
             try:
@@ -97,35 +86,38 @@ class DirectoryConsumer(Receiver):
                 retry(lambda: some(got, limit, True, writable), self.wait_for_item, until)
         except (Empty, ShutDown) as error:  # nothing was taken
             raise error.with_traceback(None) from None
-        except BaseException:
-            if got.places:
-                self.put_back(got)
-            raise
+        except BaseException as error:
+            if not got or not fs.is_ordinary(error):
+                if got.places:
+                    self.put_back(got)
+                raise
         return got
 
     @operation
     def _take_some(self, got: Taken, limit: int, sure: bool, writable: bool) -> None:
         """sure: make sure under the lock that there is nothing; not worth it for a caller that waits next."""
-        words = self.session.look()
-        ahead = self.look_ahead(words, limit, writable)
-        if not (ahead or sure or words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] or words[W.SHUTDOWN]):
-            raise self.nothing(False)
-        ended = self.session.step(self._take, got, limit, ahead, writable)
+        ended = None
+        while ended is None:
+            words = self.session.look()
+            ahead = self.look_ahead(words, limit - len(got), writable)
+            if not (ahead or sure or words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] or words[W.SHUTDOWN]):
+                break
+            ended = self.session.step(self._take, got, limit, ahead, writable)
         if not got:
-            raise self.nothing(ended)
+            raise self.nothing(bool(ended))
 
-    def _take(self, got: Taken, limit: int, ahead: list[Opened], writable: bool) -> tuple[bool, int, int]:
-        """Take items that are the next; whether nothing can come any more. A step.
-
-        What was taken is kept, whatever error comes later: the next call meets that again.
-        """
+    def _take(
+        self, got: Taken, limit: int, ahead: list[Opened], writable: bool
+    ) -> tuple[bool | None, int, int]:
+        """Take some that are the next; whether nothing can come any more, None where there may be more to take. What
+        was taken is kept, whatever error comes later: the next call meets that again. A step."""
         recycler = self.recycler
         items, space = self.begin(1)
         journal = self.session.journal
         words = journal.words
-        got.clear()  # what was taken before the index proved damaged, which is none
+        start, more = len(got), False
         try:
-            while len(got) < limit:
+            for _ in range(AT_ONCE):
                 record = first(words)
                 if not record or words[W.SHUTDOWN] == W.DISCARDED:
                     break
@@ -149,24 +141,30 @@ class DirectoryConsumer(Receiver):
                 got.places.append((record, seq))
                 self.consume(record, single, pin, got)
                 got.append(found)
+                if len(got) == limit:
+                    break
+            else:
+                more = True
         except BaseException as error:
             if not fs.is_ordinary(error):
-                self._put_back(got.places)
+                self._put_back(got.places, start)
                 raise
             del got.places[len(got) :]
             if not got:
                 raise
         if not got:
             recycler.reclaim()
-        space += len(got)
-        return not got and self.has_ended(), items + pass_on(words, space), space
+        space += len(got) - start
+        ended = None if more else not got and self.has_ended()
+        return ended, items + pass_on(words, space), space
 
     @operation
     def _take_verified(self, got: Taken, limit: int, sure: bool, writable: bool) -> None:
-        """Claim, read every byte without the lock, acknowledge; a damaged item is dead-lettered and another claimed."""
-        while not got:
-            claimed = self._claim_some(limit, None)
+        """Claim some, read every byte without the lock, acknowledge; a damaged item is dead-lettered."""
+        while len(got) < limit:
+            claimed: list[Delivery] = []
             try:
+                self._claim_some(claimed, limit - len(got), None)
                 for delivery in claimed:
                     try:
                         message = self._load(delivery, writable)
@@ -178,13 +176,12 @@ class DirectoryConsumer(Receiver):
                     self.session.step(self._ack, [delivery], got)
                     got.append(message)
             except BaseException as error:
-                interrupted = not fs.is_ordinary(error)
-                if interrupted:
-                    self.session.step(self._put_back, got.places)
-                self.session.step(self._requeue, claimed)  # what is in flight still
-                if interrupted or not got:
+                if claimed:
+                    self.session.step(self._requeue, claimed)  # what is in flight still
+                if not got or not fs.is_ordinary(error):
                     raise
                 del got.places[len(got) :]
+                return
 
     @operation
     def put_back(self, taken: list[Message], start: int = 0) -> None:
@@ -193,21 +190,22 @@ class DirectoryConsumer(Receiver):
         places = taken.places[start:]
         del taken.places[start:]
         with suppress(SpoolError, OSError):  # what stands in the way is told to the next to call
-            self.session.step(self._put_back, places)
+            while places:
+                self.session.step(self._put_back, places, max(0, len(places) - AT_ONCE))
 
-    def _put_back(self, places: list[tuple[int, int]]) -> tuple[None, int, int]:
-        """Undo the taking of items, where their files are as they were. A step."""
+    def _put_back(self, places: list[tuple[int, int]], start: int) -> tuple[None, int, int]:
+        """Undo the taking of items, from that at `start` on, where their files are as they were. A step."""
         journal, done = self.session.journal, 0
         words = journal.words
         if words[W.MARK]:  # an interrupt came amid a transition
             journal.recover()
-        for record, seq in reversed(places):
+        for record, seq in reversed(places[start:]):
             state = words[record + W.STATE]
             if words[record + W.SEQ] == seq and state in (W.PINNED, W.POOLED):
                 link = linking(words, record) if state == W.POOLED else 0
                 journal.commit(transitions.restore(words, record, link, self.verify))
                 done += 1
-        places.clear()
+        del places[start:]
         return None, done, 0
 
     # Claiming and settling
@@ -215,15 +213,15 @@ class DirectoryConsumer(Receiver):
     @operation
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         """Take up to `limit` items in flight, for `lease` seconds or as long as this session lives."""
-        return retry(lambda: self._claim_some(limit, lease), self.wait_for_item, until)
+        return retry(lambda: self._claim_some([], limit, lease), self.wait_for_item, until)
 
-    def _claim_some(self, limit: int, lease: float | None) -> list[Delivery]:
+    def _claim_some(self, taken: list[Delivery], limit: int, lease: float | None) -> list[Delivery]:
+        """taken: filled by the step, so that an interrupt leaves nothing in flight unknown."""
         due = _due_in(lease) if lease is not None else 0
         if not 0 <= time.monotonic_ns() - keeper.now < SECOND:
             self.recycler.mappings.sweep(self.session.look())
-        taken: list[Delivery] = []  # filled by the step: an interrupt leaves nothing in flight unknown
         try:
-            ended = self.session.step(self._claim, limit, due, taken)
+            ended = self.session.step(self._claim, min(limit, AT_ONCE), due, taken)
         except BaseException:
             if taken:
                 self.session.step(self._requeue, taken)
@@ -265,14 +263,15 @@ class DirectoryConsumer(Receiver):
 
     def give_back(self) -> None:
         """Requeue what nobody has any more though it was not settled."""
-        for seq in self.session.step(self._give_back):
-            what = f"item {seq} of {self.path} was dropped unsettled; it is redelivered. Use: with reader.receive()"
-            warnings.warn(what, ResourceWarning, stacklevel=1)
+        while self.session.dropped:
+            for seq in self.session.step(self._give_back):
+                what = f"item {seq} of {self.path} was dropped unsettled; it is redelivered. Use: with reader.receive()"
+                warnings.warn(what, ResourceWarning, stacklevel=1)
 
     def _give_back(self) -> tuple[list[int], int, int]:
         """Redeliver what nobody has any more; the numbers of the items. A step."""
         dropped, seqs, items, space = self.session.dropped, list[int](), 0, 0
-        while dropped:
+        while dropped and len(seqs) < AT_ONCE:
             given: _Given = dropped[0]
             claim = Claim(given.table, given.record, given.seq, 0)
             record = self._find(Delivery(given.seq, given.attempt, 0, 0, claim))

@@ -124,7 +124,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     words = session.journal.words
     words[W.HOUSEKEPT] = now
     if crashed:
-        end_loans(session, crashed)
+        left |= end_loans(session, crashed)
         left |= _remove_temporary(session, crashed)
     for place, waiter in enumerate(W.WAITERS):
         if words[waiter.token] in crashed:
@@ -181,11 +181,14 @@ def _settle_round(session: Session, crashed: set[int], now: int) -> tuple[int, i
     return items, space, len(rest) > _AT_ONCE - settled
 
 
-def end_loans(session: Session, lenders: Collection[int]) -> None:
-    """Nothing comes back to these lenders, who may still show what they lent: it is not written again. A step."""
+def end_loans(session: Session, lenders: Collection[int]) -> bool:
+    """Nothing comes back to these lenders, who may still show what they lent: it is not written again. Whether some is
+    left for the next step. A step."""
     journal = session.journal
-    for record in lent(journal.words, lenders):
+    records = lent(journal.words, lenders)
+    for record in records[:_AT_ONCE]:
         journal.commit(transitions.end_loan(journal.words, record, shared=True))
+    return len(records) > _AT_ONCE
 
 
 def _remove_temporary(session: Session, crashed: set[int]) -> bool:

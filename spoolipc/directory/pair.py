@@ -85,11 +85,10 @@ class DirectoryPair(Side):
         self.session.close(self._leave)
         self.producer.lent.clear()
 
-    def _leave(self) -> tuple[None, int, int]:
+    def _leave(self) -> tuple[bool, int, int]:
         """What is in flight is requeued before the writer drops all that is left."""
-        _, items, space = self.consumer.leave()
-        _, more, room = self.producer.leave()
-        return None, items + more, space + room
+        left, items, space = self.consumer.leave()
+        return (True, items, space) if left else (self.producer.leave()[0], items, space)
 
 
 def unfinished(words: Words) -> int:

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 
@@ -37,7 +37,6 @@ from .staging import Staged, Staging
 from .table import Words, bucket, owned
 from .watch import SessionWatch
 
-T = TypeVar("T")
 RETRY_AFTER: Final = 1.0
 """Seconds after which a write that the file system refused is tried again."""
 
@@ -71,7 +70,8 @@ class DirectoryProducer(Side):
                 if options.fresh:
                     reset.begin_anew(self.session, options.limits)
                 if options.reopen or options.fresh:
-                    self.session.step(self._set_state, W.OPEN)
+                    while self.session.step(self._set_state, W.OPEN):
+                        pass  # whoever shut down ended before all was removed
         except BaseException:
             self.close()
             raise
@@ -87,8 +87,7 @@ class DirectoryProducer(Side):
     @operation
     def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
         """Put messages in order, each whole and at once; returns their sequence numbers."""
-        seqs: list[int] = []
-        staged: list[Staged] = []
+        seqs, staged = list[int](), list[Staged]()
         try:
             try:
                 if messages:
@@ -437,38 +436,39 @@ class DirectoryProducer(Side):
         """End the spool for all: no more puts; with `immediate` no more gets either, and what waits is removed."""
         if put_off(self.shutdown, immediate):
             return
-        self.session.step(self._set_state, W.DISCARDED if immediate else W.DRAINING)
+        while self.session.step(self._set_state, W.DISCARDED if immediate else W.DRAINING):
+            pass
         self.session.doorbell.ring_all()
         if immediate:
             while self.session.step(housekeeping.discard_if_shut_down, self.session):
                 pass
 
-    def _set_state(self, state: int) -> tuple[None, int, int]:
-        """DISCARDED is not taken back by a later DRAINING, only by OPEN. A step."""
+    def _set_state(self, state: int) -> tuple[int, int, int]:
+        """DISCARDED is taken back by OPEN alone, when nothing is left of it; how much was removed. A step."""
         session = self.session
         now = session.journal.words[W.SHUTDOWN]
         if now == state or (now == W.DISCARDED and state == W.DRAINING):
-            return None, 0, 0
-        while now == W.DISCARDED and housekeeping.discard_if_shut_down(session)[0]:
-            pass  # whoever shut down ended before all was removed
+            return 0, 0, 0
+        if now == W.DISCARDED and (removed := housekeeping.discard_if_shut_down(session))[0]:
+            return removed
         session.journal.commit(transitions.set_shutdown(state))
-        return None, 0, 0
+        return 0, 0, 0
 
     def close(self) -> None:
         """Leave; reserved files go back to the pool, and files that a lent array may still show lose their names."""
         self.session.close(self.leave)
         self.lent.clear()
 
-    def leave(self) -> tuple[None, int, int]:
-        """The last step."""
+    def leave(self) -> tuple[bool, int, int]:
+        """Give up some of what this session has; whether more is left. A step."""
         journal, token = self.session.journal, self.session.token
         self._recycler.release_all()
-        housekeeping.end_loans(self.session, (token,))
+        more = housekeeping.end_loans(self.session, (token,))
         # What is still reserved, or in tmp/, is being written, lent, or left of a put that was interrupted.
-        for record in owned(journal.words, (token,)):
+        ours = owned(journal.words, (token,))
+        for record in ours[:MOST_RESERVED]:
             journal.commit(transitions.drop(journal.words, record))
-        self._staging.clear()
-        return None, 0, 0
+        return self._staging.clear() or more or len(ours) > MOST_RESERVED, 0, 0
 
 
 class _Held(weakref.ref["DirectoryLoan"]):

@@ -36,12 +36,22 @@ from .watch import SessionWatch
 _log = logging.getLogger("spoolipc")
 PATIENCE = 3.0
 """Seconds after which a wait on a path where nothing ever was is told."""
-_AHEAD: Final = 64  # items opened without the lock for one call
+AT_ONCE: Final = 64
+"""Items taken in one step, opened before it without the lock: it holds up others for about a millisecond."""
 
 
 Opened: TypeAlias = tuple[Message, object, bool]
 """An item's file, read: its message; shown, what the arrays keep alive that are views of the file's pages, None
 where they are arrays of their own; single, whether the file has no other name, so that it may be written again."""
+
+
+class Taken(list[Message]):
+    """What a take has taken, known to it at once, wherever an interrupt comes. places: the record and number of each
+    item, to put it back, which is possible for as long as this lives. kept: whoever puts meanwhile; else what is small
+    may be written again."""
+
+    places: list[tuple[int, int]]
+    kept: bool
 
 
 class Receiver(Side):
@@ -130,7 +140,7 @@ class Receiver(Side):
                     found.append(self.open(words, record, words[record + W.SEQ], writable))
                 except (BadItem, OSError):
                     break  # gone meanwhile, or damaged: the locked step will see which
-                if len(found) == limit or len(found) == _AHEAD:
+                if len(found) == limit or len(found) == AT_ONCE:
                     break
                 record = words[record + W.NEXT]
         finally:
@@ -257,7 +267,7 @@ class Receiver(Side):
             if keep and pin is not None:
                 released = recycler.releasable()
             if not released:
-                recycler.reclaim()
+                recycler.reclaim(len(recycler.pins.pending) - 1)
         owner = words[record + W.LOAN] if pin is None else self.session.token
         try:
             journal.commit(consume(words, record, owner, keep, released))
@@ -279,7 +289,7 @@ class Receiver(Side):
     @operation
     def wait_for_item(self, until: Deadline) -> bool:
         """Wait until there may be an item, or the end; false when the deadline is past."""
-        if self.recycler.pins.pending:
+        while self.recycler.pins.pending:
             self.session.step(self._reclaim)
         return self.session.wait("items", until, self._item_or_end(), self._each_second)
 
@@ -327,14 +337,17 @@ class Receiver(Side):
         """Leave: what is in flight is requeued; files that arrays still show lose their names."""
         self.session.close(self.leave)
 
-    def leave(self) -> tuple[None, int, int]:
-        """The last step."""
+    def leave(self) -> tuple[bool, int, int]:
+        """Give up some of what this session has; whether more is left. A step."""
         session, items, space = self.session, 0, 0
         self.recycler.reclaim()
-        for record in owned(session.journal.words, (session.token,)):
+        if self.recycler.pins.pending:
+            return True, 0, 0
+        ours = owned(session.journal.words, (session.token,))
+        for record in ours[:AT_ONCE]:
             if session.journal.words[record + W.STATE] == W.IN_FLIGHT:
                 _, more, room = housekeeping.redeliver(session, record, "its reader left", 0)
                 items, space = items + more, space + room
             else:
                 session.journal.commit(transitions.drop(session.journal.words, record))
-        return None, items, space
+        return len(ours) > AT_ONCE, items, space

@@ -313,10 +313,10 @@ class Recycler:
         return 0
 
     def reclaim(self, leave: int = 0) -> None:
-        """Files that no array shows any more, all but `leave`, go to the pool, to the writer that lent them, or away
-        when the pool is full or a forked child may show them. A step."""
+        """Files that no array shows any more, some of them but for the last `leave`, go to the pool, to the writer that
+        lent them, or away when the pool is full or a forked child may show them. A step."""
         pending, journal, token = self.pins.pending, self.session.journal, self.session.token
-        while len(pending) > leave:
+        for _ in range(min(len(pending) - leave, MOST_RESERVED)):
             pin = self.pins.first()
             words, record = journal.words, pin.record
             pending.popleft()

@@ -26,7 +26,7 @@ from . import fs, liveness
 from . import table as W
 from .doorbell import Doorbell, Kind, take_place
 from .journal import Journal, holder, set_limits
-from .layout import Directories, agree, open_directories, temporary_owner
+from .layout import Directories, agree, open_directories
 from .lock import IndexLock, briefly, catch_up, hurried, no_fork, put_off, reentered, steps
 from .pool import MOST_EVICTED, evict, is_worth_waking, waiting, with_room
 from .rebuild import rebuild
@@ -384,11 +384,11 @@ class Session:
                     finally:
                         self._is_opening = False
 
-    def close(self, last: Callable[[], tuple[None, int, int]]) -> None:
-        """Do the `last` step and leave, when the step that this thread is in has ended; harmless when repeated.
+    def close(self, last: Callable[[], tuple[bool | None, int, int]]) -> None:
+        """Leave, when the step that this thread is in has ended; harmless when repeated.
 
-        A spool that was deleted meanwhile is simply left. When the interpreter ends, the session does as by a crash.
-        """
+        last: a step that gives up some of what the session has; whether more is left. A spool that was deleted
+        meanwhile is simply left. When the interpreter ends, the session does as by a crash."""
         if not self.is_open:
             return
         if self.is_forked or is_finalizing():
@@ -398,7 +398,7 @@ class Session:
             return
         try:
             with contextlib.suppress(SpoolGone, SpoolClosed), self.explaining():
-                while self.step(self.evict_if_alone):
+                while self.step(last) or self.step(self.evict_if_alone):
                     pass
                 self.step(self._leave, last)
         finally:
@@ -417,10 +417,11 @@ class Session:
             self.journal.close()
         self._end()
 
-    def _leave(self, last: Callable[[], tuple[None, int, int]]) -> tuple[None, int, int]:
-        _, items, space = last()
-        while self.evict_if_alone()[0]:
-            pass  # what `last` released, and two who leave at once take each other for company
+    def _leave(self, last: Callable[[], tuple[bool | None, int, int]]) -> tuple[None, int, int]:
+        left, items, space = last()
+        while left or self.evict_if_alone()[0]:  # two who leave at once take each other for company
+            left, more, room = last()
+            items, space = items + more, space + room
         if self._role == "writer":
             self.journal.words[W.WRITERS] = fs.monotonic_ns()
             if liveness.leave_writers(self.directories.root, self.directories.tmp):
@@ -433,10 +434,7 @@ class Session:
             for waiter in W.WAITERS:
                 if words[waiter.token] == self.token:
                     words[waiter.since] = words[waiter.token] = 0
-            with contextlib.suppress(OSError):  # now, so that whoever leaves next knows to be the last
-                for name in fs.list_names(self.directories.tmp):
-                    if temporary_owner(name) == self.token:  # left of a put that was interrupted
-                        self.directories.remove("tmp", name)
+            # Now, so that whoever leaves next knows to be the last.
             self.directories.remove("alive", liveness.token_name(self.token))
         return None, 0, 0
 

@@ -24,7 +24,7 @@ from . import fs, pool
 from .itemfile import ItemFile, check_regular
 from .layout import temporary_owner
 from .liveness import token_name
-from .recycling import PAGE, SMALL, Pin, Recycler, Reserved, keeper, rounded
+from .recycling import MOST_RESERVED, PAGE, SMALL, Pin, Recycler, Reserved, keeper, rounded
 from .session import EVERY, Session
 from .table import (
     DELIVERED_TOTAL,
@@ -295,12 +295,14 @@ class Staging:
         except SpoolClosed:
             pass
 
-    def clear(self) -> None:
-        """Remove what this session still has in `tmp/`. A step."""
-        tmp = self.session.directories.tmp
-        for name in fs.list_names(tmp):
-            if temporary_owner(name) == self.session.token:
-                fs.unlink_missing_ok(tmp, name)
+    def clear(self) -> bool:
+        """Remove some of what this session still has in `tmp/`; whether more is left. A step."""
+        directories, token = self.session.directories, self.session.token
+        names = set(fs.list_names(directories.tmp)) - directories.stuck
+        ours = [name for name in names if temporary_owner(name) == token]
+        for name in ours[:MOST_RESERVED]:
+            directories.remove("tmp", name)
+        return len(ours) > MOST_RESERVED
 
     def map_reserved(self, staged: Staged) -> mmap.mmap | None:
         """The mapping of a consumed file to be lent, None where there is none."""

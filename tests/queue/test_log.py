@@ -47,5 +47,5 @@ def test_each_fault_is_told_in_one_line_that_is_true(
         (path / "index").unlink()
         assert reader.get()[0] == 3
         assert caplog.messages == [
-            f"{path}: the index was deleted, linked or truncated; built it again with 1 items"
+            f"{path}: the index was deleted, linked or truncated; built it again with 1 items, locked for 0.0 s"
         ]
