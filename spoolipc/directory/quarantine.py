@@ -158,6 +158,9 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
         )
 
     try:
+        if not fs.exists(directories.items, item_name(seq)):
+            directories.check()  # a move begun would be taken for one that happened
+            raise FileNotFoundError
         said = _moved(seq, move)
     except OSError as error:
         if isinstance(error, SpoolError):

@@ -41,7 +41,7 @@ def test_each_fault_is_told_in_one_line_that_is_true(
         assert reader.get()[0] == 2
         assert caplog.messages == [
             f"{path}: item 1 is now in failed/: damaged: {caplog.messages[0].rpartition('damaged: ')[2]}",
-            f"{path}: item 2 has no file any more",
+            f"{path}: item 2 has no file any more: damaged: its file is missing",
         ]
         caplog.clear()
         (path / "index").unlink()
