@@ -98,6 +98,8 @@ retried-asleep | dead_letters | test_wakeups retried | seq, 1, ==> seq, 0,
 no-letter | dead_letters | test_directory_engine retried | missing := set(wanted).difference(there): ==> missing := ():
 # `failed/` takes no item
 left-aside | quarantine | test_dead_letters does_not_take | move(_TOP, aside) ==> raise
+# item file that the device or the file system cannot read
+unread | itemfile | test_stops_nobody cannot_be_read | if error.errno in _LOST else error ==> if False else error
 # a file that can be neither moved nor removed
 left-there | quarantine | test_stops_nobody at_all | move("", "") ==> raise
 left-in-free | journal | test_stops_nobody crashed_session | elif kind == UNLINK: ==> elif kind == -1:

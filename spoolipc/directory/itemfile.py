@@ -22,12 +22,19 @@ from ..message import Contents
 from . import fs
 
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+_LOST: Final = (errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
+"""Of a file that the device has lost, or the file system finds damaged."""
 
 
 def check_regular(status: os.stat_result) -> None:
     """Raise BadItem unless `status` is that of a regular file."""
     if not stat.S_ISREG(status.st_mode):
         raise BadItem(f"not a regular file ({stat.filemode(status.st_mode)})")
+
+
+def unreadable(error: OSError) -> BadItem | OSError:
+    """The error to raise for one of reading an item: a BadItem, unless it may be of something else than its file."""
+    return BadItem(f"cannot be read: {error.strerror}") if error.errno in _LOST else error
 
 
 def check_readable(status: os.stat_result) -> None:
@@ -52,7 +59,9 @@ class ItemFile:
                 raise BadItem("not a regular file") from None
             if error.errno == errno.EACCES:
                 check_readable(fs.stat_at(name, dir_fd=directory))
-            raise
+            if writable:
+                raise
+            raise unreadable(error) from None
         try:
             self.status = fs.fstat(self.fd)
             check_regular(self.status)
@@ -77,7 +86,10 @@ class ItemFile:
 
     def read(self, size: int) -> bytes:
         """The first `size` bytes. Raises BadItem when there are fewer."""
-        data = fs.read(self.fd, size)
+        try:
+            data = fs.read(self.fd, size)
+        except OSError as error:
+            raise unreadable(error) from None
         if len(data) != size:
             raise BadItem(f"only {len(data)} of {size} bytes could be read")
         return data
@@ -111,7 +123,10 @@ class ItemFile:
 
     def __getitem__(self, where: slice) -> bytes:
         """The bytes of a slice, read with one call."""
-        return fs.pread(self.fd, where.stop - where.start, where.start)
+        try:
+            return fs.pread(self.fd, where.stop - where.start, where.start)
+        except OSError as error:
+            raise unreadable(error) from None
 
     def __enter__(self) -> Self:
         return self

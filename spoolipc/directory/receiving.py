@@ -23,7 +23,7 @@ from ..format.item import message, parse, verify
 from ..message import Deadline, Message
 from . import fs, housekeeping, liveness, transitions
 from . import table as W
-from .itemfile import ItemFile, check_regular
+from .itemfile import ItemFile, check_regular, unreadable
 from .journal import Journal
 from .pool import may_pool, waiting
 from .quarantine import forget_history
@@ -157,6 +157,8 @@ class Receiver(Side):
             status = fs.stat_at(name, dir_fd=items)
         except FileNotFoundError:
             raise BadItem("its file is missing") from None
+        except OSError as error:
+            raise unreadable(error) from None
         size, number = status[6], words[record + W.FILE]
         kept = mappings.kept.get(number)
         if kept is not None and kept.identity == status[1:3] and kept.size == size and not writable:

@@ -15,6 +15,7 @@ from support.damage import crash, item, item_name
 from support.faults import Event, Injector, fail
 
 from spoolipc import (
+    BadItem,
     Empty,
     SpoolReader,
     SpoolWriter,
@@ -225,3 +226,41 @@ def test_a_file_in_free_that_cannot_be_removed_keeps_nobody_from_building_the_in
         assert np.array_equal(shown, LARGE)
         assert writer.put(LARGE) == 4
         assert gc(spool).orphaned_files == 1
+
+
+# Items that cannot be read
+
+
+def refuse_reading(error: int, name: str) -> Hook:
+    """A file cannot be opened, or what is open of it cannot be read, as where the device has lost it."""
+
+    def hook(event: Event) -> None:
+        if event.name == "open_at" and event.args[0] == name:
+            fail(error)(event)
+        if event.name in ("read", "pread") and os.readlink(f"/proc/self/fd/{event.args[0]}").endswith(name):
+            fail(error)(event)
+
+    return hook
+
+
+@pytest.mark.parametrize("size", [10, 10_000])
+@pytest.mark.parametrize("way", ["get", "receive", "peek"])
+def test_an_item_that_cannot_be_read_is_a_dead_letter_and_stops_nobody(
+    spool: Path, size: int, way: str
+) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put_many([np.full(size, number) for number in range(3)])
+        with Injector(refuse_reading(errno.EIO, item_name(1))):
+            assert [problem.kind for problem in fsck(spool).problems] == ["item"]
+            if way == "get":
+                assert int(reader.get_nowait()[0]) == 1
+            elif way == "peek":
+                assert reader.peek(block=False).seq == 2
+            else:
+                with pytest.raises(BadItem), reader.receive(block=False) as received:
+                    assert received.array is None
+            (letter,) = failed_list(spool)
+            assert (letter.seq, letter.damage) == (1, f"cannot be read: {os.strerror(errno.EIO)}")
+            assert letter.damage in letter.reason
+            assert list(failed_retry(spool).damaged) == [1]
+        assert failed_retry(spool).seqs == {1: 4}
