@@ -154,15 +154,18 @@ hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(f
 hole-index | journal | test_order_of_calls index | fs.allocate(fd, 0, ==> fs.truncate(fd,
 hole-grown | journal | test_full_disk grow | fs.allocate(self._fd, 0, ==> fs.truncate(self._fd,
 full-take | receiving | test_errors no_block | not keep or not fs.is_shortage(error): ==> True:
-gives-way | staging | test_limits give_way | not session.step(recycler.make_room, lacking): ==> True:
+gives-way | staging | test_limits give_way | not recycler.let_give_way(lacking): ==> True:
 half-saved | fs | test_order_of_calls hole | written < end: ==> False:
 full-history | quarantine | test_dead_letters be_written | OSError as error:¶        d ==> EOFError as error:¶        d
 # file system, quota or number of files used up, pooled files there
-evict-refused | staging | test_giving_way refused | if not session.step(recycler.make_room, size): ==> if True:
+evict-refused | staging | test_giving_way refused | if not recycler.let_give_way(size): ==> if True:
 evict-growing | producer | test_giving_way grow | is_shortage and recycler.make_room(1)[0]: ==> False:
 evict-opening | session | test_giving_way opens | with_room(place, journal, announce) ==> announce()
 place-left | fs | test_giving_way lacks | min(_FILES_LEFT, status.f_files >> 4) ==> 0
 share | pool | test_giving_way idle_spool | pooled + size > words[W.SHARE_BYTES] or ==>
+# the sessions of one process, one of which puts
+siblings | recycling | test_giving_way let_go_of | for ref in _recyclers.valuerefs(): ==> for ref in []:
+hoarding | producer | test_giving_way idle_writer | MOST_RESERVED if need < LARGE else ENOUGH_LARGE ==> MOST_RESERVED
 # a pooled file evicted while others map it, or look at its item
 emptied | pool | test_giving_way fits_again | fs.truncate(fd, 0) ==> pass
 looked-at | pool | test_giving_way stopped | and _nobody_looks(directories, journal): ==> :

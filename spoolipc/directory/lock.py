@@ -155,6 +155,18 @@ class IndexLock:
         what = f"the index lock was not free within {patience:g} s; it is held by {holder}"
         return LockTimeout(errno.ETIMEDOUT, what, self.path)
 
+    def is_free(self) -> bool:
+        """Whether nobody holds the lock just now."""
+        if not self.mutex.acquire(blocking=False):
+            return False
+        try:
+            if not fs.lock(self.fd):
+                return False
+            fs.unlock(self.fd)
+            return True
+        finally:
+            self.mutex.release()
+
     def release(self) -> None:
         """Release the lock; harmless when it is not held. The caller holds `mutex`."""
         try:

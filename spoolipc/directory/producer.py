@@ -31,7 +31,7 @@ from . import table as W
 from .itemfile import ItemFile
 from .lock import put_off
 from .pool import LARGE, find_pooled, has_room, places, why_full
-from .recycling import ENOUGH_MAPPED, MOST_RESERVED, NO_FILE, SECOND, Lent, Pin, Recycler, keeper, rounded
+from .recycling import ENOUGH_LARGE, MOST_RESERVED, NO_FILE, SECOND, Lent, Pin, Recycler, keeper, rounded
 from .session import Look, Session, Side, operation
 from .staging import Staged, Staging
 from .table import Words, bucket, owned
@@ -274,8 +274,8 @@ class DirectoryProducer(Side):
                 journal.commit(transitions.put_new(words, record, size, "tmp", staged.name))
             else:
                 need = staged.need
-                if len(recycler.reserved) < MOST_RESERVED:
-                    only_mapped = need >= LARGE and len(recycler.mappings.kept) >= ENOUGH_MAPPED
+                if len(recycler.reserved) < (MOST_RESERVED if need < LARGE else ENOUGH_LARGE):
+                    only_mapped = need >= LARGE and len(recycler.mappings.kept) >= ENOUGH_LARGE
                     successor, link = find_pooled(words, need, size, recycler.mappings.kept, only_mapped)
                 journal.commit(transitions.put(words, record, seq, file.name, successor, link))
         except FileNotFoundError as error:

@@ -16,13 +16,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
 
-from ..errors import BadItem
+from ..errors import BadItem, SpoolError
 from . import fs, pool, transitions
 from . import table as W
 from .itemfile import ItemFile
@@ -44,8 +45,9 @@ SECOND: Final = 1_000_000_000
 """In ns."""
 _UNUSED: Final = 5 * SECOND  # after which a mapping goes
 _MOST_SEEN: Final = 1024  # small files seen once and not worth a map yet
-ENOUGH_MAPPED: Final = 4
-"""Mapped large files with which one of them is most likely free when the next is reserved."""
+ENOUGH_LARGE: Final = 4
+"""Large files: with so many mapped, one of them is most likely free when the next is reserved; and so many are reserved
+ahead at most, as a writer that makes no call keeps them from all others."""
 _CHEAP: Final = 4 << 20  # bytes up to which a new file costs less than a put that finds none reserved
 NO_FILE: Final = 2**64 - 1
 """Stands for the number of a file that is not an item yet."""
@@ -272,6 +274,9 @@ class Reserved:
     size: int
 
 
+_recyclers: Final[weakref.WeakValueDictionary[int, Recycler]] = weakref.WeakValueDictionary()
+
+
 class Recycler:
     """What one session keeps of the files that go round. All methods are safe for threads; those said to be of a step
     belong into one."""
@@ -280,6 +285,7 @@ class Recycler:
         self.session = session
         self._writable = writable
         self.forget()
+        _recyclers[id(self)] = self
         session.on_adopt = weakref.WeakMethod(self.forget)
 
     def forget(self, _: object = None) -> None:
@@ -397,9 +403,10 @@ class Recycler:
         return None, 0, 0
 
     def make_room(self, need: int) -> tuple[bool, int, int]:
-        """Evict pooled files of `need` bytes, one at least, and then what is reserved here; false when there is none.
-        A step."""
+        """Evict pooled files of `need` bytes, one at least, those let go of here among them, and then what is reserved
+        here; false when there is none. A step."""
         session = self.session
+        self.reclaim()
         found = pool.evict(session.directories, session.journal, need)
         if not found and self.reserved:
             self.release_all()
@@ -441,6 +448,23 @@ class Recycler:
         if not self.session.look()[W.POOL_COUNT]:
             return None
         return self.session.step(self._reserve_one, need, most)
+
+    def let_give_way(self, need: int) -> bool:
+        """Make room, here or in another session of this process; false when there is none. For who would have to wait,
+        perhaps in the very thread that would have made the other's next call."""
+        root = fs.fstat(self.session.directories.root).st_dev
+        if self.session.step(self.make_room, need):
+            return True
+        for ref in _recyclers.valuerefs():
+            other = ref()
+            if other is None or other is self or not other.session.is_open or other.session.is_forked:
+                continue
+            session = other.session
+            with suppress(SpoolError, OSError):  # no concern of who asks
+                is_here = fs.fstat(session.directories.root).st_dev == root
+                if is_here and session.lock.is_free() and session.step(other.make_room, need):
+                    return True
+        return False
 
     def _take(self, file: Reserved) -> bool:
         try:

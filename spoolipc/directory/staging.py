@@ -239,7 +239,7 @@ class Staging:
         recycler, session = self.recycler, self.session
         while True:
             while lacking := recycler.lacking(size):
-                if not session.step(recycler.make_room, lacking):
+                if not recycler.let_give_way(lacking):
                     raise Full(f"{session.path}: its file system is full: it has not {size} bytes free now")
             try:
                 try:
@@ -265,7 +265,7 @@ class Staging:
                     where = str(directories.path / "tmp" / name)
                     raise fs.storage_error(error, where) from error
                 # Whatever statvfs says: a quota may be used up, and others may have been faster.
-                if not session.step(recycler.make_room, size):
+                if not recycler.let_give_way(size):
                     self.no_space = self.space(session.look())
                     what = f"{session.path}: its file system is full: {size} bytes do not fit now"
                     raise Full(what) from error

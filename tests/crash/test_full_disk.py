@@ -146,7 +146,7 @@ def test_put_nowait_on_a_full_disk_raises_full_and_leaves_nothing(disk: Path) ->
 def test_put_that_waits_goes_on_when_a_foreign_file_is_removed(disk: Path) -> None:
     path = disk / "spool"
     with SpoolWriter(path) as writer, SpoolReader(path) as reader, ThreadPoolExecutor(1) as aside:
-        thread = aside.submit(threading.get_native_id).result()
+        thread, got = aside.submit(threading.get_native_id).result(), []
         for array in (array_of(1, 1), array_of(0, 0)):
             file = fill(disk)
             waiting = aside.submit(writer.put, array)
@@ -154,8 +154,8 @@ def test_put_that_waits_goes_on_when_a_foreign_file_is_removed(disk: Path) -> No
             assert not waiting.done()
             file.unlink()
             waiting.result(20)
-            assert np.array_equal(reader.get_nowait(), array)
-            del array
+            got.append(reader.get_nowait())  # shown, so that its file does not give way
+            assert np.array_equal(got[-1], array)
     sound(path)
 
 

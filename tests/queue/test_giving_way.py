@@ -176,6 +176,33 @@ def test_who_opens_a_spool_evicts_for_the_file_he_needs(few_files: Path) -> None
             assert gc(path).crashed_sessions == 0
 
 
+def test_what_other_sessions_of_the_process_have_let_go_of_gives_way(disk: Path) -> None:
+    """They make no call meanwhile, as one thread has them all."""
+    with SpoolWriter(disk / "a") as writer, SpoolReader(disk / "a") as reader:
+        for array in (frame(40), frame(2)):
+            writer.put_many([frame(2)] * 20)
+            del reader.get_many(20)[:]
+            writer.put_nowait(array)
+            reader.get_nowait()
+        writer.put_many([frame(2)] * 20)
+        del reader.get_many(20)[:]
+        with SpoolWriter(disk / "b") as other, SpoolReader(disk / "b") as receiving:
+            other.put_nowait(frame(40))
+            assert len(receiving.get_nowait()) == len(frame(40))
+        check_spool(disk / "a")
+
+
+def test_an_idle_writer_of_another_process_keeps_few_large_files(disk: Path) -> None:
+    path = disk / "spool"
+    with Peer(path) as peer, SpoolReader(path) as reader, SpoolWriter(path) as writer:
+        peer.run("writer = SpoolWriter(path); array = np.ones(300_000, 'u1')")
+        for count in (90, 40, 90, 40):
+            peer.run(f"writer.put_many([array] * {count})")
+            read_all(reader)
+        assert (stat(path).pinned_by or {}).get(str(peer.pid), 0) < 2 * MIB
+        writer.put_nowait(frame(60))
+
+
 def test_frames_through_a_small_file_system_take_no_longer_than_without_recycling(disk: Path) -> None:
     def seconds(name: str, recycle_bytes: int | None) -> float:
         path = disk / name
