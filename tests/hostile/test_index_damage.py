@@ -104,6 +104,7 @@ HARMS: dict[str, Callable[[Path], object]] = {
         poke(path, "transition", 1),
     ),
     "with an unknown transition": lambda path: poke(path, "transition", 2**63),
+    "with another next number": lambda path: poke(path, "next_seq", 5),
 }
 OUTSIDE = HARMS | {"of another boot": lambda path: poke(path, "boot", 1)}
 """What may be found on opening: a boot ends with all who have it mapped."""

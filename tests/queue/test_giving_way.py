@@ -377,17 +377,16 @@ def test_who_was_stopped_looking_at_an_item_lives_on_when_it_is_taken_and_evicte
 
 def test_who_crashed_looking_at_an_item_keeps_nothing(disk: Path) -> None:
     path = disk / "spool"
-    with Peer(path) as peer, SpoolWriter(path) as writer, SpoolReader(path) as reader:
+    with Peer(path) as peer, Peer(path) as idle, SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        idle.run("reader, writer = SpoolReader(path), SpoolWriter(path)")
         peer.run("reader = SpoolReader(path)")
         peer.run(STOP_IN_A_LOOK)
         writer.put(frame(20))
         stop_in(peer, "int(reader.get_nowait().sum())")
         peer.kill()
-        with Peer(path) as idle:
-            idle.run("reader = SpoolReader(path); reader.get(); writer = SpoolWriter(path)")
-            idle.run("writer.put(np.ones(1000, 'u1')); reader.get()")
-            writer.put_nowait(frame(60))
-            read_all(reader)
+        idle.run("reader.get(); writer.put(np.ones(1000, 'u1')); reader.get()")
+        writer.put_nowait(frame(60))
+        read_all(reader)
 
 
 def test_readers_and_writers_live_through_evictions_under_their_eyes(disk: Path) -> None:

@@ -221,6 +221,7 @@ def test_redelivered_and_delayed_items_count(spool: Path, delay: float) -> None:
         item = reader.receive()
         writer.put_nowait(pages(2))
         item.nack(delay)
+        assert writer.full()
         with pytest.raises(Full):
             writer.put_nowait(pages(2))
         reader.get()

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 from support.account import check_spool
+from support.waits import until
 
 from spoolipc import Empty, Full, SpoolReader, SpoolStat, SpoolWriter, failed_list, gc, stat
 
@@ -177,6 +178,7 @@ class Soak:
     def run(self, seconds: float) -> Account:
         """Kill and replace for so many seconds, then let all end, and draw up the account."""
         account = Account()
+        until(lambda: all(life.lines() for life in self.now))  # each has begun its work
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             position = self.rng.randrange(len(self.now))

@@ -114,7 +114,7 @@ PYTHON = {"futex", "brk", "madvise", "munmap", "getrandom", "getpid", "gettid", 
     "geteuid",
     "getegid",
 }
-LATER = {"close", "getdents64", "lseek", "mmap", "mremap"}
+LATER = {"close", "getdents64", "lseek", "mmap", "mremap", "prlimit64"}
 """What ends a mapping or reads on in a listing, when Python sees fit, and memory."""
 LINE = re.compile(r'(\d+) +(\w+)\((?:.*"/(call|done|end)(?: (\w+))?")?(.*)')
 
