@@ -94,6 +94,10 @@ class Producer(Session, Protocol):
     def full(self) -> bool:
         """Whether a put would have to wait for `maxsize`, or one has been waiting for space."""
 
+    def join(self, until: Deadline) -> bool:
+        """Wait until none of the items is left that were put before this call, by whomever: each was delivered for
+        good, removed, or is a dead letter. False when the deadline is past."""
+
     def shutdown(self, immediate: bool) -> None:
         """End the spool for all: no more puts; with `immediate` no more gets either."""
 

@@ -256,6 +256,14 @@ class SpoolWriter(_Face):
         """Whether `maxsize` items wait, or a put has been waiting for what the file system lacks."""
         return self._producer.full()
 
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until all is done that was put into the spool before this call, by whomever: each of these items is off
+        the spool (acknowledged, got, removed) or a dead letter.
+
+        timeout: seconds to wait at most. Returns whether all is done. An item that nobody receives is never done.
+        """
+        return self._producer.join(deadline_of(True, timeout))
+
     def shutdown(self, immediate: bool = False) -> None:
         """End the spool for every process: puts raise ShutDown from now on, and gets do when it is empty.
 

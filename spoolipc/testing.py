@@ -285,6 +285,22 @@ class SharedSuite(Suite):
         refused(ShutDown, *gets(self.consumer, None))
         refused(Empty, *gets(self.other))
 
+    @pytest.mark.parametrize("verdict", [Ack(), Reject("")], ids=repr)
+    def test_join_waits_until_another_reader_is_done_with_the_last_item(self, verdict: Verdict) -> None:
+        self.put(0, 1)
+        deliveries = [self.claim_other(), self.claim_other()]
+        joining = self.aside(self.producer.join, None)
+        self.put(2)  # after the call
+        self.other.settle(deliveries[1:], verdict)
+        assert not wait([joining], 0.05).done
+        self.other.settle(deliveries[:1], Nack(0, ""))
+        assert not wait([joining], 0.05).done
+        again = self.claim_other()
+        assert again.seq == deliveries[0].seq
+        self.other.settle([again], verdict)
+        assert joining.result(20)
+        assert self.take() == [2]
+
     def test_threads_and_readers_settle_each_item_once(self) -> None:
         def put(me: int) -> None:
             for number in range(me * 50, me * 50 + 50):
@@ -761,6 +777,64 @@ class EngineSuite(SharedSuite):
         self.put(5)
         assert self.take() == [5]
         assert self.admin.stat().bytes == 0
+
+    def test_join_waits_for_what_waits_is_delayed_or_in_flight_and_no_longer(self) -> None:
+        assert self.producer.join(None)
+        assert self.producer.join(NOW)
+        self.put(0, 1, 2)
+        began = time.monotonic()
+        assert not self.producer.join(NOW)
+        assert not self.producer.join(began + 0.05)
+        assert time.monotonic() - began >= 0.05
+        joins = [self.aside(self.producer.join, None), self.aside(self.open_producer().join, soon())]
+        assert self.take(2) == [0, 1]
+        delivery = self.claim()
+        self.settle(delivery, Nack(0.1, ""))
+        assert not self.producer.join(time.monotonic() + 0.02)
+        self.settle(self.claim(), Ack())
+        assert [each.result(20) for each in joins] == [True, True]
+        self.put(3)
+        joining = self.aside(self.producer.join, None)
+        self.admin.purge()
+        assert joining.result(20)
+
+    def test_join_waits_for_an_item_until_it_is_a_dead_letter(self) -> None:
+        self.producer = self.open_producer(max_attempts=2)
+        self.put(0)
+        self.settle(self.claim(), Nack(0, ""))
+        joining = self.aside(self.producer.join, None)
+        last = self.claim(0.05)
+        with pytest.raises(Empty):
+            self.consumer.claim(1, None, time.monotonic() + 0.2)
+        assert joining.result(20)
+        assert self.dead_letters == [last.seq]
+
+    def test_each_join_waits_for_what_was_put_before_it(self) -> None:
+        self.put(0)
+        first = self.aside(self.producer.join, None)
+        self.put(1)
+        second = self.aside(self.producer.join, None)
+        self.put(2)
+        assert self.take(1) == [0]
+        assert first.result(20)
+        assert not wait([second], 0.05).done
+        assert self.take(1) == [1]
+        assert second.result(20)
+        assert not self.producer.join(NOW)
+
+    def test_join_ends_with_its_session_or_when_what_waits_is_discarded(self) -> None:
+        self.put(0)
+        joining = self.aside(self.producer.join, None)
+        self.open_producer().shutdown(False)
+        assert not wait([joining], 0.05).done, "what waits is to be delivered"
+        self.open_producer().shutdown(True)
+        assert joining.result(20)
+        self.producer = self.open_producer(reopen=True)
+        self.put(1)
+        joining = self.aside(self.producer.join, None)
+        self.producer.close()
+        assert isinstance(joining.exception(20), errors.SpoolClosed)
+        refused(errors.SpoolClosed, partial(self.producer.join, NOW))
 
     def test_reader_ends_when_the_last_writer_has_left_and_not_before_the_first_came(self) -> None:
         self.consumer = self.open_consumer("writers")

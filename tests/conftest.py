@@ -74,6 +74,16 @@ def reader(spool: Path) -> Iterator[SpoolReader]:
 
 
 @pytest.fixture
+def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody who waits looks unasked, within the time that a test has."""
+    from spoolipc.directory import doorbell, housekeeping, session
+
+    monkeypatch.setattr(doorbell, "LOOK_EVERY", dict.fromkeys(doorbell.LOOK_EVERY, 1000.0))
+    monkeypatch.setattr(session, "EVERY", 1000.0)
+    monkeypatch.setattr(housekeeping, "_EVERY_NS", 10**15)
+
+
+@pytest.fixture
 def spend(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let the clock that leases, delays and housekeeping go by go on by so many seconds."""
     real, ahead = time.monotonic_ns, [0]

@@ -336,6 +336,10 @@ progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass
 end-others | receiving | test_directory_engine end_waits | words[W.IN_FLIGHT_COUNT] <= self._own and ==>
 end-wakes | housekeeping | test_shutdown at_once_when | = 0¶    return MEMBERS ==> = 0¶    return 0
 discarded | producer | test_directory_engine immediate_shutdown | (now == W.DISCARDED and state == W.DRAINING) ==> False
+# not in the matrix: join
+join-awaited | housekeeping | test_join woken_by_what | if left:¶        await_end ==> if False:¶        await_end
+join-once | housekeeping | test_join woken_once | records += active(words) ==> pass
+join-purge | housekeeping | test_join woken_by_what | words[W.ENDING] = 0  # who ==> pass  # who
 # not in the matrix: fsck
 fsck-size | repair | test_fsck longer | "missing", "size") ==> "missing")
 fsck-in-flight | repair | test_fsck becomes_a | and not _is_in_flight(session, number): ==> :

@@ -13,12 +13,13 @@ from collections.abc import Collection
 from typing import Final
 
 from ..errors import SpoolError
+from ..message import Deadline
 from . import fs, liveness, pool, transitions
 from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
 from .session import EVERY, MEMBERS, Session
-from .table import IndexDamaged, Words, active, lent, owned
+from .table import IndexDamaged, Words, active, lent, linked, owned
 
 _NAMES: Final = 4096  # of a directory looked at in one round: about a millisecond
 _UNLINKED: Final = 64
@@ -41,22 +42,55 @@ def pass_on(words: Words, gone: int) -> int:
 
 
 def at_end(words: Words) -> int:
-    """How many who wait to wake after items left the spool: all, when it was shut down, or none of those waits any more
-    whose end somebody awaits; else nobody. Who is woken looks, and says again what he waits for. A step."""
+    """How many who wait to wake after items left the spool: all, when it was shut down, or none of those is left whose
+    end somebody awaits; else nobody. Who is woken looks, and says again what he waits for. A step."""
     below = words[W.ENDING]
-    if not words[W.SHUTDOWN]:
-        if not below:
-            return 0
-        for head in (words[W.REDELIVERY_HEAD], words[W.READY_HEAD]):
-            if head and words[head + W.SEQ] < below:
-                return 0
+    if not words[W.SHUTDOWN] and (not below or is_left(words, below)):
+        return 0
     words[W.ENDING] = 0
     return MEMBERS
+
+
+def is_left(words: Words, below: int) -> bool:
+    """Whether an item of a number below this is left; for `LAST_SEQ`, whether any waits. A step."""
+    ready = words[W.READY_HEAD]
+    if ready and words[ready + W.SEQ] < below:
+        return True
+    records = linked(words, W.REDELIVERY_HEAD)
+    if below < W.LAST_SEQ:
+        records += active(words)
+    return any(words[record + W.SEQ] < below for record in records)
 
 
 def await_end(words: Words, below: int) -> None:
     """Say that somebody waits until no item of a number below this is left. A step."""
     words[W.ENDING] = min(below, words[W.ENDING] or below)
+
+
+def join(session: Session, until: Deadline) -> bool:
+    """Wait until none of the items is left that were put before this call; false when the deadline is past."""
+    below = session.step(_next_seq, session)
+
+    def look(words: Words) -> bool:
+        return not 0 < words[W.ENDING] <= below
+
+    while session.step(_await_those, session, below):
+        if not session.wait("end", until, look, lambda: round_if_due(session)):
+            return not session.step(_await_those, session, below)
+    return True
+
+
+def _next_seq(session: Session) -> tuple[int, int, int]:
+    return session.journal.words[W.NEXT_SEQ], 0, 0
+
+
+def _await_those(session: Session, below: int) -> tuple[bool, int, int]:
+    """Whether an item of a number below this is left, to be awaited. A step."""
+    words = session.journal.words
+    left = is_left(words, below)
+    if left:
+        await_end(words, below)
+    return left, 0, 0
 
 
 # Settling one record, in a locked step
@@ -231,6 +265,7 @@ def discard_some(session: Session, below: int) -> tuple[int, int, int]:
     those in flight at crashed sessions; how many. A step."""
     journal, crashed = session.journal, _crashed(session)
     words, ownerless = journal.words, list[int]()
+    words[W.ENDING] = 0  # who awaits an end is woken by this as well
     for record in active(words):
         state = words[record + W.STATE]
         if state == W.DELAYED or (state == W.IN_FLIGHT and words[record + W.OWNER] in crashed):

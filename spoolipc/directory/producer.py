@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -102,12 +103,10 @@ class DirectoryProducer(Side):
                     lambda until: self._wait_for_room(_need(messages[len(seqs)]), until),
                     until,
                 )
-        except (SpoolError, OSError) as error:
-            self._recycler.has_strays |= isinstance(error, OSError)
-            error.seqs = tuple(seqs)  # type: ignore[union-attr]
-            raise
-        except BaseException:
-            self._recycler.has_strays = True
+        except BaseException as error:
+            self._recycler.has_strays |= isinstance(error, OSError) or not isinstance(error, SpoolError)
+            if isinstance(error, (SpoolError, OSError)):
+                error.seqs = tuple(seqs)  # type: ignore[union-attr]
             raise
         finally:
             for left in staged:
@@ -325,9 +324,7 @@ class DirectoryProducer(Side):
         self._discard_dropped()
         message, layout = Message((), None, meta), layout_of_spec(spec)
         need = layout.end + footer.SIZE + footer.json_size(None, meta)
-        return retry(
-            lambda: self._lend(message, layout, need), lambda until: self._wait_for_room(need, until), until
-        )
+        return retry(lambda: self._lend(message, layout, need), partial(self._wait_for_room, need), until)
 
     def _lend(self, message: Message, layout: Layout, need: int) -> DirectoryLoan:
         """Raises Full, ShutDown, TooLarge."""
@@ -381,11 +378,7 @@ class DirectoryProducer(Side):
                 fs.sync(file.fd)
         seqs: list[int] = []
         rest = [staged]
-        retry(
-            lambda: self._put_some((), rest, seqs),
-            lambda until: self._wait_for_room(staged.need, until),
-            until,
-        )
+        retry(lambda: self._put_some((), rest, seqs), partial(self._wait_for_room, staged.need), until)
         return seqs[0]
 
     @operation
@@ -430,6 +423,11 @@ class DirectoryProducer(Side):
         return (number, record), 0, 0
 
     # The end
+
+    @operation
+    def join(self, until: Deadline) -> bool:
+        """Wait until none of the items put so far is left; false when the deadline is past."""
+        return housekeeping.join(self.session, until)
 
     @operation
     def shutdown(self, immediate: bool) -> None:

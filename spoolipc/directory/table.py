@@ -228,12 +228,17 @@ def record_in(words: Words, record: int, state: int) -> int:
 
 def active(words: Words) -> list[int]:
     """The records in flight or delayed, latest first. Raises IndexDamaged."""
+    return linked(words, ACTIVE)
+
+
+def linked(words: Words, head: int) -> list[int]:
+    """The records of the list that begins at `head`. Raises IndexDamaged."""
     found: list[int] = []
-    record = words[ACTIVE]
+    record = words[head]
     limit = (words[CAPACITY] - HEADER) // RECORD
     while record:
         if len(found) >= limit:
-            raise IndexDamaged("the list of active records does not end")
+            raise IndexDamaged("a list of records does not end")
         found.append(known(words, record))
         record = words[record + NEXT]
     return found

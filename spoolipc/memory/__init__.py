@@ -163,6 +163,14 @@ class Producer(_Session):
         with self._spool.step(self) as spool:
             return spool.full()
 
+    def join(self, until: Deadline) -> bool:
+        with self._spool.step(self) as spool:
+            last = spool.puts
+            while spool.has(last):
+                if not self._wait(until):
+                    return False
+            return True
+
     def shutdown(self, immediate: bool) -> None:
         with self._spool.step(self) as spool:
             if immediate:

@@ -162,6 +162,11 @@ class Spool:
     def has_writer(self) -> bool:
         return any(session.role == "writer" for session in self.sessions)
 
+    def has(self, last: int) -> bool:
+        """Whether an item of this number or a lower one waits or is in flight."""
+        items = (*self.requeued, *self.in_flight.values(), *islice(self.fresh, 1))
+        return any(item.seq <= last for item in items)
+
     def waiting(self) -> int:
         return len(self.requeued) + len(self.fresh)
 

@@ -57,6 +57,9 @@ class Producer(Side):
     def full(self) -> bool:
         return self.face.full()
 
+    def join(self, until: Deadline) -> bool:
+        return self.face._writer._producer.join(until)  # the asynchronous faces have none
+
     def shutdown(self, immediate: bool) -> None:
         run(self.face.shutdown(immediate))
 

@@ -20,7 +20,7 @@ from support.peer import Peer
 from support.waits import start_waiting, until_asleep
 
 from spoolipc import Empty, ShutDown, SpoolReader, SpoolWriter, stat
-from spoolipc.directory import doorbell, housekeeping, session
+from spoolipc.directory import session
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of threads, from Python 3.12
 LOOKS = 1.3
@@ -43,14 +43,6 @@ def gate() -> Iterator[int]:
 
 
 ready = gate  # another one, for the parent to wait at
-
-
-@pytest.fixture
-def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody who waits looks unasked, within the time that a test has."""
-    monkeypatch.setattr(doorbell, "LOOK_EVERY", dict.fromkeys(doorbell.LOOK_EVERY, 1000.0))
-    monkeypatch.setattr(session, "EVERY", 1000.0)
-    monkeypatch.setattr(housekeeping, "_EVERY_NS", 10**15)
 
 
 def one(number: float) -> np.ndarray[Any, Any]:

@@ -107,6 +107,26 @@ def test_producer_and_consumer_of_a_page_run_again_and_again_in_either_order(
         assert (reading.returncode, out.splitlines()) == (0, said)
 
 
+@pytest.mark.parametrize("server_first", [False, True])
+def test_request_and_reply_run_again_and_again_in_either_order(server_first: bool, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "delivery.md").read_text().partition("## Request and reply")[2]
+    programs = [tmp_path / name for name in ("server.py", "client.py")]
+    for program, block in zip(programs, re.findall(r"```python\n(.*?)```", text, re.DOTALL), strict=False):
+        program.write_text(block.replace("/dev/shm/", f"{tmp_path}/"))
+    commands = [[sys.executable, "-W", "error", str(program)] for program in programs]
+    if not server_first:
+        commands.reverse()
+    for _ in range(3):
+        first = subprocess.Popen(commands[0], stdout=subprocess.PIPE, text=True)
+        until(lambda: is_open(tmp_path / "requests"))
+        second = subprocess.Popen(commands[1], stdout=subprocess.PIPE, text=True)
+        said = [each.communicate(timeout=50)[0] for each in (first, second)]
+        assert [first.returncode, second.returncode] == [0, 0]
+        assert "".join(said).splitlines() == [
+            f"reply to request {number} {2 * number - 2}" for number in (1, 2, 3)
+        ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
