@@ -1,6 +1,9 @@
 """Large NumPy arrays handed between processes, through files in a spool directory."""
 
+from __future__ import annotations
+
 import logging
+from typing import TYPE_CHECKING, Any
 
 from .admin import failed_drop, failed_list, failed_retry, failed_show, fsck, purge, remove, set_limits
 from .admin import gc as gc
@@ -8,6 +11,7 @@ from .admin import stat as stat
 from .directory.check import FsckReport
 from .directory.gc import GcReport
 from .directory.repair import Problem
+from .directory.temporary import remove_temporary
 from .errors import (
     AlreadySettled,
     BadItem,
@@ -38,6 +42,9 @@ from .item import Item, Loan
 from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
 from .queue import SpoolReader, SpoolWriter
 
+if TYPE_CHECKING:
+    from .mp import JoinableQueue, Queue
+
 __version__ = "0.1.0"
 
 logging.getLogger("spoolipc").addHandler(logging.NullHandler())
@@ -52,6 +59,7 @@ __all__ = [
     "Full",
     "GcReport",
     "Item",
+    "JoinableQueue",
     "LeaseExpired",
     "LimitMismatch",
     "Limits",
@@ -62,6 +70,7 @@ __all__ = [
     "NotASpool",
     "Peeked",
     "Problem",
+    "Queue",
     "ReentrantCall",
     "RemoteError",
     "Retried",
@@ -88,8 +97,17 @@ __all__ = [
     "fsck",
     "purge",
     "remove",
+    "remove_temporary",
     "set_limits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("JoinableQueue", "Queue"):
+        from . import mp  # imports multiprocessing, which nobody else needs
+
+        return getattr(mp, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

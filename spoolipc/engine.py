@@ -56,12 +56,14 @@ class ConsumerOptions:
     """How a consumer is opened. verify: compare every item with its checksum. create: as for a producer. end: when
     there is nothing to wait for any more, so that ShutDown is raised: "shutdown", after one; "writers", also when no
     producer has the spool open, nothing is in flight at others or delayed, and since this was opened there was a
-    producer, or an item."""
+    producer, or an item. values: deliver those of a Queue too, by `names` of (); else one stays where it is, and who
+    takes or loads it gets an UnsupportedItem."""
 
     limits: Limits = field(default_factory=Limits)
     verify: bool = False
     create: bool = True
     end: End = "shutdown"
+    values: bool = False
 
 
 class Session(Protocol):

@@ -9,7 +9,7 @@ from typing import Self
 
 from .engine import Consumer
 from .engine import Loan as Lent
-from .errors import AlreadySettled, BadItem, LeaseExpired, SpoolError, UnsupportedItem
+from .errors import AlreadySettled, BadItem, LeaseExpired, SpoolError
 from .format.item import copied
 from .message import (
     Ack,
@@ -105,7 +105,7 @@ class Received:
             except BadItem:
                 self._settled = "dead-lettered"
                 raise
-        return no_value(self._message)
+        return self._message
 
     def _describe(self) -> Contents | Message:
         if self._message is not None:
@@ -241,17 +241,8 @@ class Loan:
 def taken_item(consumer: Consumer, message: Message) -> Item:
     """The item that `Consumer.take` took off the spool: one that is settled."""
     item = Item(consumer, Delivery(message.seq, message.attempt, message.put_time, message.nbytes, None))
-    item._message, item._settled = no_value(message), "acknowledged"
+    item._message, item._settled = message, "acknowledged"
     return item
-
-
-def no_value(message: Message) -> Message:
-    """The message itself. Raises UnsupportedItem for the value of a Queue."""
-    if message.names == ():
-        raise UnsupportedItem(
-            "the next item is a value that a Queue put; get it from a Queue of the same path"
-        )
-    return message
 
 
 def checked_reason(reason: str) -> str:

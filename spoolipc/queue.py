@@ -27,7 +27,7 @@ from .engine import (
 )
 from .errors import ShutDown, UnsupportedArray, UnsupportedOperation
 from .format.item import copied, copied_into, plain
-from .item import Item, Loan, no_value, taken_item
+from .item import Item, Loan, taken_item
 from .message import (
     Array,
     Arrays,
@@ -513,4 +513,4 @@ def message_of(array: Puttable | Mapping[str, Puttable], meta: Json) -> Message:
 def arrays_of(message: Message) -> Arrays:
     """What `get` returns of a message."""
     names, arrays = message.names, message.arrays
-    return arrays[0] if names is None else dict(zip(names, no_value(message).arrays, strict=True))
+    return arrays[0] if names is None else dict(zip(names, arrays, strict=True))

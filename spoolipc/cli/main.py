@@ -17,6 +17,7 @@ from .. import __version__
 from ..admin import failed_drop, failed_list, failed_retry, fsck, gc, purge, remove, set_limits, stat
 from ..connect import connect
 from ..directory.gc import Progress
+from ..directory.temporary import remove_temporary
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
 from ..message import DeadLetter
 from . import text
@@ -38,12 +39,16 @@ tokens. A damaged index is built again. Work of living processes is never
 touched, and names that are not the spool's are left alone.
 
 The bytes freed are disk blocks; of a file that another process still has
-mapped they come back when it lets go."""
+mapped they come back when it lets go.
+
+With --temporary, the spools of Queue() are removed that nobody uses any more:
+those of killed processes."""
 _GC_EXAMPLES = """\
 examples:
   %(prog)s /dev/shm/frames              tidy up
   %(prog)s /dev/shm/frames --dry-run    only say what would be done
   %(prog)s /dev/shm/frames --json | jq .bytes_freed
+  %(prog)s --temporary                  what killed processes left of Queue()
 
 exit codes: 0 done, also where a damaged index was built again, which the report
 says; 1 it could not be done, or not all of it; 2 no spool"""
@@ -166,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    one = _command(commands, "gc", "remove what crashed processes left", _GC, _GC_EXAMPLES, _run_gc)
+    one = _command(commands, "gc", "remove what crashed processes left", _GC, _GC_EXAMPLES, _run_gc, True)
     one.add_argument("--dry-run", action="store_true", help="only say what would be done")
     _command(commands, "stat", "show what is in a spool", _STAT, _STAT_EXAMPLES, _run_stat)
     _command(commands, "purge", "remove the items that wait", _PURGE, _PURGE_EXAMPLES, _run_purge)
@@ -231,10 +236,21 @@ def _described(commands: Any, name: str, help: str, about: str, examples: str) -
 
 
 def _command(
-    commands: Any, name: str, help: str, about: str, examples: str, run: Callable[[argparse.Namespace], int]
+    commands: Any,
+    name: str,
+    help: str,
+    about: str,
+    examples: str,
+    run: Callable[[argparse.Namespace], int],
+    temporary: bool = False,
 ) -> argparse.ArgumentParser:
     parser = _described(commands, name, help, about, examples)
-    parser.add_argument("path", metavar="DIR", type=_directory, help="the spool's directory")
+    where: argparse._ActionsContainer = parser
+    if temporary:
+        where = parser.add_mutually_exclusive_group(required=True)
+        where.add_argument("--temporary", action="store_true", help="all temporary spools, those of Queue()")
+    nargs = "?" if temporary else None
+    where.add_argument("path", metavar="DIR", nargs=nargs, type=_directory, help="the spool's directory")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(command=run)
     return parser
@@ -279,6 +295,11 @@ def _progress(what: str) -> Iterator[Progress]:
 
 
 def _run_gc(options: argparse.Namespace) -> int:
+    if options.temporary:
+        removed = remove_temporary(dry_run=options.dry_run)
+        said = "\n".join(removed) or "no temporary spool that nobody uses"
+        _print(options, removed, said)
+        return 0
     with _progress("gc") as progress:
         done = gc(options.path, dry_run=options.dry_run, progress=progress)
     _print(options, done, text.gc_text(done))

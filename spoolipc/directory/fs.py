@@ -37,7 +37,7 @@ from .table import IndexDamaged
 CALLS: Final = tuple(
     "open_at close stat_at fstat statvfs rename unlink mkdir rmdir replace chmod fchmod fchown read pread write pwrite"
     " truncate allocate sync list_names scan map_file seek save lock lock_shared unlock make_parents nearest"
-    " nearest_with read_text poll sleep yield_core watch_open watch_add".split()
+    " nearest_with read_text poll sleep yield_core not_inherited watch_open watch_add".split()
 )
 """The names that are system calls (`save` is one `np.save` and the writes that go with it)."""
 
@@ -170,10 +170,18 @@ def as_owner(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
-def lock_shared(fd: int) -> None:
-    """Share the lock on a directory; in vain where somebody has it for himself."""
+def lock_shared(fd: int) -> bool:
+    """Share the lock on a directory; false where somebody has it for himself."""
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def not_inherited(fd: int) -> int:
+    """The descriptor, which a program started from here does not get."""
+    os.set_inheritable(fd, False)
+    return fd
 
 
 def replace(new: int, old: int) -> None:

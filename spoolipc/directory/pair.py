@@ -33,7 +33,7 @@ class DirectoryPair(Side):
         self.session = Session(path, limits, "writer")
         self.producer = DirectoryProducer(path, ProducerOptions(limits), self.session)
         self._forget = self.session.on_adopt
-        self.consumer = DirectoryConsumer(path, ConsumerOptions(limits), self.session)
+        self.consumer = DirectoryConsumer(path, ConsumerOptions(limits, values=True), self.session)
         self.session.on_adopt = weakref.WeakMethod(self._adopt)
         with self.session.explaining():
             self.session.step(self._begin)

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from ..engine import ConsumerOptions
-from ..errors import BadItem, Empty, ShutDown
+from ..errors import BadItem, Empty, ShutDown, UnsupportedItem
 from ..format.footer import Buffer
 from ..format.item import message, parse, verify
 from ..message import Deadline, Message
@@ -61,7 +61,7 @@ class Receiver(Side):
         self, path: str | os.PathLike[str], options: ConsumerOptions, session: Session | None = None
     ) -> None:
         self.session = session or Session(path, options.limits, "reader", create=options.create)
-        self.verify = options.verify
+        self.verify, self.values = options.verify, options.values
         self._own = 0  # items in flight here, as they were last counted
         # Of a reader that ends with its writers: whether they have left, as was last found, WRITERS and HOUSEKEPT then;
         # where it began, in numbers of items and in time.
@@ -138,8 +138,8 @@ class Receiver(Side):
             while W.HEADER <= record <= top:
                 try:
                     found.append(self.open(words, record, words[record + W.SEQ], writable))
-                except (BadItem, OSError):
-                    break  # gone meanwhile, or damaged: the locked step will see which
+                except (BadItem, UnsupportedItem, OSError):
+                    break  # gone meanwhile, damaged, or a value: the locked step will see which
                 if len(found) == limit or len(found) == AT_ONCE:
                     break
                 record = words[record + W.NEXT]
@@ -185,6 +185,9 @@ class Receiver(Side):
             blocks, tail = parse(buffer, size)
         if self.verify:
             verify(buffer, tail)
+        if tail[3] == () and not self.values:
+            what = "is a value that a Queue put; get it from a Queue of the same path"
+            raise UnsupportedItem(f"{self.path}: item {seq} {what}")
         attempt = words[record + W.ATTEMPT] + (words[record + W.STATE] == W.WAITING)
         known, single = (seq, attempt, size), status[3] == 1
         if tail.data_end <= SMALL:

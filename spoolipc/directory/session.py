@@ -415,7 +415,8 @@ class Session:
         """Close every descriptor: nobody is in an operation any more."""
         if self.journal is not _NONE:
             self.journal.close()
-        self._end()
+        if end := self._end.detach():  # to call it does nothing once the interpreter ends
+            end[1](*end[2])
 
     def _leave(self, last: Callable[[], tuple[bool | None, int, int]]) -> tuple[None, int, int]:
         left, items, space = last()

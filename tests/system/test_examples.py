@@ -131,3 +131,16 @@ def test_worker_pool_survives_a_kill_and_sets_the_poison_aside(tmp_path: Path) -
     assert "dead letter: image 5, 3 attempts" in ran.stdout
     assert ran.stdout.count(": ValueError: image 5 is black") == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_before_and_after_the_move_differ_in_one_line_and_do_the_same(tmp_path: Path) -> None:
+    before, after = (f"queue_{when}.py" for when in ("before", "after"))
+    texts = [(EXAMPLES / name).read_text().splitlines() for name in (before, after)]
+    changed = [pair for pair in zip(*texts, strict=True) if pair[0] != pair[1]]
+    assert changed == [("from multiprocessing import Queue", "from spoolipc import Queue")]
+    for name in (before, after):
+        ran = run(tmp_path, name)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.startswith("30 frames of 6 MB there and back in ")
+        assert ran.stdout.endswith("sum 435\n")
+    assert list(tmp_path.iterdir()) == []

@@ -56,6 +56,7 @@ FLOORS: Final = {
     " session transitions watch",
     "consumer": "engine housekeeping itemfile layout lock pool quarantine receiving recycling session transitions",
     "pair": "engine consumer housekeeping journal liveness pool producer session",
+    "temporary": "",
     "directory": "engine consumer dead_letters pair producer reset stat",
     "memory.spool": "format.item",
     "memory": "engine format.footer format.item memory.spool",
@@ -64,10 +65,11 @@ FLOORS: Final = {
     "item": "engine format.item",
     "queue": "engine format.item connect item",
     "aio": "engine item queue",
-    "spoolipc": "admin item queue check gc repair",
+    "mp": "engine format.values temporary connect",
+    "spoolipc": "admin item queue mp temporary check gc repair",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
-    "cli.main": "spoolipc admin connect gc cli.bench cli.text",
+    "cli.main": "spoolipc admin connect gc temporary cli.bench cli.text",
     "__main__": "cli.main",
 }
 """From the ground up: a module, and which others it may import. Those of `directory/` are named without it."""
