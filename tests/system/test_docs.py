@@ -72,6 +72,17 @@ def test_what_the_tutorial_shows_runs(tmp_path: Path) -> None:
         ]
 
 
+def test_program_of_the_page_on_asyncio_runs_again_and_again(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "asyncio.md").read_text(), re.DOTALL)
+    program = tmp_path / "program.py"
+    program.write_text(block.replace("/dev/shm/", f"{tmp_path}/"))
+    for _ in range(2):
+        command = [sys.executable, "-W", "error", str(program)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines() == [f"{number} {number}.0" for number in range(10)]
+
+
 def is_open(path: Path) -> bool:
     """Whether somebody has a spool open there."""
     try:

@@ -79,6 +79,7 @@ def test_help_is_worth_reading(tmp_path: Path, name: str) -> None:
     ("name", "args", "said"),
     [
         (ARTICLE, "--workers=0", "--workers and --rounds must be at least 1"),
+        ("async_server.py", "--clients=0", "must be at least 1"),
         ("camera_pipeline.py", "--consumers=0", "--consumers at least 1"),
         ("resume_after_crash.py", "--items=0", "must be at least 1"),
         ("worker_pool.py", "--workers=1", "must be at least 2"),
@@ -94,6 +95,7 @@ def test_numbers_that_show_nothing_are_refused(tmp_path: Path, name: str, args: 
 @pytest.mark.parametrize(
     ("name", "args"),
     [
+        ("async_server.py", ["--clients=1", "--requests=1", "--workers=1"]),
         ("camera_pipeline.py", ["--frames=0", "--consumers=1"]),
         ("resume_after_crash.py", ["--items=1", "--dies-after=1"]),
         ("worker_pool.py", ["--images=2", "--workers=2"]),
@@ -120,6 +122,15 @@ def test_resume_after_crash_goes_on_where_the_killed_one_stopped(tmp_path: Path)
     assert "first consumer ended with -9, it had handled 4: 0 1 2 3" in ran.stdout
     assert "second consumer ended with 0, it handled 6: 4 5 6 7 8 9" in ran.stdout
     assert "every item handled exactly once, in order: True" in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_async_server_answers_every_request(tmp_path: Path) -> None:
+    ran = run(tmp_path, "async_server.py", "--clients=3", "--requests=4")
+    assert ran.returncode == 0, ran.stderr
+    assert "2 workers did 12 images" in ran.stdout
+    assert "the loop was held up for " in ran.stdout
+    assert "12 requests answered, each right: True" in ran.stdout
     assert list(tmp_path.iterdir()) == []
 
 
