@@ -104,8 +104,9 @@ HARMS: dict[str, Callable[[Path], object]] = {
         poke(path, "transition", 1),
     ),
     "with an unknown transition": lambda path: poke(path, "transition", 2**63),
-    "with another next number": lambda path: poke(path, "next_seq", 5),
 }
+NUMBERED = HARMS | {"with another next number": lambda path: poke(path, "next_seq", 5)}
+"""What is noticed at the latest when a number is given."""
 OUTSIDE = HARMS | {"of another boot": lambda path: poke(path, "boot", 1)}
 """What may be found on opening: a boot ends with all who have it mapped."""
 
@@ -203,12 +204,12 @@ def test_an_index_of_another_boot_has_no_say_about_times(path: Path) -> None:
         assert drained(reader) == WAITING
 
 
-@pytest.mark.parametrize("how", HARMS)
+@pytest.mark.parametrize("how", NUMBERED)
 def test_no_number_of_a_file_that_is_there_is_given_again(path: Path, how: str) -> None:
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
         for _ in WAITING:
             reader.receive(timeout=5).reject("no")
-        HARMS[how](path)
+        NUMBERED[how](path)
         there = names_in(path, "failed")
         assert item_name(writer.put(array(0))) not in there
         assert len(failed_list(path)) == len(there) == stat(path).failed == len(WAITING) + 1
