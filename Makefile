@@ -9,8 +9,9 @@ RELEASE := $(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_in
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(RELEASE))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TORCH ?= torch==2.13.0
 
-.PHONY: help install format lint test faults mutants soak demo bench docs clean all
+.PHONY: help install format lint test faults torch mutants soak demo bench docs clean all
 
 help:  ## say what the targets are
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -48,6 +49,13 @@ endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+
+torch: $(VENV)/.torch  ## the tests of spoolipc.torch, with a release of torch that they pass with
+	$(BIN)/python -m pytest tests/tensors $(ARGS)
+
+$(VENV)/.torch: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@touch $@
 
 mutants: $(STAMP)  ## break each promise on purpose and see a test fail, in minutes; ARGS="lease late" tries these only
 	$(BIN)/python tests/mutants.py $(ARGS)

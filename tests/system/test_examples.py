@@ -98,6 +98,7 @@ def test_numbers_that_show_nothing_are_refused(tmp_path: Path, name: str, args: 
         ("async_server.py", ["--clients=1", "--requests=1", "--workers=1"]),
         ("camera_pipeline.py", ["--frames=0", "--consumers=1"]),
         ("resume_after_crash.py", ["--items=1", "--dies-after=1"]),
+        ("three_stages.py", ["--frames=1", "--pause=0"]),
         ("worker_pool.py", ["--images=2", "--workers=2"]),
     ],
 )
@@ -113,6 +114,15 @@ def test_camera_pipeline_shows_each_frame_to_one_consumer(tmp_path: Path) -> Non
     assert ran.returncode == 0, ran.stderr
     assert "60 frames taken, each seen exactly once: True" in ran.stdout
     assert ran.stdout.count("in order: True") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_three_stages_wait_for_the_slowest(tmp_path: Path) -> None:
+    ran = run(tmp_path, "three_stages.py", "--frames=12")
+    assert ran.returncode == 0, ran.stderr
+    assert "12 frames went through three stages" in ran.stdout
+    assert "frames waited before the slow stage, of 4 allowed" in ran.stdout
+    assert "every frame arrived once, in order: True\nthe means are right: True" in ran.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,6 +65,7 @@ FLOORS: Final = {
     "item": "engine format.item",
     "queue": "engine format.item connect item",
     "aio": "engine item queue",
+    "torch": "engine item queue",
     "mp": "engine format.values temporary connect",
     "spoolipc": "admin item queue mp temporary check gc repair",
     "cli.text": "check gc",
