@@ -99,7 +99,7 @@ class _AsyncFace(Face):
         undo: Callable[[], object] | None = None,
         *,
         slow: bool = False,
-        lacking: Callable[[], Message | None] = lambda: None,
+        lacking: Callable[[], Message | int | None] = lambda: None,
     ) -> T:
         """What `step` returns, tried until it raises neither Empty nor Full; of `undo` and `slow` see `_step`."""
         loop = asyncio.get_running_loop()
@@ -296,6 +296,21 @@ class AsyncSpoolWriter(_AsyncFace):
 
         with suppress(Full):
             return await self._until(deadline_of(True, timeout), step)
+        return False
+
+    async def join(self, timeout: Seconds = None) -> bool:
+        """Wait until all is done that was put before this call, as `SpoolWriter.join` does."""
+        producer, last = self._writer._producer, 0
+
+        def step() -> bool:
+            nonlocal last
+            last = producer.join(NOW, last)
+            if last:
+                raise Full
+            return True
+
+        with suppress(Full):
+            return await self._until(deadline_of(True, timeout), step, lacking=lambda: last)
         return False
 
     def full(self) -> bool:

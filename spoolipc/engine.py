@@ -96,9 +96,10 @@ class Producer(Session, Protocol):
     def full(self) -> bool:
         """Whether a put would have to wait for `maxsize`, or one has been waiting for space."""
 
-    def join(self, until: Deadline) -> bool:
+    def join(self, until: Deadline, last: int = 0) -> int:
         """Wait until none of the items is left that were put before this call, by whomever: each was delivered for
-        good, removed, or is a dead letter. False when the deadline is past."""
+        good, removed, or is a dead letter. Returns 0 then; when the deadline is past, the number of the last of them:
+        given as `last`, another call waits for the same."""
 
     def shutdown(self, immediate: bool) -> None:
         """End the spool for all: no more puts; with `immediate` no more gets either."""
@@ -194,8 +195,9 @@ class Watchable(Protocol):
         """What `step` returns, which calls this session and does not wait for items or room. Raises LockTimeout when
         others do not let go of the spool within about a millisecond; what `step` was to do is then not done."""
 
-    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> Watch:
-        """Begin to wait for items, or for room for the message `lacking`. Raises TooLarge.
+    def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> Watch:
+        """Begin to wait for items; or, of a producer, for room for the message `lacking`, or for no item up to that
+        number to be left, after a `join` that found some. Raises TooLarge.
 
         news: called, in any thread, when it is time to arm again.
         """

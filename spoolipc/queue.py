@@ -262,7 +262,7 @@ class SpoolWriter(_Face):
 
         timeout: seconds to wait at most. Returns whether all is done. An item that nobody receives is never done.
         """
-        return self._producer.join(deadline_of(True, timeout))
+        return not self._producer.join(deadline_of(True, timeout))
 
     def shutdown(self, immediate: bool = False) -> None:
         """End the spool for every process: puts raise ShutDown from now on, and gets do when it is empty.

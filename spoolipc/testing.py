@@ -138,6 +138,10 @@ class Suite:
         """Put an item for each number."""
         return self.producer.put([message(number, size) for number in numbers], soon())
 
+    def join(self, until: float | None) -> bool:
+        """Whether all that was put is done before the deadline."""
+        return not self.producer.join(until)
+
     def take(self, limit: int = 100, until: float | None = NOW) -> list[float]:
         """The numbers of what waits, at least one."""
         return list(map(number_of, self.consumer.take(limit, until)))
@@ -289,7 +293,7 @@ class SharedSuite(Suite):
     def test_join_waits_until_another_reader_is_done_with_the_last_item(self, verdict: Verdict) -> None:
         self.put(0, 1)
         deliveries = [self.claim_other(), self.claim_other()]
-        joining = self.aside(self.producer.join, None)
+        joining = self.aside(self.join, None)
         self.put(2)  # after the call
         self.other.settle(deliveries[1:], verdict)
         assert not wait([joining], 0.05).done
@@ -779,22 +783,22 @@ class EngineSuite(SharedSuite):
         assert self.admin.stat().bytes == 0
 
     def test_join_waits_for_what_waits_is_delayed_or_in_flight_and_no_longer(self) -> None:
-        assert self.producer.join(None)
-        assert self.producer.join(NOW)
+        assert self.join(None)
+        assert self.join(NOW)
         self.put(0, 1, 2)
         began = time.monotonic()
-        assert not self.producer.join(NOW)
-        assert not self.producer.join(began + 0.05)
+        assert not self.join(NOW)
+        assert not self.join(began + 0.05)
         assert time.monotonic() - began >= 0.05
-        joins = [self.aside(self.producer.join, None), self.aside(self.open_producer().join, soon())]
+        joins = [self.aside(self.join, None), self.aside(self.open_producer().join, soon())]
         assert self.take(2) == [0, 1]
         delivery = self.claim()
         self.settle(delivery, Nack(0.1, ""))
-        assert not self.producer.join(time.monotonic() + 0.02)
+        assert not self.join(time.monotonic() + 0.02)
         self.settle(self.claim(), Ack())
-        assert [each.result(20) for each in joins] == [True, True]
+        assert [each.result(20) for each in joins] == [True, 0]
         self.put(3)
-        joining = self.aside(self.producer.join, None)
+        joining = self.aside(self.join, None)
         self.admin.purge()
         assert joining.result(20)
 
@@ -802,7 +806,7 @@ class EngineSuite(SharedSuite):
         self.producer = self.open_producer(max_attempts=2)
         self.put(0)
         self.settle(self.claim(), Nack(0, ""))
-        joining = self.aside(self.producer.join, None)
+        joining = self.aside(self.join, None)
         last = self.claim(0.05)
         with pytest.raises(Empty):
             self.consumer.claim(1, None, time.monotonic() + 0.2)
@@ -811,27 +815,27 @@ class EngineSuite(SharedSuite):
 
     def test_each_join_waits_for_what_was_put_before_it(self) -> None:
         self.put(0)
-        first = self.aside(self.producer.join, None)
+        first = self.aside(self.join, None)
         self.put(1)
-        second = self.aside(self.producer.join, None)
+        second = self.aside(self.join, None)
         self.put(2)
         assert self.take(1) == [0]
         assert first.result(20)
         assert not wait([second], 0.05).done
         assert self.take(1) == [1]
         assert second.result(20)
-        assert not self.producer.join(NOW)
+        assert not self.join(NOW)
 
     def test_join_ends_with_its_session_or_when_what_waits_is_discarded(self) -> None:
         self.put(0)
-        joining = self.aside(self.producer.join, None)
+        joining = self.aside(self.join, None)
         self.open_producer().shutdown(False)
         assert not wait([joining], 0.05).done, "what waits is to be delivered"
         self.open_producer().shutdown(True)
         assert joining.result(20)
         self.producer = self.open_producer(reopen=True)
         self.put(1)
-        joining = self.aside(self.producer.join, None)
+        joining = self.aside(self.join, None)
         self.producer.close()
         assert isinstance(joining.exception(20), errors.SpoolClosed)
         refused(errors.SpoolClosed, partial(self.producer.join, NOW))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from ..errors import SpoolError
@@ -18,7 +18,7 @@ from . import fs, liveness, pool, transitions
 from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
-from .session import EVERY, MEMBERS, Session
+from .session import EVERY, MEMBERS, Look, Session
 from .table import IndexDamaged, Words, active, lent, linked, owned
 
 _NAMES: Final = 4096  # of a directory looked at in one round: about a millisecond
@@ -67,21 +67,17 @@ def await_end(words: Words, below: int) -> None:
     words[W.ENDING] = min(below, words[W.ENDING] or below)
 
 
-def join(session: Session, until: Deadline) -> bool:
-    """Wait until none of the items is left that were put before this call; false when the deadline is past."""
-    below = session.step(_next_seq, session)
-
-    def look(words: Words) -> bool:
-        return not 0 < words[W.ENDING] <= below
-
+def join(session: Session, below: int, until: Deadline) -> bool:
+    """Wait until no item of a number below this is left; false when the deadline is past."""
     while session.step(_await_those, session, below):
-        if not session.wait("end", until, look, lambda: round_if_due(session)):
+        if not session.wait("end", until, *end_of(session, below)):
             return not session.step(_await_those, session, below)
     return True
 
 
-def _next_seq(session: Session) -> tuple[int, int, int]:
-    return session.journal.words[W.NEXT_SEQ], 0, 0
+def end_of(session: Session, below: int) -> tuple[Look, Callable[[], None]]:
+    """How to wait for the end that `_await_those` said is awaited."""
+    return lambda words: not 0 < words[W.ENDING] <= below, lambda: round_if_due(session)
 
 
 def _await_those(session: Session, below: int) -> tuple[bool, int, int]:

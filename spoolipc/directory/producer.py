@@ -182,11 +182,8 @@ class DirectoryProducer(Side):
         return self.session.wait("space", until, *self._room_for(need))
 
     def _room_for(self, need: int) -> tuple[Look, Callable[[], None]]:
-        """How to wait for room for `need` bytes. Raises TooLarge.
-
-        Where the file system refused to store it although it seemed to have room (a quota does that), any change of its
-        free space, any item taken and a second gone by is reason to try again.
-        """
+        """How to wait for room for `need` bytes: where the file system refused what it seemed to have (a quota does
+        that), for any change of its free space, any item taken, or a second gone by. Raises TooLarge."""
         need = rounded(need)
         self._refuse_impossible(need)
         before, self._staging.no_space = self._staging.no_space, None
@@ -312,9 +309,12 @@ class DirectoryProducer(Side):
             raise StorageError(error.errno, f"{what}: {error.strerror}", self.path) from error
 
     @operation
-    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> SessionWatch:
-        """A wait of an event loop for room for the message `lacking`."""
-        return SessionWatch(self.session, "space", news, *self._room_for(_need(lacking) if lacking else 0))
+    def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> SessionWatch:
+        """A wait of an event loop for room for a message, or until none of the items up to a number is left."""
+        if isinstance(lacking, int):
+            return SessionWatch(self.session, "end", news, *housekeeping.end_of(self.session, lacking + 1))
+        need = _need(lacking) if lacking else 0
+        return SessionWatch(self.session, "space", news, *self._room_for(need))
 
     # Loans
 
@@ -425,9 +425,10 @@ class DirectoryProducer(Side):
     # The end
 
     @operation
-    def join(self, until: Deadline) -> bool:
-        """Wait until none of the items put so far is left; false when the deadline is past."""
-        return housekeeping.join(self.session, until)
+    def join(self, until: Deadline, last: int = 0) -> int:
+        """Wait until no item up to the number `last` is left, 0 for the last of now; that number where some are."""
+        last = last or self.session.look(current=True)[W.NEXT_SEQ] - 1
+        return 0 if housekeeping.join(self.session, last + 1, until) else last
 
     @operation
     def shutdown(self, immediate: bool) -> None:

@@ -334,7 +334,7 @@ class Receiver(Side):
         return None, 0, 0
 
     @operation
-    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> SessionWatch:
+    def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> SessionWatch:
         """A wait of an event loop for items."""
         return SessionWatch(self.session, "items", news, self._item_or_end(), self._each_second)
 

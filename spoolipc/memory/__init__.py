@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -148,9 +149,11 @@ class Producer(_Session):
                 raise
         return seqs
 
-    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> Watch:
+    def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> Watch:
+        if isinstance(lacking, int):
+            return Watch(self, partial(self._spool.check_end, lacking), news)
         size = _size(items.layout_of(lacking.arrays), lacking) if lacking else 0
-        return Watch(self, lambda: self._spool.check_room(size), news)
+        return Watch(self, partial(self._spool.check_room, size), news)
 
     def loan(self, spec: values.ArraySpec, meta: values.Json, until: Deadline) -> Loan:
         layout, message = items.layout_of_spec(spec), Message((), None, meta)
@@ -163,13 +166,13 @@ class Producer(_Session):
         with self._spool.step(self) as spool:
             return spool.full()
 
-    def join(self, until: Deadline) -> bool:
+    def join(self, until: Deadline, last: int = 0) -> int:
         with self._spool.step(self) as spool:
-            last = spool.puts
+            last = last or spool.puts
             while spool.has(last):
                 if not self._wait(until):
-                    return False
-            return True
+                    return last
+            return 0
 
     def shutdown(self, immediate: bool) -> None:
         with self._spool.step(self) as spool:
@@ -243,7 +246,7 @@ class Consumer(_Session):
             while len(taken.items) > start:
                 spool.restore(taken.items.pop())
 
-    def watch(self, news: Callable[[], None], lacking: Message | None = None) -> Watch:
+    def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> Watch:
         return Watch(self, lambda: self._spool.deliverable(self, 1), news)
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:

@@ -167,6 +167,11 @@ class Spool:
         items = (*self.requeued, *self.in_flight.values(), *islice(self.fresh, 1))
         return any(item.seq <= last for item in items)
 
+    def check_end(self, last: int) -> None:
+        """Raise Full where it has one."""
+        if self.has(last):
+            raise errors.Full
+
     def waiting(self) -> int:
         return len(self.requeued) + len(self.fresh)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -57,8 +58,9 @@ class Producer(Side):
     def full(self) -> bool:
         return self.face.full()
 
-    def join(self, until: Deadline) -> bool:
-        return self.face._writer._producer.join(until)  # the asynchronous faces have none
+    def join(self, until: Deadline, last: int = 0) -> int:
+        left = None if until is None else max(0.0, until - time.monotonic())
+        return not run(self.face.join(left))
 
     def shutdown(self, immediate: bool) -> None:
         run(self.face.shutdown(immediate))
@@ -66,7 +68,7 @@ class Producer(Side):
 
 class Consumer(Side):
     def __init__(self, path: str, options: ConsumerOptions) -> None:
-        given = {each.name: getattr(options, each.name) for each in fields(options)}
+        given = {each.name: getattr(options, each.name) for each in fields(options) if each.name != "values"}
         self.face: AsyncSpoolReader = AsyncSpoolReader(path, **given)
 
     def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> list[Message]:
