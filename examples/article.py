@@ -2,8 +2,9 @@
 
 Each of N workers repeats: two random 500x500 matrices, their product, and one object put on a queue of 100.
 The object is a number, or the article's np.zeros((1500, 1500, 3)) of 54 MB; the queue is
-multiprocessing.Queue or a spool. The consumer checks every object it gets, and that each came
-exactly once. The clock runs from the moment all workers are ready until the last object was checked.
+multiprocessing.Queue, a spool, or spoolipc.Queue in the place of the first. The consumer checks every object
+it gets, and that each came exactly once. The clock runs from the moment all workers are ready until the last
+object was checked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from spoolipc import SpoolReader, SpoolWriter
+from spoolipc import Queue, SpoolReader, SpoolWriter
 
 MAXSIZE = 100
 HEAVY = (1500, 1500, 3)
@@ -81,9 +83,9 @@ def check(job: Job, received: Any) -> int:
 # Each carrier is a pair: what the consumer does, and what each worker does with its objects.
 
 
-def over_queue(job: Job) -> float:
-    """Measure multiprocessing.Queue, which pickles the object and sends it through a pipe."""
-    carrier = SPAWN.Queue(MAXSIZE)
+def over_queue(job: Job, make: Callable[[int], Any]) -> float:
+    """Measure multiprocessing.Queue, which pickles the object and sends it through a pipe, or what stands for it."""
+    carrier = make(MAXSIZE)
     with crew(job, put_on_queue, carrier) as workers:
         return collect(job, carrier.get, workers)
 
@@ -128,9 +130,10 @@ def copy_in_memory(job: Job, worker: int, gate: Barrier, carrier: Any) -> None:
         carrier.put(int(own.flat[0]))
 
 
-CARRIERS = {
-    "queue": ("multiprocessing.Queue", over_queue),
+CARRIERS: dict[str, tuple[str, Callable[[Job], float]]] = {
+    "queue": ("multiprocessing.Queue", partial(over_queue, make=SPAWN.Queue)),
     "spool": ("spoolipc", over_spool),
+    "drop-in": ("spoolipc.Queue", partial(over_queue, make=Queue)),
     "floor": ("floor", over_memory),
 }
 
@@ -220,7 +223,7 @@ def print_table(seconds: dict[str, list[float]]) -> None:
     print("\n| seconds | the number | 54 MB array | array / number |\n|---|--:|--:|--:|")
     for name, (light, heavy) in seconds.items():
         print(f"| {CARRIERS[name][0]} | {light:.2f} | {heavy:.2f} | {heavy / light:.1f} |")
-    for over, under in (("queue", "spool"), ("queue", "floor"), ("spool", "floor")):
+    for over, under in (("queue", "spool"), ("drop-in", "spool"), ("queue", "floor"), ("spool", "floor")):
         if over in seconds and under in seconds:
             light, heavy = (above / below for above, below in zip(seconds[over], seconds[under], strict=True))
             print(f"| {over} / {under} | {light:.2f} | {heavy:.2f} | |")
@@ -233,7 +236,13 @@ def parse() -> argparse.Namespace:
     add("--workers", type=int, default=16, help="processes that put (default 16, as in the article)")
     add("--rounds", type=int, default=20, help="rounds of each (default 20; the article's are 100)")
     add("--dir", type=Path, help="where the spool is made (default: /dev/shm if all fits, else TMPDIR)")
-    add("--carriers", nargs="+", choices=CARRIERS, default=["queue", "spool"], help="which ones to measure")
+    add(
+        "--carriers",
+        nargs="+",
+        choices=CARRIERS,
+        default=["queue", "spool", "drop-in"],
+        help="which ones to measure",
+    )
     add("--floor", action="store_true", help="measure the floor too: the array is copied once and not sent")
     add("--seed", type=int, default=0, help="of the random matrices (default 0)")
     options = parser.parse_args()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing import context, reduction, util
@@ -25,7 +24,7 @@ from .directory import temporary
 from .engine import Pair, Pairing, Restorer
 from .errors import BadItem, Empty, ShutDown, SpoolClosed, UnsupportedItem, UnsupportedOperation
 from .format.values import Values
-from .message import NOW, Array, Deadline, Limits, Message, Nack, Reject, duration, flag, whole
+from .message import NOW, Array, Deadline, Limits, Message, Nack, Reject, deadline_of, flag, whole
 
 _log = logging.getLogger("spoolipc")
 _PICKLE: Final = 0x80
@@ -289,7 +288,9 @@ def _until(block: Any, timeout: Any) -> Deadline:
     """The deadline, of whatever `multiprocessing.Queue` takes: any truth value, and a time that is past."""
     if not block:
         return NOW
-    return None if timeout is None else time.monotonic() + duration("timeout", max(timeout, 0))
+    if timeout is None:
+        return None
+    return NOW if isinstance(timeout, (int, float)) and timeout <= 0 else deadline_of(True, timeout)
 
 
 def _pickled(obj: Any) -> tuple[Array, ...]:

@@ -55,6 +55,7 @@ def rebuild(directories: Directories, why: str) -> Journal:
     words[W.SHUTDOWN] = read_shutdown(directories.root)
     words[W.NEXT_SEQ] = words[W.FIRST_SEQ] = known + 1
     words[W.NEXT_SEQ_CHECK] = known + 1 ^ W.ALL_BITS
+    words[W.DONE_TOTAL] = -_in_work(old) & W.ALL_BITS
     set_limits(words, _limits(directories, old))
     install(directories, journal)
     if known:
@@ -107,6 +108,12 @@ def _last_seq(old: Words | None) -> int:
         return 0
     seq = old[W.NEXT_SEQ]
     return seq - 1 if 0 < seq < W.LAST_SEQ and old[W.NEXT_SEQ_CHECK] == seq ^ W.ALL_BITS else 0
+
+
+def _in_work(old: Words | None) -> int:
+    """Items that the old index knows to be delivered and not said to be done, 0 where it does not tell."""
+    count = old[W.DELIVERED_TOTAL] - old[W.DONE_TOTAL] & W.ALL_BITS if old is not None else 0
+    return count if count <= _last_seq(old) else 0
 
 
 def _still_in_flight(directories: Directories, old: Words | None, there: set[int]) -> dict[int, list[int]]:

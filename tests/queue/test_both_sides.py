@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.peek import poke
 from support.peer import Peer
 from support.waits import until, until_asleep
 
@@ -146,3 +147,17 @@ def test_tasks_that_a_crash_left_are_forgotten_when_nobody_has_the_spool_open(sp
         peer.kill()
     with closing(DirectoryPair(spool, Limits())) as pair:
         assert pair.join(NOW)
+
+
+@pytest.mark.damaged
+def test_tasks_in_work_are_not_forgotten_with_a_damaged_index(
+    both: DirectoryPair, spool: Path, unverified: None
+) -> None:
+    both.producer.put([ITEM] * 5, None)
+    both.consumer.take(3, NOW)
+    both.task_done()
+    poke(spool, "queue_tail", 12345)
+    both.producer.put([ITEM], None)
+    both.consumer.take(3, NOW)
+    assert [both.task_done() for _ in range(6)] == [True] * 5 + [False]
+    assert both.join(NOW)

@@ -31,6 +31,8 @@ def test_article_measures_both_carriers_and_the_floor(tmp_path: Path) -> None:
     for row in (
         "| multiprocessing.Queue |",
         "| spoolipc |",
+        "| spoolipc.Queue |",
+        "| drop-in / spool |",
         "| floor |",
         "| queue / spool |",
         "| spool / floor |",

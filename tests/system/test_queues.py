@@ -585,7 +585,7 @@ class TestArguments:
                 queue.get(*wait)
         calls: list[Any] = [lambda: queue.get(True, "x"), lambda: queue.put(1, True, "x")]
         for call in calls:
-            with pytest.raises((ValueError, TypeError)):
+            with pytest.raises(ValueError, match="timeout must be a non-negative number of seconds, not 'x'"):
                 call()
 
     def test_a_negative_maxsize_is_no_limit(self) -> None:
