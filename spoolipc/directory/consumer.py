@@ -83,6 +83,7 @@ class DirectoryConsumer(Receiver):
             except Empty:
                 if until == NOW:
                     raise
+            if not got:  # not within the handler: what ends the wait is not about its error
                 retry(lambda: some(got, limit, True, writable), self.wait_for_item, until)
         except (Empty, ShutDown) as error:  # nothing was taken
             raise error.with_traceback(None) from None

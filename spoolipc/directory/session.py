@@ -392,6 +392,7 @@ class Session:
         if not self.is_open:
             return
         if self.is_forked or is_finalizing():
+            self.is_open.clear()
             self._end()
             return
         if put_off(self.close, last):

@@ -44,7 +44,11 @@ def joining(writer: SpoolWriter, timeout: float | None = None) -> Iterator[Futur
             os.sched_yield()
         until_asleep(os.getpid(), threads[0])
         assert not future.done()
-        yield future
+        try:
+            yield future
+        finally:
+            if not future.done():
+                writer.close()
 
 
 def ack(reader: SpoolReader) -> None:

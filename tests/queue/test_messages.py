@@ -35,6 +35,7 @@ from spoolipc import (
     TooLarge,
     UnknownVersion,
 )
+from spoolipc.directory.doorbell import Doorbell
 from spoolipc.directory.lock import IndexLock
 
 SMALL = np.zeros(3)
@@ -266,3 +267,24 @@ def test_a_lock_that_is_not_let_go_of_is_that_of_a_spool_named_first(
             call(spool)
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("call", ["get", "receive", "put"])
+def test_what_interrupts_a_wait_is_not_said_to_be_about_an_empty_or_full_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with SpoolWriter(tmp_path / "spool", maxsize=1) as writer, SpoolReader(writer.path) as reader:
+        if call == "put":
+            writer.put(SMALL)
+        calls: dict[str, Callable[[], object]] = {
+            "get": reader.get,
+            "receive": reader.receive,
+            "put": lambda: writer.put(SMALL),
+        }
+        monkeypatch.setattr(Doorbell, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            calls[call]()
+        assert caught.value.__context__ is None
