@@ -373,15 +373,15 @@ memory-bytes | memory/spool | test_memory_engine | if self.bytes + size > most: 
 GUARDS: Final = {
     "transitions": "test_transitions test_order test_leases test_dead_letters test_loans test_recycling"
     " test_preallocate test_limits test_views test_failed test_fork",
-    "pool": "test_recycling test_limits test_loans test_order_of_calls test_full_disk test_wakeups",
+    "pool": "test_recycling test_limits test_loans test_order_of_calls test_full_disk test_wakeups test_giving_way",
     "recycling": "test_recycling test_loans test_views test_limits test_preallocate test_call_budget"
     " test_syscalls test_process_limits test_fork test_interleavings test_full_disk",
-    "journal": "test_transitions test_index_damage test_gc test_order_of_calls test_deleted"
-    " test_waiting_through_damage",
+    "journal": "test_transitions test_index_damage test_gc test_order_of_calls test_deleted test_recycling"
+    " test_waiting_through_damage test_copies test_taken_away",
     "rebuild": "test_index_damage test_fsck test_preallocate test_recycling test_dead_letters test_leases"
     " test_shutdown test_failed",
     "session": "test_shutdown test_leases test_deleted test_index_damage test_waiting_through_damage"
-    " test_limits test_fork test_ends test_faces",
+    " test_limits test_fork test_ends test_faces test_reentrance test_log test_taken_away",
 }
 """Modules of recovery, forks and the pool, and the tests that hold each of their guards."""
 

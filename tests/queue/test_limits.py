@@ -119,8 +119,9 @@ class TestBytes:
     ) -> None:
         monkeypatch.setitem(doorbell.LOOK_EVERY, "space", 1000.0)  # it does not look by itself
         monkeypatch.setattr(session, "EVERY", 1000.0)
-        with SpoolWriter(spool, max_bytes=2 * PAGE, maxsize=maxsize) as writer, SpoolReader(spool) as reader:
-            writer.put(pages(2))
+        """Though others wait still."""
+        with SpoolWriter(spool, max_bytes=3 * PAGE, maxsize=maxsize) as writer, SpoolReader(spool) as reader:
+            writer.put_many([pages(2), pages(1)])
             waiting = Call(writer.put, pages(2))
             waiting.until_asleep()
             item = reader.receive()
@@ -129,7 +130,7 @@ class TestBytes:
                 item.ack()
             else:
                 item.reject("unwanted")
-            assert waiting.result() == 2
+            assert waiting.result() == 3
 
     def test_small_item_is_put_though_a_large_one_waits_for_room(self, spool: Path) -> None:
         writer, other, reader = (

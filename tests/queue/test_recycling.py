@@ -169,6 +169,26 @@ def test_nothing_is_recycled_when_the_limit_is_zero(spool: Path) -> None:
         assert list((spool / "free").iterdir()) == []
 
 
+def test_the_index_grows_with_a_backlog_and_with_nothing_else(
+    spool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is not built again for that."""
+
+    def size() -> int:
+        return (spool / "index").stat().st_size
+
+    with SpoolWriter(spool, recycle_bytes=0) as writer, SpoolReader(spool) as reader:
+        first = size()
+        for _ in range(300):
+            writer.put(np.zeros(3))
+            reader.get()
+        assert size() == first
+        writer.put_many([np.zeros(3)] * 300)
+        assert size() > first
+        assert len(reader.get_many(500)) == 300
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["in the table", "after its loss"])
 def test_file_that_must_survive_power_loss_is_not_written_again(spool: Path, known: bool) -> None:
     """Its old name may come back, with whatever bytes the file then has."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support.account import check_spool
 
-from spoolipc import SpoolReader, stat
+from spoolipc import Empty, SpoolReader, gc, stat
 
 START = """
 import atexit, gc, os, sys, threading
@@ -157,3 +159,116 @@ fs.rename = real
 """
     ended(spool, program)
     assert stat(spool).depth == 3
+
+
+HUNDREDS = """
+import contextlib, itertools, signal, time
+from spoolipc import LeaseExpired, SpoolClosed
+path, log, count = sys.argv[1:]
+fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def say(what, value):
+    os.write(fd, f"{what} {value:.0f}\\n".encode())
+
+def put(value):
+    say("begun", value)
+    writer.put(np.full(values_of[int(value) % 2], value))
+    say("put", value)
+
+def putting():
+    for number in numbers:
+        put(first + number)
+        done["putting"] = number
+
+def getting():
+    for number in itertools.count(1):
+        item = reader.receive()
+        array = item.array
+        assert (array == array[0]).all()
+        say("seen", array[0])
+        item.ack()
+        say("acked", array[0])
+        held[number % 7] = array
+        done["getting"] = number
+
+def working(work):
+    with contextlib.suppress(SpoolClosed, LeaseExpired):  # some ends close both sides
+        work()
+
+def leave():
+    reader.close()
+    writer.close()
+
+def leave_in_a_thread():
+    thread = threading.Thread(target=lambda: (leave(), sys.exit(3)))
+    thread.start()
+    thread.join()
+
+def die(by):
+    os.kill(os.getpid(), by)
+    time.sleep(60)
+
+def hold():
+    global lent, inside
+    lent = writer.loan(5000)
+    inside = reader.items()
+    held[9] = next(inside)
+
+ENDS = {
+    "at the end of the program": lambda: None,
+    "sys.exit": lambda: sys.exit(5),
+    "os._exit": lambda: os._exit(6),
+    "closed": leave,
+    "closed in a thread": leave_in_a_thread,
+    "closed by a handler": lambda: atexit.register(leave),
+    "closed by the last handler": lambda: late.append(leave),
+    "put by the last handler": lambda: late.append(lambda: put(first)),
+    "with a loan and an iterator": hold,
+    "killed": lambda: die(signal.SIGKILL),
+    "terminated": lambda: die(signal.SIGTERM),
+}
+CODES = {"sys.exit": 5, "os._exit": 6, "killed": -9, "terminated": -15}
+values_of = (3, 5000)
+for number, how in zip(range(int(count)), itertools.cycle(ENDS)):
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == CODES.get(how, 0), (how, code)
+        continue
+    signal.alarm(60)
+    first, numbers, held, done = 1e6 * (number + 1), itertools.count(1), {}, {}
+    writer, reader = SpoolWriter(path, maxsize=20), SpoolReader(path)
+    for work in (putting, getting) * 2:
+        threading.Thread(target=working, args=(work,), daemon=True).start()
+    while len(done) < 2:
+        time.sleep(0.0002)
+    ENDS[how]()
+    break
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_hundreds_of_exits_amid_the_work_of_daemon_threads_lose_and_double_nothing(spool: Path) -> None:
+    """Each child falls out of the loop, and its interpreter ends as one does that was started for it."""
+    SpoolReader(spool).close()
+    log = spool.parent / "log"
+    command = [sys.executable, "-c", START + HUNDREDS, str(spool), str(log), "220"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    said: dict[str, Counter[float]] = {}
+    for line in log.read_text().splitlines():
+        what, value = line.split()
+        said.setdefault(what, Counter())[float(value)] += 1
+    rest = Counter[float]()
+    gc(spool)
+    with SpoolReader(spool) as reader, suppress(Empty):
+        while True:
+            array = reader.get_nowait()
+            assert (array == array[0]).all()
+            rest[float(array[0])] += 1
+    assert max((said["acked"] + rest).values()) == 1  # nothing that was acknowledged comes again
+    assert set(said["put"]) <= set(said["seen"]) | set(rest)
+    assert set(said["seen"]) | set(rest) <= set(said["begun"])
+    check_spool(spool)
