@@ -158,7 +158,10 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
         )
 
     try:
-        if not fs.exists(directories.items, item_name(seq)):
+        is_gone = False
+        with contextlib.suppress(OSError):  # else whoever moves it finds out
+            is_gone = not fs.exists(directories.items, item_name(seq))
+        if is_gone:
             directories.check()  # a move begun would be taken for one that happened
             raise FileNotFoundError
         said = _moved(seq, move)

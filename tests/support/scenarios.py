@@ -135,7 +135,7 @@ class Stage:
     def put(self, writer: SpoolWriter, kind: str = "small", **options: Any) -> None:
         self.last += 1
         value = self.last
-        durable = writer.__reduce__()[1][2]["durability"] == "fsync"
+        durable = writer.__reduce__()[0].keywords["durability"] == "fsync"
         with self.change({value: "waiting 0"}, partly=durable) as seqs:
             seqs[value] = writer.put(arrays(value, kind), block=False, **options)
 
@@ -255,7 +255,7 @@ def verify(
     assert {name for name in os.listdir(path) if ".failed." not in name} <= {*PLACES, "shutdown"}
 
 
-PLACES: Final = ("spool.json", "index", "alive", "failed", "free", "items", "tmp")
+PLACES: Final = ("spool.json", "index", "spare", "alive", "failed", "free", "items", "tmp")
 
 
 def _drain(reader: SpoolReader, account: Account) -> None:
