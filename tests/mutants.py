@@ -166,6 +166,8 @@ share | pool | test_giving_way idle_spool | pooled + size > words[W.SHARE_BYTES]
 # the sessions of one process, one of which puts
 siblings | recycling | test_giving_way let_go_of | for ref in _recyclers.valuerefs(): ==> for ref in []:
 hoarding | producer | test_giving_way idle_writer | MOST_RESERVED if need < LARGE else ENOUGH_LARGE ==> MOST_RESERVED
+# other programs have taken every file
+spare | session | test_giving_way took_every | self.directories.retire( ==> self.directories.remove("alive",
 # a pooled file evicted while others map it, or look at its item
 emptied | pool | test_giving_way crashed | fs.truncate(fd, 0) ==> pass
 looked-at | pool | test_giving_way stopped | and _nobody_looks(directories, journal): ==> :
@@ -201,7 +203,7 @@ tracked | fs | test_process_limits 64_descriptors | return pages ==> return mmap
 sync-file | staging | test_power_loss zeros | fs.sync(fd) ==> pass
 sync-name | producer | test_power_loss least | fs.sync(self.session.directories.items) ==> pass
 sync-loan | producer | test_power_loss zeros | fs.sync(file.fd) ==> pass
-sync-spool | producer | test_power_loss least | self.session.directories.sync() ==> pass
+sync-spool | producer | test_power_loss least | fs.sync_way(self.session.directories.root, Path(self.path)) ==> pass
 sync-made | layout | test_order_of_calls durable | fs.sync(root)  # no ==> pass  # no
 sync-retried | dead_letters | test_failed synced | fs.sync(session.directories.items) if done else None ==> None
 never-again | staging | test_recycling power | NEVER_AGAIN if durable else 0 ==> 0

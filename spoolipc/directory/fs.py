@@ -441,6 +441,26 @@ def room(directory: int) -> tuple[int, int]:
     return status.f_bavail * status.f_frsize, files
 
 
+def sync_way(directory: int, place: Path) -> None:
+    """Write the names in the directory at `place`, and in those that lead to it, to the device. Raises StorageError."""
+    try:
+        sync(directory)
+        while place != place.parent:
+            place = place.parent
+            try:
+                fd = open_at(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except PermissionError:
+                continue  # not of our making
+            try:
+                if fstat(fd).st_dev != fstat(directory).st_dev:
+                    return
+                sync(fd)
+            finally:
+                close(fd)
+    except OSError as error:
+        raise storage_error(error, str(place)) from error
+
+
 def write_whole(fd: int, data: bytes) -> None:
     """Write all of it at the descriptor's position."""
     rest = memoryview(data)

@@ -9,6 +9,7 @@
       failed/        dead letters and quarantined items SEQ.npy, each with its history in SEQ.jsonl
       SEQ.failed.npy a dead letter that failed/ did not take
       alive/         one locked file per session (`liveness.py`)
+      spare          what the next session's file is where no more files can be made
       shutdown       there once the spool was shut down
       sources.json   the last item id taken from each spool that forwards to this one
 
@@ -47,7 +48,7 @@ from .table import ALL_BITS, CAPACITY, DISCARDED, DRAINING, OPEN, WORD, IndexDam
 _log = logging.getLogger("spoolipc")
 FORMAT: Final = 2
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
-FILES: Final = ("spool.json", "spool.json.new", "index", "index.new", "shutdown", "sources.json")
+FILES: Final = ("spool.json", "spool.json.new", "index", "index.new", "shutdown", "spare", "sources.json")
 NUMBERS: Final = 2**64
 """Numbers of files are below this, as the table holds them in 64 bits."""
 _ITEM: Final = re.compile(r"(\d{20})\.npy")
@@ -206,6 +207,13 @@ class Directories:
                 what = "%s: %s/%s cannot be removed (%s), and is left to gc"
                 self.say(logging.WARNING, what, self.path, part, name, error.strerror)
 
+    def retire(self, name: str) -> None:
+        """Remove the file of a session that leaves, or lay it by where the spare one was used."""
+        with contextlib.suppress(OSError):
+            if not fs.exists(self.root, "spare"):
+                fs.rename(name, "spare", src_dir_fd=self.alive, dst_dir_fd=self.root)
+        self.remove("alive", name)
+
     def say(self, level: int, message: str, *values: object) -> None:
         """Log something once the lock is let go, as a log may be slow or blocked."""
         self.said.append((level, message, values))
@@ -228,29 +236,6 @@ class Directories:
                 fs.close(fd)
         self.root = -1
         self.parts = dict.fromkeys(self.parts, -1)
-
-    def sync(self) -> None:
-        """Write the names of the spool's directories, and of those that lead to it, to the device.
-
-        Raises StorageError.
-        """
-        place = self.path
-        try:
-            fs.sync(self.root)
-            while place != place.parent:
-                place = place.parent
-                try:
-                    fd = fs.open_at(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                except PermissionError:
-                    continue  # not of our making
-                try:
-                    if fs.fstat(fd).st_dev != fs.fstat(self.root).st_dev:
-                        return
-                    fs.sync(fd)
-                finally:
-                    fs.close(fd)
-        except OSError as error:
-            raise fs.storage_error(error, str(place)) from error
 
 
 def open_directories(
@@ -417,6 +402,8 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
             return found
         for name in (".", *PARTS):
             permit(root, name, limits.mode or PRIVATE)
+        with contextlib.suppress(OSError):
+            fs.close(fs.make_own(root, "spare", (limits.mode or PRIVATE) & 0o666))
         fs.sync(root)  # no spool.json without its directories, whatever a loss of power leaves
         write_limits(root, limits)
     return limits

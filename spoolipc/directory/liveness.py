@@ -26,6 +26,8 @@ from . import fs
 from .table import Token
 
 Role = Literal["writer", "reader", "admin"]
+SPARE: Final = "spare"
+"""A file at the top of the spool, laid by for who opens it where no more files can be made."""
 _UNKNOWN: Final = ("unknown", "session")
 _HEX: Final = frozenset("0123456789abcdef")
 _PLANTED: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
@@ -46,12 +48,18 @@ def token_of(name: str) -> int:
     return int(name, 16) if len(name) == 16 and _HEX.issuperset(name) else 0
 
 
-def announce(alive: int, token: Token, role: Role, mode: int) -> int:
+def announce(root: int, alive: int, token: Token, role: Role, mode: int) -> int:
     """Make and lock the file of `token`; the caller holds the index lock. Returns the locked descriptor.
 
     A crash after the open leaves an unlocked file: a crashed session that owns nothing.
     """
-    fd = fs.open_own(alive, token_name(token), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        fd = fs.open_own(alive, token_name(token), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+    except OSError as error:
+        if not fs.is_shortage(error) or not fs.exists(root, SPARE):
+            raise
+        fs.rename(SPARE, token_name(token), src_dir_fd=root, dst_dir_fd=alive)
+        fd = fs.open_own(alive, token_name(token), os.O_RDWR | os.O_TRUNC)
     try:
         said = json.dumps({"pid": os.getpid(), "role": role})
         with contextlib.suppress(OSError):  # only told in messages, and a full disk must keep no reader away

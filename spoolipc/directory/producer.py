@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -67,7 +68,7 @@ class DirectoryProducer(Side):
             with self.session.explaining():
                 self.session.step(housekeeping.round_of, self.session, True)
                 if self._durable:
-                    self.session.directories.sync()  # whoever made the spool may not have
+                    fs.sync_way(self.session.directories.root, Path(self.path))  # who made it may not have
                 if options.fresh:
                     reset.begin_anew(self.session, options.limits)
                 if options.reopen or options.fresh:

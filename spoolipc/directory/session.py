@@ -157,8 +157,9 @@ class Session:
 
         def announce() -> None:
             set_limits(journal.words, agree(place, asked))
+            root, mode = place.root, place.file_mode
             with no_fork:  # a child that has the locked file unawares would hide our death
-                self._held.append(liveness.announce(place.alive, self.token, self._role, place.file_mode))
+                self._held.append(liveness.announce(root, place.alive, self.token, self._role, mode))
             if self._role == "writer":
                 fs.lock_shared(place.tmp)
                 journal.words[W.WRITERS] = fs.monotonic_ns()
@@ -272,7 +273,9 @@ class Session:
         if not fs.fstat(own).st_nlink:
             with no_fork, contextlib.suppress(OSError):  # what somebody put in its place stays
                 fs.unlink_missing_ok(place.alive, liveness.token_name(self.token))
-                fs.replace(liveness.announce(place.alive, self.token, self._role, place.file_mode), own)
+                fs.replace(
+                    liveness.announce(place.root, place.alive, self.token, self._role, place.file_mode), own
+                )
             self.doorbell.renew_watch()
         if self._role == "writer":
             fs.lock_shared(place.tmp)  # of one that was made again
@@ -437,7 +440,7 @@ class Session:
                 if words[waiter.token] == self.token:
                     words[waiter.since] = words[waiter.token] = 0
             # Now, so that whoever leaves next knows to be the last.
-            self.directories.remove("alive", liveness.token_name(self.token))
+            self.directories.retire(liveness.token_name(self.token))
         return None, 0, 0
 
     def evict_if_alone(self) -> tuple[int, int, int]:

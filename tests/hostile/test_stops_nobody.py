@@ -92,7 +92,16 @@ def test_a_dead_letter_that_failed_does_not_take_is_counted_listed_retried_and_d
         assert failed_drop(spool) == [1, 3]
         assert stat(spool).failed == 0
         assert [int(array[0]) for array in reader.get_many(9)] == [4, 1]
-    assert sorted(os.listdir(spool)) == ["alive", "failed", "free", "index", "items", "spool.json", "tmp"]
+    assert sorted(os.listdir(spool)) == [
+        "alive",
+        "failed",
+        "free",
+        "index",
+        "items",
+        "spare",
+        "spool.json",
+        "tmp",
+    ]
 
 
 def test_a_spool_with_dead_letters_that_failed_did_not_take_is_removed_whole(spool: Path) -> None:

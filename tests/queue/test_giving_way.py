@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -20,7 +20,19 @@ from support.mounts import tmpfs
 from support.peer import Peer
 from support.waits import until
 
-from spoolipc import Empty, Full, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
+from spoolipc import (
+    Empty,
+    Full,
+    SpoolReader,
+    SpoolWriter,
+    failed_drop,
+    failed_list,
+    failed_retry,
+    fsck,
+    gc,
+    purge,
+    stat,
+)
 from spoolipc.cli.text import stat_text
 from spoolipc.directory import receiving, staging
 
@@ -162,16 +174,44 @@ def test_files_that_the_file_system_lacks_are_taken_from_the_pool(few_files: Pat
         check_spool(path)
 
 
+def take_every_file(disk: Path) -> None:
+    made = 0
+    while os.statvfs(disk).f_favail:
+        (disk / str(made)).touch()
+        made += 1
+
+
+def test_a_spool_without_a_pool_is_opened_and_looked_after_where_others_took_every_file(
+    few_files: Path,
+) -> None:
+    path = few_files / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        writer.put_many([np.zeros(10)] * 9)
+        for _ in range(3):
+            reader.receive().reject("unwanted")
+    calls: list[Callable[[], object]] = [
+        lambda: gc(path),
+        lambda: failed_drop(path, [1]),
+        lambda: failed_retry(path, [2]),
+        lambda: purge(path),
+    ]
+    for call in calls:
+        take_every_file(few_files)
+        with SpoolReader(path) as only:
+            assert len(only.get_nowait()) == 10
+        take_every_file(few_files)
+        call()
+    with SpoolWriter(path, maxsize=100) as writer:
+        assert (writer.qsize(), stat(path).failed) == (0, 1)
+
+
 def test_who_opens_a_spool_evicts_for_the_file_he_needs(few_files: Path) -> None:
     path = few_files / "spool"
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
         writer.put_many([np.zeros(10)] * 20)
         read_all(reader)
         assert stat(path).free_files > 10
-        made = 0
-        while os.statvfs(few_files).f_favail:
-            (few_files / str(made)).touch()
-            made += 1
+        take_every_file(few_files)
         with SpoolReader(path), SpoolWriter(path, maxsize=100):
             assert gc(path).crashed_sessions == 0
 
