@@ -146,7 +146,11 @@ HOW = pytest.mark.parametrize("at_once", [True, False], ids=["thread-ended", "th
 
 @HOW
 @pytest.mark.parametrize("where", ["directory", "locked", "memory"])
-@pytest.mark.parametrize("options", [{}, {"verify": True, "recycle_bytes": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"verify": True, "recycle_bytes": 0}, marks=pytest.mark.exhaustive)],
+    ids=["", "verified"],
+)
 @pytest.mark.parametrize("name", [*GETS, *RECEIVES])
 def test_what_a_call_cancelled_at_any_step_had_got_is_still_there(
     spool: Path, name: str, options: dict[str, Any], where: str, at_once: bool
