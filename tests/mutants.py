@@ -237,6 +237,18 @@ fork-ears | hearing | test_fork that_waits | _ears, _ears_lock, _deaf = None, th
 # Ctrl-C, or an exception of a signal handler, amid `get_many`
 put-back | consumer | test_interrupts interrupted_at_any_call | if got.places: ==> if False:
 put-back-amid | consumer | test_interrupts interrupted_at_any_call | if words[W.MARK]: ==> if False:
+# a call of an event loop is cancelled at any await
+cancelled | aio | test_asyncio any_step and get-copy | if not is_left and undo: ==> if False:
+cancelled-thread | aio | test_asyncio any_step and get-copy | if not _take(turn) and undo: ==> if False:
+cancelled-kept | consumer | test_asyncio writes_over_nothing | if shown is None and got.kept: ==> if False:
+cancelled-attempt | consumer | test_asyncio any_step and get-copy | record, link, self.verify) ==> record, link, 0)
+cancelled-receive | aio | test_asyncio any_step and receive | if claimed: ==> if False:
+cancelled-waiter | watch | test_asyncio takes_no_wake_up | self._leave() ==> pass
+loop-closed | aio | test_asyncio closed_amid | if not is_left and not _take(turn) and undo: ==> if False:
+closed-early | aio | test_asyncio close_waits | await asyncio.wait(busy) ==> break
+# another process keeps the lock while an event loop works
+patience | lock | test_asyncio held_lock | if get_ident() in hurried: ==> if False:
+patience-mutex | session | test_asyncio held_lock | if thread in hurried: ==> if False:
 # an error amid `get_many`
 ended-early | consumer | test_errors of_many and get | (error):¶                self ==> (None):¶                self
 not-copied | queue | test_interrupts cannot_all | len(given) if isinstance(error, MemoryError) else 0 ==> 0

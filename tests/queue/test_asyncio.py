@@ -183,6 +183,30 @@ def test_what_a_call_cancelled_at_any_step_had_got_is_still_there(
         asyncio.run(run(step))
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_is_put_before_a_cancelled_get_is_undone_writes_over_nothing(spool: Path, verify: bool) -> None:
+    async def main() -> None:
+        async with AsyncSpoolReader(spool, verify=verify) as reader:
+            with SpoolWriter(spool) as writer:
+                for number in range(3):
+                    writer.put(np.full(3, float(number)))
+                await reader.get()
+                loop, threads = asyncio.get_running_loop(), Threads(True, lambda: None)
+                loop.set_default_executor(threads)
+                with locked(spool) as release:
+                    threads.before = release
+                    task = asyncio.ensure_future(reader.get())
+                    await asyncio.sleep(0)
+                for _ in range(3):
+                    writer.put(np.full(3, -1.0))
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert numbers(await reader.get_many(9)) == [1, 2, -1, -1, -1]
+
+    asyncio.run(main())
+
+
 PUTS: dict[str, Call] = {
     "put": lambda writer, _: writer.put(np.zeros(BIG)),
     "put_many": lambda writer, _: writer.put_many([np.full(3, float(number)) for number in range(40)]),
@@ -250,6 +274,25 @@ def test_cancelled_waiter_leaves_the_next_item_to_others(place: str) -> None:
             assert reader.empty()
 
     asyncio.run(main())
+
+
+def test_cancelled_waiter_takes_no_wake_up_from_another_reader(spool: Path) -> None:
+    async def main() -> list[float]:
+        loop, seconds = asyncio.get_running_loop(), []
+        async with AsyncSpoolReader(spool) as first, AsyncSpoolReader(spool) as second:
+            with SpoolWriter(spool) as writer:
+                for _ in range(5):
+                    waiting = [asyncio.ensure_future(reader.get()) for reader in (first, second)]
+                    await asyncio.sleep(0.01)
+                    waiting[0].cancel()
+                    await asyncio.sleep(0)
+                    began = loop.time()
+                    writer.put(np.zeros(3))
+                    await waiting[1]
+                    seconds.append(loop.time() - began)
+        return seconds
+
+    assert min(asyncio.run(main())) < 0.5  # what is not woken looks after a second
 
 
 def test_close_waits_for_what_a_cancelled_get_puts_back(spool: Path) -> None:
