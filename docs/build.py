@@ -23,6 +23,7 @@ TARGET = Path(__file__).with_name("reference.md")
 SECTIONS: dict[str, list[str]] = {
     "Writing": ["SpoolWriter", "Loan"],
     "Reading": ["SpoolReader", "Item", "Peeked"],
+    "In the place of `multiprocessing`": ["Queue", "JoinableQueue", "imap"],
     "Looking after a spool": [
         "stat",
         "purge",
@@ -34,6 +35,7 @@ SECTIONS: dict[str, list[str]] = {
         "failed_show",
         "failed_retry",
         "failed_drop",
+        "remove_temporary",
     ],
 }
 OTHER, ERRORS = "What these return", "Errors"

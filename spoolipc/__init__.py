@@ -37,6 +37,7 @@ from .errors import (
     UnsupportedArray,
     UnsupportedItem,
     UnsupportedOperation,
+    WorkerDied,
 )
 from .item import Item, Loan
 from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
@@ -44,6 +45,7 @@ from .queue import SpoolReader, SpoolWriter
 
 if TYPE_CHECKING:
     from .mp import JoinableQueue, Queue
+    from .workers import imap
 
 __version__ = "0.1.0"
 
@@ -90,11 +92,13 @@ __all__ = [
     "UnsupportedArray",
     "UnsupportedItem",
     "UnsupportedOperation",
+    "WorkerDied",
     "failed_drop",
     "failed_list",
     "failed_retry",
     "failed_show",
     "fsck",
+    "imap",
     "purge",
     "remove",
     "remove_temporary",
@@ -103,10 +107,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("JoinableQueue", "Queue"):
-        from . import mp  # imports multiprocessing, which nobody else needs
+    if name in ("JoinableQueue", "Queue", "imap"):
+        from . import mp, workers  # they import multiprocessing, which nobody else needs
 
-        return getattr(mp, name)
+        return getattr(workers if name == "imap" else mp, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

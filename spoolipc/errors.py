@@ -73,6 +73,10 @@ class RemoteError(SpoolError):
         return f"\n{self.traceback}"
 
 
+class WorkerDied(SpoolError):
+    """Every worker of `imap` that was given the item died, or all died as soon as they began."""
+
+
 class TooLarge(SpoolError, ValueError):
     """The array could never fit, however long the caller waits."""
 

@@ -40,7 +40,7 @@ def test_reference_holds_every_public_name() -> None:
 
 def test_reference_holds_the_commands_and_what_an_engine_is() -> None:
     text = (ROOT / "docs" / "reference.md").read_text()
-    for command in ("gc DIR", "stat DIR", "fsck DIR", "set DIR", "bench", "failed retry DIR [SEQ ...]"):
+    for command in ("gc [DIR]", "stat DIR", "fsck DIR", "set DIR", "bench", "failed retry DIR [SEQ ...]"):
         assert f"### `spoolipc {command}" in text
     for name in ("engine.Watchable", "engine.Consumer", "testing"):
         assert f"### `spoolipc.{name}`" in text

@@ -1,0 +1,220 @@
+"""imap: a function over a stream of large arrays, in several processes.
+
+The items go to the workers through one temporary spool and their results come back through another. An item stays in
+flight at its worker until its result is in the spool, so that a worker that dies costs nothing but the time: another
+does the item again, and a result that comes twice is dropped.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sized
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Final, Generic, Self, TypeVar
+
+from tqdm import tqdm
+
+from .connect import connect
+from .errors import Empty, UnsupportedItem, WorkerDied
+from .message import Ack, flag, whole
+from .mp import Queue
+
+T = TypeVar("T")
+R = TypeVar("R")
+_GLANCE: Final = 0.5
+"""Seconds between two looks at whether the workers, or their parent, are still there."""
+_AHEAD: Final = 2
+"""Items under way for each worker: the one it works on, and the next."""
+_MOST_DEATHS: Final = 5
+"""Workers that may die one after another, each in the place of the last, with nothing done."""
+
+
+def imap(
+    function: Callable[[T], R],
+    arrays: Iterable[T],
+    processes: int | None = None,
+    ordered: bool = True,
+    progress: bool = False,
+) -> Results[T, R]:
+    """Apply a function to every item, in worker processes; like `multiprocessing.Pool.imap`, for large arrays.
+
+    function: called in the workers; with the start methods spawn and forkserver it is pickled, as for a Pool. Arrays
+    come to it as read-only views.
+    arrays: arrays, or whatever `spoolipc.Queue` takes. It is read as results are taken, two items a worker ahead, so
+    that a stream without end is worked on in bounded memory.
+    processes: how many workers; None for as many as there are cores for this process.
+    ordered: give results in the order of the items, and not as they come.
+    progress: draw a bar.
+
+    Returns an iterator over the results, arrays as read-only views. What the function raises is raised in the place of
+    its result, with the traceback as its cause and the item's number in a note, and iteration can go on. A worker that
+    dies is replaced and its item done again; WorkerDied is raised in the place of an item whose workers died five
+    times. Workers and spools go when the iterator ends, is closed or is left, and with the process.
+    """
+    if not callable(function):
+        raise TypeError(f"function must be callable, not {function!r}")
+    count = len(os.sched_getaffinity(0)) if processes is None else whole("processes", processes, 1)
+    return Results(function, arrays, count, flag("ordered", ordered), flag("progress", progress))
+
+
+class Results(Generic[T, R], Iterator[R]):
+    """What `imap` returns: an iterator over results, and a context manager that closes it."""
+
+    def __init__(
+        self, function: Callable[[T], R], arrays: Iterable[T], count: int, ordered: bool, progress: bool
+    ) -> None:
+        self._arrays = iter(arrays)
+        self._function = function
+        self._ordered = ordered
+        self._window = count * _AHEAD
+        self._fed, self._given, self._deaths = 0, 0, 0
+        self._is_fed = False
+        self._waiting: set[int] = set()
+        self._answers: dict[int, tuple[bool, Any]] = {}
+        total = len(arrays) if isinstance(arrays, Sized) else None
+        self._bar = tqdm(total=total, unit="item", disable=not progress)
+        self._tasks, self._results = Queue(), Queue()
+        self._workers: list[BaseProcess] = []
+        self._end = weakref.finalize(
+            self, _stop, os.getpid(), self._workers, (self._tasks, self._results), self._bar
+        )
+        try:
+            for _ in range(count):
+                self._workers.append(self._started())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers and remove the spools; results that were given out stay valid. Harmless when repeated."""
+        self._end()
+
+    def __next__(self) -> R:
+        try:
+            number = self._next()
+        except BaseException:
+            self.close()
+            raise
+        if number is None:
+            self.close()
+            raise StopIteration
+        is_result, found = self._answers.pop(number)
+        self._given += 1
+        self._bar.update()
+        if is_result:
+            return found  # type: ignore[no-any-return]
+        found.add_note(f"raised for item {number} of imap")
+        raise found
+
+    def _next(self) -> int | None:
+        """The number of the item whose answer is to be given, None when all were."""
+        while self._end.alive:
+            if self._ordered and self._given in self._answers:
+                return self._given
+            if self._answers and not self._ordered:
+                return min(self._answers)
+            is_full = self._fed - self._given >= self._window
+            if not self._is_fed and not is_full:
+                self._feed()
+            elif self._given == self._fed:
+                return None
+            self._collect(_GLANCE if is_full or self._is_fed else 0.0)
+        return None
+
+    def _feed(self) -> None:
+        try:
+            item = next(self._arrays)
+        except StopIteration:
+            self._is_fed = True
+            return
+        self._waiting.add(self._fed)
+        self._tasks.put((self._fed, item))
+        self._fed += 1
+
+    def _collect(self, seconds: float) -> None:
+        try:
+            number, is_result, found = self._results.get(timeout=seconds)
+        except Empty:
+            if seconds:
+                self._replace()
+            return
+        self._deaths = 0
+        if number in self._waiting:  # else its worker died after it had said so, and another did it again
+            self._waiting.remove(number)
+            self._answers[number] = is_result, found
+
+    def _replace(self) -> None:
+        """Start a worker for each that died, and give up the items that end every worker."""
+        for place, worker in enumerate(self._workers):
+            if worker.exitcode is None:
+                continue
+            self._deaths += 1
+            if self._deaths > _MOST_DEATHS * len(self._workers):
+                what = f"the workers end as soon as they begin, with exit code {worker.exitcode}"
+                raise WorkerDied(f'{what}; does the program start them under if __name__ == "__main__"?')
+            worker.close()
+            self._workers[place] = self._started()
+        if not self._deaths:
+            return
+        for letter in connect(self._tasks.path).admin().failed_list():
+            number = letter.seq - 1  # whatever is put there is put here, and in order
+            if number in self._waiting:
+                self._waiting.remove(number)
+                self._answers[number] = False, WorkerDied(f"{letter.reason}; its workers die of it")
+
+    def _started(self) -> BaseProcess:
+        args = self._function, self._tasks, self._results
+        process = multiprocessing.Process(target=_work, args=args, daemon=True)
+        process.start()
+        return process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _stop(process: int, workers: list[BaseProcess], queues: tuple[Queue, ...], bar: Any) -> None:
+    if os.getpid() != process:  # a forked child forgets them
+        return
+    bar.close()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join()
+        worker.close()
+    for queue in queues:  # now, as the last who use them
+        queue.close()
+
+
+def _work(function: Callable[[Any], Any], tasks: Queue, results: Queue) -> None:
+    """What a worker does, until its parent ends it or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends us
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    consumer = tasks._opened().consumer
+    while parent.is_alive():
+        try:
+            (delivery,) = consumer.claim(1, None, time.monotonic() + _GLANCE)
+        except Empty:
+            continue
+        number, item = tasks._value(consumer.load(delivery))
+        try:
+            answer = number, True, function(item)
+        except Exception as error:
+            answer = number, False, error
+        del item
+        try:
+            results.put(answer)
+        except UnsupportedItem as error:
+            results.put((number, False, error))
+        del answer
+        consumer.settle((delivery,), Ack())
