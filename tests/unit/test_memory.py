@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from spoolipc import memory
 from spoolipc.engine import ConsumerOptions, ProducerOptions
-from spoolipc.errors import AlreadySettled, Empty, NotASpool, ReentrantCall, UnsupportedOperation
+from spoolipc.errors import AlreadySettled, Empty, NotASpool, ReentrantCall, ShutDown, UnsupportedOperation
 from spoolipc.memory import MemoryEngine
 from spoolipc.message import NOW, Ack, ArraySpec, Message, Nack, Verdict
 
@@ -101,6 +103,21 @@ def test_call_amid_another_of_the_same_thread_is_done_or_refused(engine: MemoryE
             sys.settrace(before)
     assert 20 < refused < line
     assert consumer.qsize() == len(put) - len(taken)
+
+
+def test_writer_that_was_dropped_unclosed_has_left(engine: MemoryEngine) -> None:
+    consumer = engine.consumer(ConsumerOptions(end="writers"))
+    producer = engine.producer(ProducerOptions())
+    with pytest.raises(Empty):
+        consumer.take(1, time.monotonic() + 0.01)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(consumer.take, 1, None)
+        producer.put([Message((np.zeros(1),))], NOW)
+        assert waiting.result(20)
+        waiting = pool.submit(consumer.take, 1, None)
+        del producer
+        gc.collect()
+        assert isinstance(waiting.exception(20), ShutDown)
 
 
 def test_stat_tells_the_age_of_the_next_item_and_no_files(engine: MemoryEngine) -> None:
