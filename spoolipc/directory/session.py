@@ -125,14 +125,12 @@ class Session:
     def _open(self, asked: Limits, create: bool) -> None:
         inherited = self._held
         try:
-            as_found = self._role == "admin"
-            self.directories = open_directories(self.path, asked, create=create, as_found=as_found)
+            place = open_directories(self.path, asked, create=create, as_found=self._role == "admin")
+            self.directories = place
             self.token = liveness.new_token()
             self.token_bytes = self.token.to_bytes(8, "big")
-            self._hold(self.directories.descriptors())
-            self.lock = IndexLock(
-                self.directories.items, self.path, functools.partial(holder, self.directories)
-            )
+            self._hold(place.descriptors())
+            self.lock = IndexLock(place.items, self.path, functools.partial(holder, place))
             self.step(self._join, asked)
             _abandon(os.getpid(), inherited, [])
         except BaseException as error:
@@ -273,9 +271,8 @@ class Session:
         if not fs.fstat(own).st_nlink:
             with no_fork, contextlib.suppress(OSError):  # what somebody put in its place stays
                 fs.unlink_missing_ok(place.alive, liveness.token_name(self.token))
-                fs.replace(
-                    liveness.announce(place.root, place.alive, self.token, self._role, place.file_mode), own
-                )
+                made = liveness.announce(place.root, place.alive, self.token, self._role, place.file_mode)
+                fs.replace(made, own)
             self.doorbell.renew_watch()
         if self._role == "writer":
             fs.lock_shared(place.tmp)  # of one that was made again
