@@ -436,8 +436,7 @@ class Session:
             for waiter in W.WAITERS:
                 if words[waiter.token] == self.token:
                     words[waiter.since] = words[waiter.token] = 0
-            # Now, so that whoever leaves next knows to be the last.
-            self.directories.retire(liveness.token_name(self.token))
+            self.directories.retire(liveness.token_name(self.token))  # now: the next knows to be the last
         return None, 0, 0
 
     def evict_if_alone(self) -> tuple[int, int, int]:
