@@ -121,9 +121,6 @@ def find_pooled(
     mapped; of large files, such a one is preferred, or with `only_mapped` asked for.
     """
     link = head = bucket(size)
-    record = words[head]
-    if record and size < LARGE and size <= words[record_in(words, record, W.POOLED) + W.BYTES] <= most:
-        return record, head
     found = (0, 0)
     for _ in range(_LOOKS_LARGE if size >= LARGE else _LOOKS):
         record = words[link]

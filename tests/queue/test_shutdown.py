@@ -62,3 +62,16 @@ def test_immediate_shutdown_leaves_no_history_of_what_is_requeued_after_it(
         item.nack()
     SpoolReader(spool).close()
     assert os.listdir(spool / "failed") == []
+
+
+def test_who_leaves_leaves_nothing_in_alive_and_tmp(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        lent = writer.loan(5000)
+        writer.put(lent.array)
+        reader.get()
+        reader.close()
+        assert len(list((spool / "alive").iterdir())) == 1
+        assert len(list((spool / "tmp").iterdir())) == 1
+    for part in ("alive", "tmp"):
+        assert list((spool / part).iterdir()) == []
+    lent.array[:] = 1  # and who has it may write it
