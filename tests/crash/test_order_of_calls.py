@@ -14,7 +14,7 @@ from support.account import check_spool
 from support.faults import Event, Injector
 from support.mounts import tmpfs
 
-from spoolipc import Full, SpoolReader, SpoolWriter, StorageError
+from spoolipc import Empty, Full, SpoolReader, SpoolWriter, StorageError
 from spoolipc.directory import fs
 
 
@@ -82,3 +82,17 @@ def test_space_that_comes_back_amid_a_write_leaves_no_hole_in_the_item(
         writer.put(array, timeout=20)
         assert (reader.get() == array).all()
         assert list((small / "spool" / "tmp").iterdir()) == []
+
+
+def test_who_waits_says_so_and_passes_a_barrier_before_it_looks_again(place: Path) -> None:
+    """Else a processor that lets a load pass an earlier store would look before others can see that it waits."""
+    with SpoolReader(place / "spool") as reader, Injector(stores=True) as injector, pytest.raises(Empty):
+        reader.get(timeout=0.05)
+    met = injector.met
+    said = [
+        "store",
+        "store",
+        "yield_core",
+        "seek",
+    ]  # what for, since when; the look begins with the table's size
+    assert any(met[at : at + len(said)] == said for at in range(len(met))), met
