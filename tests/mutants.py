@@ -159,6 +159,7 @@ half-saved | fs | test_order_of_calls hole | written < end: ==> False:
 full-history | quarantine | test_dead_letters be_written | OSError as error:¶        d ==> EOFError as error:¶        d
 # file system, quota or number of files used up, pooled files there
 evict-refused | staging | test_giving_way refused | if not recycler.let_give_way(size): ==> if True:
+shrunk | housekeeping | test_giving_way shrinks | pool.share(words, fs.room(directories.root)) ==> pass
 evict-growing | producer | test_giving_way grow | is_shortage and recycler.make_room(1)[0]: ==> False:
 evict-opening | session | test_giving_way opens | with_room(place, journal, announce) ==> announce()
 place-left | fs | test_giving_way lacks | min(_FILES_LEFT, status.f_files >> 4) ==> 0
@@ -334,6 +335,7 @@ limits-said | transitions | test_directory_engine are_changed | 0, limit_stores(
 # a directory of the spool removed
 gone-part | session | test_taken_away part | place.check() ==> pass
 gone-unlocked | layout | test_taken_away under_the_lock | with exclusively(self.root, str(self.path)): ==> if True:
+put-again-left | staging | test_taken_away does_not_take | staged.name)  # of a try ==> "")  # of a try
 # `spool.json` removed
 gone-limits | rebuild | test_taken_away spool_json | set_limits(words, _limits(directories, old)) ==> pass
 # a session's file in `alive/` removed

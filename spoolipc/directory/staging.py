@@ -207,6 +207,8 @@ class Staging:
 
     def write_new(self, staged: Staged) -> None:
         """Write it to a new file in `tmp/`. A crash leaves it there under a crashed session's token."""
+        if staged.name:
+            fs.unlink_missing_ok(self.session.directories.tmp, staged.name)  # of a try before
         staged.file, staged.loan = None, False
         layout, arrays, end = staged.layout, staged.arrays, staged.layout.end
         size = rounded(staged.need)

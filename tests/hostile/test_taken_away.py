@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from support.calls import Call
 from support.damage import PARTS, crash, item
+from support.faults import Event, Injector, fail
 from support.locks import lock_file
 from support.peek import peek_table
 from support.peer import Peer
@@ -26,6 +28,7 @@ from spoolipc import (
     SpoolGone,
     SpoolReader,
     SpoolWriter,
+    StorageError,
     failed_list,
     fsck,
     gc,
@@ -160,6 +163,23 @@ def test_a_spool_that_is_being_deleted_is_not_brought_back_and_nothing_is_left_o
         if "tmp" in left:
             assert os.listdir(spool / "tmp") == []
     shutil.rmtree(spool)
+
+
+@pytest.mark.parametrize("array", [np.arange(3), LARGE], ids=["small", "large"])
+def test_a_put_that_items_does_not_take_ends_with_the_remedy_and_leaves_nothing(
+    spool: Path, array: np.ndarray
+) -> None:
+    def refuse(event: Event) -> None:
+        if event.name == "rename" and os.readlink(f"/proc/self/fd/{event.options['dst_dir_fd']}").endswith(
+            "/items"
+        ):
+            fail(errno.ENOENT)(event)
+
+    with SpoolWriter(spool) as writer, Injector(refuse) as injector:
+        with pytest.raises(StorageError, match=f"{spool}: items/ takes no file any more; run: spoolipc fsck"):
+            writer.put(array)
+        assert injector.met.count("rename") <= 3
+        assert os.listdir(spool / "tmp") == []
 
 
 # spool.json

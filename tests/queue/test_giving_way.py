@@ -121,6 +121,19 @@ def test_an_idle_spool_keeps_less_than_is_free(disk: Path) -> None:
         assert stat(disk / "a").free_bytes <= status.f_bavail * status.f_frsize
 
 
+def test_the_pool_shrinks_as_others_take_the_space(disk: Path, spend: Callable[[float], None]) -> None:
+    with SpoolWriter(disk / "a") as writer, SpoolReader(disk / "a") as reader:
+        writer.put_many([frame(4)] * 6)
+        read_all(reader)
+        for number in range(3):
+            (disk / str(number)).write_bytes(bytes(13 * MIB))
+            spend(1.1)
+            read_all(reader)  # keeps house
+            free = os.statvfs(disk)
+            assert stat(disk / "a").free_bytes <= free.f_bavail * free.f_frsize
+        assert stat(disk / "a").free_files < 4
+
+
 @pytest.mark.parametrize("error", [errno.EDQUOT, errno.ENOSPC])
 @pytest.mark.parametrize("call", ["open_at", "save", "allocate", "write"])
 def test_a_refused_write_evicts_whatever_statvfs_says(spool: Path, error: int, call: str) -> None:
