@@ -377,7 +377,7 @@ fsck-sums | table | test_fsck contradicts and flight | int((states == IN_FLIGHT)
 # not in the matrix: how it is built
 calls | format/item | test_call_budget | _parsed[header] = block ==> pass
 one-door | quarantine | test_one_door | fs.write_whole(fd, ==> os.write(fd,
-floors | dead_letters | test_floors | import fs, ==> import fs, producer,
+floors | dead_letters | test_floors | import fs, ==> import check, fs,
 # not in the matrix: the engine in memory
 memory-poison | memory/spool | test_memory_engine | most and item.attempt >= most and not last: ==> False:
 memory-order | memory/spool | test_memory_engine | chain(self.requeued, self.fresh) if ==> self.fresh if
