@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from .connect import connect
-from .directory import check
+from .directory import DirectoryEngine, check
 from .directory import gc as sweep
 from .errors import NoSuchItem, UnsupportedOperation
 from .message import DeadLetter, Limits, Retried, SpoolStat
@@ -104,8 +104,9 @@ def _of_files(call: C) -> C:
 
     @functools.wraps(call)
     def run(path: Place, **options: Any) -> object:
-        if not connect(path).crosses_processes:
-            what = "is in the memory of this process, where a crash leaves nothing to remove or repair"
+        if not isinstance(connect(path), DirectoryEngine):
+            where = "on a server" if connect(path).crosses_processes else "in the memory of this process"
+            what = f"is {where}, where a crash leaves nothing to remove or repair"
             raise UnsupportedOperation(f"{os.fsdecode(path)}: {what}")
         return call(path, **options)
 

@@ -7,8 +7,9 @@ import re
 from typing import Final
 
 from .engine import Engine
+from .errors import UnsupportedOperation
 
-SCHEMES: Final = ("memory",)
+SCHEMES: Final = ("memory", "nats", "tls")
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _SLIP: Final = tuple(f"{each}:" for each in SCHEMES)
 
@@ -33,6 +34,15 @@ def connect(path_or_url: str | os.PathLike[str]) -> Engine:
         from .memory import MemoryEngine
 
         return MemoryEngine(url[2])
+    if url is not None and url[1] in ("nats", "tls"):
+        try:
+            from .nats import NatsEngine
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "nats":
+                raise
+            what = "needs nats-py, which is not installed: pip install 'spoolipc[nats]'"
+            raise UnsupportedOperation(f"a spool on a server {what}") from None
+        return NatsEngine(place)
     known = ", ".join(f"{each}://NAME" for each in SCHEMES)
     raise ValueError(
         f"{place!r} is no URL that is known ({known}); the directory of that name is './{place}'"

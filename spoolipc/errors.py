@@ -121,6 +121,10 @@ class StorageError(SpoolError, OSError):
     """A system call on the spool failed; the message names the path."""
 
 
+class ServerUnreachable(SpoolError, ConnectionError):
+    """The server of the spool cannot be connected to, or does not answer; the message names it."""
+
+
 class BadItem(SpoolError, ValueError):
     """An item file is damaged; it has been moved to `failed/` with the reason."""
 

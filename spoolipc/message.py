@@ -263,15 +263,15 @@ class SpoolStat:
     path: absolute. state: "open"; "draining" after shutdown(); "discarded" after shutdown(immediate=True). depth:
     items that wait to be delivered now. delayed: items requeued that are not due yet. in_flight: items received and
     not settled. bytes: of all these. oldest_age: seconds since the first item to be delivered was put, None when none
-    waits. failed: dead letters. puts, gets: items ever put and ever delivered for good. free_files, free_bytes:
-    consumed files kept to be written again. pinned_files, pinned_bytes: consumed files that a reader's arrays still
-    show, or that a writer has reserved; pinned_by: these bytes by process id. wanted_bytes: the most that a put has
-    been waiting for as the file system lacks it, 0 as a rule. live_sessions: readers and writers that have the spool
-    open. limits: as they are in force. file_system: its type; in_memory: whether that is RAM. waiting_mode: how this
-    process would wait, "inotify" or "polling", or "condition" in memory. index_damage: why the index cannot be used,
-    "" as a rule; then only items, dead letters and limits are counted, from the directories, and the next reader or
-    writer rebuilds it. stuck_on: the process that did not let go of the index lock for a second, "" as a rule; then
-    what needs the lock is None.
+    waits. failed: dead letters. puts, gets: items ever put and delivered for good, None if not counted. free_files,
+    free_bytes: consumed files kept to be written again. pinned_files, pinned_bytes: consumed files that a
+    reader's arrays still show, or that a writer has reserved; pinned_by: these bytes by process id. wanted_bytes: the
+    most that a put has been waiting for as the file system lacks it, 0 as a rule. live_sessions: readers and writers
+    that have the spool open. limits: as they are in force. file_system: its type, "jetstream" of a server; in_memory:
+    whether that is RAM. waiting_mode: how this process would wait, "inotify" or "polling", "condition" in memory,
+    "server" where a server is waited for. index_damage: why the index cannot be used, "" as a rule; then only items,
+    dead letters and limits are counted, from the directories, and the next reader or writer rebuilds it. stuck_on: the
+    process that did not let go of the index lock for a second, "" as a rule; then what needs the lock is None.
     """
 
     path: str
@@ -282,8 +282,8 @@ class SpoolStat:
     bytes: int
     oldest_age: float | None
     failed: int
-    puts: int
-    gets: int
+    puts: int | None
+    gets: int | None
     free_files: int
     free_bytes: int
     pinned_files: int | None
@@ -294,7 +294,7 @@ class SpoolStat:
     limits: Limits
     file_system: str
     in_memory: bool
-    waiting_mode: Literal["inotify", "polling", "condition"]
+    waiting_mode: Literal["inotify", "polling", "condition", "server"]
     index_damage: str
     stuck_on: str
 

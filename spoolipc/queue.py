@@ -107,7 +107,7 @@ class SpoolWriter(_Face):
     """Puts arrays into a spool, which any number of other processes may write and read.
 
     path: the spool's directory, made (with mode 0700) by whoever comes first; or a URL: `memory://NAME` is a spool
-    of this process alone.
+    of this process alone, `nats://HOST:PORT/NAME` one on servers, for several machines.
     limits: the spool's limits; each may as well be given by its name beside it.
     maxsize: most items waiting, 0 for no limit; None takes what the spool has, or 0 for a new one.
     max_bytes: most bytes of items waiting or in flight, each counted as its whole file, in pages of 4 KB; likewise.

@@ -653,7 +653,8 @@ class EngineSuite(SharedSuite):
         found = self.admin.stat()
         assert (found.path, found.state) == (self.producer.path, "open")
         assert (found.depth, found.delayed, found.in_flight, found.failed) == (1, 1, 1, 1)
-        assert (found.puts, found.gets, found.live_sessions) == (6, 2, 2)
+        assert (found.puts, found.gets) in ((6, 2), (None, None))
+        assert found.live_sessions == 2
         assert found.bytes >= 3 * LARGE * 8
         assert 0 <= (found.oldest_age or 0) < 3600
         self.consumer.close()
@@ -736,7 +737,7 @@ class EngineSuite(SharedSuite):
 
     def test_removed_spool_is_no_more_and_the_next_one_begins_anew(self) -> None:
         self.producer = self.open_producer(maxsize=5)
-        seqs = self.put(0, 1, 2, size=LARGE)
+        seqs = [*self.put(0), *self.put(1, 2, size=LARGE)]
         self.settle(self.claim(), Reject(""))
         self.producer.close()
         refused(errors.SpoolInUse, self.admin.remove)
@@ -1082,14 +1083,18 @@ class ProcessSuite(Suite):
 
     def test_item_in_flight_at_a_killed_reader_is_redelivered_until_its_last_attempt(self) -> None:
         self.producer = self.open_producer(max_attempts=3)
-        killing, harmless = self.put(0, 1)
+        (killing,) = self.put(0)
         for attempt in (1, 2, 3):
             reader = Remote(self.engine(self.place))
             (delivery,) = reader.claim(1, None, soon())
             assert (delivery.seq, delivery.attempt) == (killing, attempt)
             reader.kill()
+        (harmless,) = self.put(1)
         assert self.claim().seq == harmless
-        assert self.dead_letters == [killing]
+        deadline = soon()
+        while self.dead_letters != [killing]:  # an engine may see a death some seconds later
+            assert time.monotonic() < deadline
+            refused(Empty, partial(self.consumer.claim, 1, None, time.monotonic() + 0.1))
 
 
 class Remote:

@@ -109,7 +109,7 @@ def stat_text(found: SpoolStat) -> str:
         f"  free        {found.free_files:,} files to be written again, {size(found.free_bytes)}",
         f"  pinned      {pinned} files still shown by arrays or being written, {pinned_bytes}",
         f"  open in     {live} readers and writers",
-        f"  ever        {found.puts:,} put, {found.gets:,} delivered",
+        *([] if found.puts is None else [f"  ever        {found.puts:,} put, {found.gets:,} delivered"]),
     ]
     if found.wanted_bytes:
         by = ", ".join(f"process {process} {size(held)}" for process, held in (found.pinned_by or {}).items())

@@ -318,6 +318,7 @@ class Soak:
             ("delivered", settled + lost, self.end.gets),
             ("failed", account.quarantined, self.end.failed),
         ):
+            assert counted is not None
             if not sum_ <= counted <= sum_ + (unsure - lost if what != "failed" else 0):
                 account.errors.append(f"{sum_} items {what}, but the spool counts {counted}")
 

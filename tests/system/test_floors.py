@@ -60,8 +60,14 @@ FLOORS: Final = {
     "directory": "engine consumer dead_letters pair producer reset stat",
     "memory.spool": "format.item",
     "memory": "engine format.footer format.item memory.spool",
-    "connect": "engine directory memory",
-    "admin": "connect check gc",
+    "nats.link": "",
+    "nats.spool": "format.footer format.item nats.link",
+    "nats.session": "engine nats.link nats.spool",
+    "nats.producer": "engine format.footer format.item nats.link nats.session nats.spool",
+    "nats.consumer": "engine nats.link nats.session nats.spool",
+    "nats": "engine nats.consumer nats.link nats.producer nats.session nats.spool",
+    "connect": "engine directory memory nats",
+    "admin": "connect directory check gc",
     "item": "engine format.item",
     "queue": "engine format.item connect item",
     "aio": "engine item queue",
@@ -159,11 +165,13 @@ if TYPE_CHECKING:
 
 def test_the_faces_meet_engines_in_connect_only_and_engines_do_not_meet() -> None:
     in_directory = {name for name, path in PATHS.items() if path.parent.name == "directory"}
-    engines = {*in_directory, "memory"}
+    in_nats = {name for name, path in PATHS.items() if path.parent.name == "nats"}
+    engines = {*in_directory, *in_nats, "memory"}
     for name in ("errors", "message", "engine", "testing", "item", "queue", "aio", "format.item"):
         assert not allowed(name) & engines, name
-    assert not allowed("memory") & in_directory
-    assert not any({"memory", "memory.spool"} & allowed(name) for name in in_directory)
+    assert not allowed("memory") & (in_directory | in_nats)
+    assert not any({"memory", "memory.spool", *in_nats} & allowed(name) for name in in_directory)
+    assert not any({"memory", "memory.spool", *in_directory} & allowed(name) for name in in_nats)
 
 
 def test_the_floor_plan_of_contributing_is_this_table() -> None:

@@ -49,7 +49,7 @@ def reader() -> Iterator[SpoolReader]:
         yield reader
 
 
-@pytest.mark.parametrize("url", ["nats://host/name", "MEMORY://name", "file:///tmp/spool"])
+@pytest.mark.parametrize("url", ["redis://host/name", "MEMORY://name", "file:///tmp/spool"])
 def test_unknown_scheme_is_refused_and_the_known_ones_named(url: str) -> None:
     with pytest.raises(ValueError, match="memory://"):
         connect(url)

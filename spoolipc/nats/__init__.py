@@ -1,0 +1,200 @@
+"""The engine between machines: a spool on NATS servers with JetStream.
+
+    nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...]/NAME[?replicas=3][&storage=memory]
+
+What the streams hold is in `spool`; how an item is put in `producer`, how it is delivered and settled in `consumer`;
+what both sides share in `session`; the connection, and the one thread of all clients of this process, in `link`.
+Secrets come from the URL, or from NATS_USER and NATS_PASSWORD, NATS_TOKEN, NATS_CREDS or NATS_NKEY; NATS_CA, NATS_CERT
+and NATS_KEY are files for TLS. They are part of no path, log or error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, TypeVar
+
+from .. import errors
+from .. import message as values
+from ..engine import ConsumerOptions, ProducerOptions
+from ..message import Limits
+from .consumer import NatsConsumer
+from .link import Address, Link, address, header, loop
+from .producer import NatsProducer
+from .session import asked_for
+from .spool import Failed, Spool, msg_id, size_of
+
+T = TypeVar("T")
+_NO_FILES: Final[dict[str, Any]] = {
+    **dict.fromkeys(("free_files", "free_bytes", "pinned_files", "pinned_bytes", "wanted_bytes"), 0),
+    **{"file_system": "jetstream", "waiting_mode": "server"},
+    **{"index_damage": "", "stuck_on": "", "pinned_by": {}},
+}
+
+
+class NatsEngine:
+    """The spool of a URL."""
+
+    crosses_processes = True
+
+    def __init__(self, url: str) -> None:
+        self._where = address(url)
+
+    def producer(self, options: ProducerOptions) -> NatsProducer:
+        return NatsProducer(self._where, options)
+
+    def consumer(self, options: ConsumerOptions) -> NatsConsumer:
+        return NatsConsumer(self._where, options)
+
+    def admin(self) -> NatsAdmin:
+        return NatsAdmin(self._where)
+
+
+class NatsAdmin:
+    """A spool looked after from outside: each call has a connection of its own."""
+
+    def __init__(self, where: Address) -> None:
+        self._where = where
+
+    def _do(self, work: Callable[[Spool], Awaitable[T]]) -> T:
+        async def run() -> T:
+            link = Link(self._where)
+            await link.open()
+            try:
+                spool = Spool(link, self._where.name, self._where.replicas, self._where.storage)
+                await spool.open(create=False)
+                return await work(spool)
+            finally:
+                await link.close()
+
+        return loop().run(run())
+
+    def stat(self) -> values.SpoolStat:
+        return self._do(_stat)
+
+    def purge(self) -> int:
+        return self._do(lambda spool: spool.purge())
+
+    def set_limits(self, limits: Limits) -> Limits:
+        async def change(spool: Spool) -> Limits:
+            return (await spool.change(lambda now: asked_for(now, limits))).limits
+
+        return self._do(change)
+
+    def remove(self) -> None:
+        async def remove(spool: Spool) -> None:
+            if sessions := await spool.sessions():
+                raise errors.SpoolInUse(0, f"{spool.path}: is in use: {len(sessions)} sessions have it open")
+            await spool.remove()
+
+        self._do(remove)
+
+    def failed_list(self, seqs: Iterable[int] | None = None) -> list[values.DeadLetter]:
+        async def look(spool: Spool) -> list[values.DeadLetter]:
+            failed = await spool.failed()
+            return [await _letter(spool, seq, msg, failed.get(seq)) for seq, msg in await _dead(spool, seqs)]
+
+        return self._do(look)
+
+    def failed_drop(self, seqs: Iterable[int] | None) -> list[int]:
+        async def drop(spool: Spool) -> list[int]:
+            dropped = await _dead(spool, seqs)
+            for seq, msg in dropped:
+                await _forget(spool, seq, msg, pieces=True)
+            return [seq for seq, _ in dropped]
+
+        return self._do(drop)
+
+    def failed_retry(self, seqs: Iterable[int] | None) -> values.Retried:
+        async def retry(spool: Spool) -> values.Retried:
+            done: dict[int, int] = {}
+            damaged: dict[int, str] = {}
+            for seq, msg in await _dead(spool, seqs):
+                try:
+                    await spool.message(msg, (seq, 0))
+                except (errors.BadItem, errors.UnknownVersion) as error:
+                    damaged[seq] = str(error)
+                    continue
+                if (await spool.agreed()).state != "open":
+                    raise errors.ShutDown(f"{spool.path}: was shut down")
+                size = header(msg, "Spool-Size")
+                given = {"Nats-Msg-Id": f"{msg_id(msg)} again {seq}"} | ({"Spool-Size": size} if size else {})
+                done[seq] = await spool.note(f"item.{msg_id(msg)}", msg.data, headers=given)
+                await _forget(spool, seq, msg, pieces=False)
+            return values.Retried(done, damaged)
+
+        return self._do(retry)
+
+
+async def _stat(spool: Spool) -> values.SpoolStat:
+    counts, sessions, control = await spool.counts(), await spool.sessions(), await spool.agreed()
+    stream = await spool.link.api(f"STREAM.INFO.{spool.items}")
+    delayed = sum(note.due > time.time() for note in counts.requeued.values())
+    oldest = None
+    first = min(
+        [seq for seq, note in counts.requeued.items() if note.due <= time.time()] or [counts.delivered + 1]
+    )
+    if counts.waiting > delayed:
+        async for msg in spool.link.read(spool.items, spool.subject("item", "*"), first, 1):
+            oldest = max(0.0, time.time() - _when(spool, msg))
+            break
+    return values.SpoolStat(
+        path=spool.path,
+        state=control.state,
+        depth=counts.waiting - delayed,
+        delayed=delayed,
+        in_flight=counts.in_flight,
+        bytes=await spool.bytes(),
+        oldest_age=oldest,
+        failed=len(await spool.dead()),
+        puts=None,
+        gets=None,
+        live_sessions=len(sessions),
+        limits=control.limits,
+        in_memory=stream["config"]["storage"] == "memory",
+        **_NO_FILES,
+    )
+
+
+def _when(spool: Spool, msg: Any) -> float:
+    try:
+        return spool.contents(msg).put_time / 1e9
+    except (errors.BadItem, errors.UnknownVersion):
+        return time.time()
+
+
+async def _dead(spool: Spool, seqs: Iterable[int] | None) -> list[tuple[int, Any]]:
+    """Dead letters in the order of their numbers; None for all. Raises NoSuchItem."""
+    wanted = None if seqs is None else values.numbers_of(seqs)
+    found = {}
+    async for msg in spool.link.read(spool.notes, spool.subject("dead", "*", "*", "*")):
+        found[int(header(msg, "Nats-Subject").split(".")[3])] = msg
+    for seq in wanted or ():
+        if seq not in found:
+            raise errors.NoSuchItem(f"{spool.path}: has no dead letter {seq}; see failed_list()")
+    return [(seq, found[seq]) for seq in (sorted(found) if wanted is None else wanted)]
+
+
+async def _forget(spool: Spool, seq: int, msg: Any, pieces: bool) -> None:
+    """Remove a dead letter, its failures last."""
+    await spool.forget(spool.notes, "dead", seq, "*", "*")
+    if pieces and header(msg, "Spool-Size"):
+        await spool.forget(spool.items, "chunk", msg_id(msg))
+    await spool.forget(spool.notes, "failed", seq)
+
+
+async def _letter(spool: Spool, seq: int, msg: Any, note: Failed | None) -> values.DeadLetter:
+    """What is told of a dead letter."""
+    note = note or Failed(0, "dead", 0.0, [])
+    stored: tuple[values.StoredArray, ...] = ()
+    meta, when, damage = None, None, ""
+    try:
+        arrays, names, meta, put_time, *_ = await spool.message(msg, (seq, note.attempt))
+        each = zip(names or (None,) * len(arrays), arrays, strict=True)
+        stored = tuple(values.StoredArray(name, str(a.dtype), a.shape, a.nbytes) for name, a in each)
+        when = put_time / 1e9
+    except (errors.BadItem, errors.UnknownVersion) as error:
+        damage = str(error)
+    history = note.failures()
+    why = history[-1].why if history else ""
+    return values.DeadLetter(seq, "", size_of(msg), why, note.attempt, history, stored, meta, when, damage)

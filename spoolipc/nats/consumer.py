@@ -1,0 +1,371 @@
+"""take, claim, load, settle, peek: items pulled from the consumer `readers`, and what becomes of them.
+
+While a session lives it says of each item in flight that it is, before the server's `ACK_WAIT` ends; of one with a
+lease it says nothing, but lets the server wait as long as that. So what a crashed session had is redelivered within
+seconds, and what a hung one had when its lease ends. What failed is told in a note before the server is told: a crash
+between the two leaves an item that is redelivered, and at whose next delivery the note is put right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import platform
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from nats.aio.msg import Msg
+
+from .. import errors
+from .. import message as values
+from ..engine import ConsumerOptions
+from ..message import NOW, Deadline, Delivery, Message
+from .link import Address, header
+from .session import Session
+from .spool import Failed, msg_id, place_of, size_of
+
+T = TypeVar("T")
+_log = logging.getLogger("spoolipc")
+_NS: Final = 10**9
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """An item in flight here. due: monotonic seconds when its lease ends. given: tells when nobody can settle it."""
+
+    msg: Msg
+    seq: int
+    attempt: int
+    due: float = math.inf
+    given: weakref.ref[_Handle] | None = None
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class _Handle:
+    """What who can settle the item holds."""
+
+    held: _Held
+
+
+class NatsConsumer(Session):
+    """A reader's side."""
+
+    role = "reader"
+
+    def __init__(self, where: Address, options: ConsumerOptions) -> None:
+        self.held: dict[int, _Held] = {}
+        self._dropped: deque[_Held] = deque()
+        self._verify = options.verify
+        self._began = math.inf
+        super().__init__(where, options.limits, options.create, None)
+        if options.end == "writers":
+            self.do(self._begin())
+
+    async def _begin(self) -> None:
+        """See whether there is something whose end this reader waits for."""
+        counts, sessions = await self.spool.counts(), await self.spool.sessions()
+        there = counts.waiting or counts.in_flight or "writer" in sessions
+        self._began = -1 if there else await self._news()
+
+    async def _news(self) -> int:
+        """A number that grows with each writer that comes and each item that is put."""
+        state = (await self.link.api(f"STREAM.INFO.{self.spool.items}"))["state"]
+        self.spool.control = None
+        return int(state["last_seq"]) + (await self.spool.agreed()).writers
+
+    # What the faces call
+
+    def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> list[Message]:
+        return self._do(self._take(limit, until, writable))
+
+    def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
+        return [self._delivery(held) for held in self._do(self._claim(limit, lease, until))]
+
+    def load(self, delivery: Delivery, writable: bool = False) -> Message:
+        return self._do(self._load(delivery, writable))
+
+    def describe(self, delivery: Delivery) -> values.Contents:
+        return self._do(self._describe(delivery))
+
+    def settle(self, deliveries: Sequence[Delivery], verdict: values.Verdict) -> None:
+        self._do(self._settle(deliveries, verdict))
+
+    def peek(self, until: Deadline) -> values.Peeked:
+        return self._do(self.patiently(lambda: self._peek(until), until))
+
+    def qsize(self) -> int:
+        return self._do(self._qsize())
+
+    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same as `do`, when what was dropped and whose lease ended is told."""
+        dropped = []
+        while self._dropped:
+            dropped.append(self._dropped.popleft())
+        if dropped and not self._closed:
+            for held in self.do(self._drop(dropped)):
+                what = f"item {held.seq} of {self.path} was dropped unsettled; it is redelivered"
+                warnings.warn(f"{what}. Use: with reader.receive()", ResourceWarning, stacklevel=4)
+        return self.do(work)
+
+    def _delivery(self, held: _Held) -> Delivery:
+        handle, dropped = _Handle(held), self._dropped
+        # At any moment, in any thread: it only takes note.
+        held.given = weakref.ref(handle, lambda _: dropped.append(held))
+        return Delivery(held.seq, held.attempt, 0, size_of(held.msg), handle)
+
+    async def _drop(self, dropped: list[_Held]) -> list[_Held]:
+        here = [held for held in dropped if self.held.get(held.seq) is held]
+        for held in here:
+            await self._fail(held, "it was dropped unsettled")
+        return here
+
+    # Pulling
+
+    async def _next(self, limit: int, until: Deadline) -> list[_Held]:
+        """Up to `limit` items in flight here from now on. Raises Empty, ShutDown."""
+        began, seconds = time.monotonic(), 0.0
+        while True:
+            self.check()
+            await self._expire()
+            if (await self.spool.agreed()).state == "discarded":
+                raise self._ended("was shut down and has no more items")
+            messages = await self.spool.pull(1 if seconds else limit, seconds)
+            if not seconds and len(messages) < limit:
+                late = min(limit - len(messages), await self.spool.fresh(await self.spool.consumer()))
+                messages += await self.spool.pull(late, 0.1) if late > 0 else []
+            found = [held for msg in messages if (held := await self._accept(msg))]
+            if found:
+                return found
+            if not self.link.client.is_connected:
+                self.link.check(began, until, "the connection was lost")
+                await asyncio.sleep(0.05)
+            await self._check_end()
+            left = math.inf if until is None else until - time.monotonic()
+            if until == NOW or left <= 0:
+                raise errors.Empty(f"{self.path}: no item waits")
+            seconds = min(left, 1.0)
+
+    async def _check_end(self) -> None:
+        """Raise ShutDown when no item can come any more."""
+        ending = (await self.spool.agreed()).state == "draining"
+        if not ending and self._began == math.inf:
+            return
+        writers = not ending and "writer" in await self.spool.sessions()
+        news = 0 if ending else await self._news()
+        info = await self.spool.consumer()
+        if info["num_ack_pending"] > len(self.held) or await self.spool.fresh(info):
+            return
+        if ending:
+            raise self._ended("was shut down and has no more items")
+        if news > self._began and not writers:
+            raise self._ended("has ended: no item is left, and no writer")
+
+    def _ended(self, what: str) -> errors.ShutDown:
+        return errors.ShutDown(f"{self.path}: {what}; a writer begins again with fresh=True")
+
+    async def _accept(self, msg: Msg) -> _Held | None:
+        """The item that was delivered; None where it is a dead letter now, as it was delivered too often."""
+        held = _Held(msg, *place_of(msg))
+        if held.attempt > 1:
+            note = await self._note(held, held.attempt - 1)
+            if note.state == "dead":  # its reader died before it told the server
+                await self._forget(held, note)
+                return None
+            most = (await self.spool.agreed()).limits.max_attempts
+            if most and held.attempt > most:
+                held.attempt -= 1
+                await self._bury(held, note, note.history[-1][3])
+                return None
+            note.attempt, note.state = held.attempt, "held"
+            await self.spool.write_failed(held.seq, note)
+        self.held[held.seq] = held
+        return held
+
+    async def _note(self, held: _Held, failed: int) -> Failed:
+        """What is known of an item's failures, of which there must have been so many."""
+        note = (await self.spool.failed(held.seq)).get(held.seq) or Failed(0, "held", 0.0, [])
+        while len(note.history) < failed:
+            note.attempt = len(note.history) + 1
+            note.failed("", "its reader is gone, or its lease ended")
+        return note
+
+    # Taking, loading
+
+    async def _take(self, limit: int, until: Deadline, writable: bool) -> list[Message]:
+        while True:
+            found = await self.patiently(lambda: self._next(limit, until), until)
+            messages = []
+            for held in found:
+                with suppress(errors.BadItem, errors.UnknownVersion):
+                    messages.append(await self._read(held, writable))
+            await asyncio.gather(*(self._forget(held) for held in found if held.seq in self.held))
+            await self.spool.tell()
+            if messages:
+                return messages
+
+    async def _claim(self, limit: int, lease: float | None, until: Deadline) -> list[_Held]:
+        found = await self.patiently(lambda: self._next(limit, until), until)
+        if lease is not None:
+            for held in found:
+                await self._lease(held, lease)
+        await self.spool.tell()
+        return found
+
+    async def _lease(self, held: _Held, seconds: float) -> None:
+        """Let the server redeliver it then, and not before."""
+        held.due = time.monotonic() + seconds
+        delay = json.dumps({"delay": max(1, int(seconds * _NS))})
+        await self.link.call(held.msg.reply, f"-NAK {delay}".encode())
+
+    async def _read(self, held: _Held, writable: bool) -> Message:
+        """The message of an item in flight. Raises BadItem, having dead-lettered it."""
+        try:
+            known = held.seq, held.attempt
+            return await self.spool.message(held.msg, known, writable, self._verify)
+        except (errors.BadItem, errors.UnknownVersion) as error:
+            await self._bury(held, await self._note(held, held.attempt - 1), str(error))
+            raise
+
+    async def _load(self, delivery: Delivery, writable: bool) -> Message:
+        return await self._read(await self._in_flight(delivery), writable)
+
+    async def _describe(self, delivery: Delivery) -> values.Contents:
+        held = await self._in_flight(delivery)
+        try:
+            tail = self.spool.contents(held.msg)
+        except errors.BadItem as error:
+            await self._bury(held, await self._note(held, held.attempt - 1), str(error))
+            raise
+        return values.Contents(tail.names, tail.meta, tail.put_time, tail.id)
+
+    async def _in_flight(self, delivery: Delivery) -> _Held:
+        await self._expire()
+        held = self.held.get(delivery.seq)
+        if held is None or held is not delivery.handle.held:
+            what = f"item {delivery.seq} is in flight here no more: its lease ended, or it was settled"
+            raise errors.LeaseExpired(f"{self.path}: {what}")
+        return held
+
+    # Settling
+
+    async def _settle(self, deliveries: Sequence[Delivery], verdict: values.Verdict) -> None:
+        for delivery in deliveries:
+            held = await self._in_flight(delivery)
+            match verdict:
+                case values.Ack():
+                    await self._forget(held)
+                case values.Nack(delay, reason):
+                    await self._fail(held, reason, delay)
+                case values.Reject(reason):
+                    await self._bury(held, await self._note(held, held.attempt - 1), reason)
+                case values.Extend(lease):
+                    await self._lease(held, lease)
+        await self.spool.tell()
+
+    async def _forget(self, held: _Held, note: Failed | None = None) -> None:
+        """Take an item off the spool, its pieces after it."""
+        await self.link.call(held.msg.reply, b"+ACK")
+        self.held.pop(held.seq, None)
+        if note is not None:
+            return
+        if header(held.msg, "Spool-Size"):
+            await self.spool.forget(self.spool.items, "chunk", msg_id(held.msg))
+        if held.attempt > 1:
+            await self.spool.forget(self.spool.notes, "failed", held.seq)
+
+    async def _fail(self, held: _Held, why: str, delay: float = 0.0, expired: bool = False) -> None:
+        """Requeue an item in flight, or make it a dead letter: when its attempts are used up. expired: the server
+        redelivers it already."""
+        control = await self.spool.agreed()
+        most, note = control.limits.max_attempts, await self._note(held, held.attempt - 1)
+        if most and held.attempt >= most:
+            await self._bury(held, note, f"{why}; that was attempt {held.attempt} of {most}")
+        elif control.state == "discarded":
+            await self._forget(held)
+        elif note.attempt > held.attempt:  # it is in flight elsewhere
+            self.held.pop(held.seq, None)
+        else:
+            note.attempt, note.state, note.due = held.attempt, "waits", time.time() + delay
+            note.failed(_who(), why)
+            await self.spool.write_failed(held.seq, note)
+            if not expired:
+                ask = f" {json.dumps({'delay': int(delay * _NS)})}" if delay else ""
+                await self.link.call(held.msg.reply, f"-NAK{ask}".encode())
+            self.held.pop(held.seq, None)
+
+    async def _bury(self, held: _Held, note: Failed, why: str) -> None:
+        """Make an item a dead letter: its failures, then its message, then the server is told."""
+        if len(note.history) < held.attempt:
+            note.attempt = held.attempt
+            note.failed(_who(), why)
+        note.state = "dead"
+        await self.spool.write_failed(held.seq, note)
+        size = header(held.msg, "Spool-Size")
+        subject = f"dead.{held.seq}.{msg_id(held.msg)}.{size_of(held.msg) - len(held.msg.data)}"
+        await self.spool.note(subject, held.msg.data, headers={"Spool-Size": size} if size else None)
+        _log.error("%s: item %d is now a dead letter: %s", self.path, held.seq, why)
+        await self._forget(held, note)
+
+    async def _expire(self) -> None:
+        """Let the leases end that have."""
+        now = time.monotonic()
+        for held in [held for held in self.held.values() if held.due <= now]:
+            await self._fail(held, "its lease ended", expired=True)
+
+    async def renewed(self) -> None:
+        await self._expire()
+        for held in [held for held in self.held.values() if held.due == math.inf]:
+            await self.link.client.publish(held.msg.reply, b"+WPI")
+
+    async def leave(self) -> None:
+        for held in sorted(self.held.values(), key=lambda held: held.seq):
+            await self._fail(held, "its reader left")
+
+    # Looking
+
+    async def _peek(self, until: Deadline) -> values.Peeked:
+        while True:
+            await self._expire()
+            news = self.spool.news
+            if (await self.spool.agreed()).state == "discarded":
+                raise self._ended("was shut down and has no more items")
+            counts = await self.spool.counts()
+            now = time.time()
+            due = sorted((note.due, seq) for seq, note in counts.requeued.items() if note.due <= now)
+            start, attempt = (
+                (due[0][1], counts.failed[due[0][1]].attempt) if due else (counts.delivered + 1, 0)
+            )
+            async for msg in self.link.read(self.spool.items, self.spool.subject("item", "*"), start, 1):
+                seq = int(header(msg, "Nats-Sequence"))
+                try:
+                    tail = self.spool.contents(msg)
+                except (errors.BadItem, errors.UnknownVersion):
+                    await self._pass_over(seq)
+                    break
+                return values.Peeked(seq, attempt, tail.put_time / 1e9, size_of(msg), tail.names, tail.meta)
+            else:
+                await self._check_end()
+                if until == NOW or not await self.wait(news, until):
+                    raise errors.Empty(f"{self.path}: no item waits")
+
+    async def _pass_over(self, seq: int) -> None:
+        """Dead-letter the damaged item that is next."""
+        for held in await self._next(1, NOW):
+            if held.seq != seq:
+                await self._fail(held, "another reader took the item before it")
+                continue
+            with suppress(errors.BadItem, errors.UnknownVersion):
+                await self._read(held, False)
+
+
+def _who() -> str:
+    return f"process {os.getpid()} on {platform.node()}"

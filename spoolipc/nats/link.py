@@ -1,0 +1,357 @@
+"""A connection to the servers: addresses and secrets, requests that outlive a reconnect, the one thread of them all.
+
+Everything a session does is a coroutine on the loop of one thread of the process; `Link.run` is where a caller blocks.
+A request is sent again until it is answered, so that only requests which may be repeated go this way: a put bears the
+item's id, by which the server knows it, an acknowledgement may come twice, and so may every question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from ..errors import ServerUnreachable, StorageError, UnsupportedOperation
+from ..message import Deadline
+
+T = TypeVar("T")
+Replies = asyncio.Queue[Msg | None]
+_log = logging.getLogger("spoolipc")
+PATIENCE: Final = 5.0
+"""Seconds that a server may take to answer."""
+OLDEST: Final = (2, 12)
+"""The first server that stores several messages as one, or none of them."""
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_SECRETS: Final = {
+    "user": "NATS_USER",
+    "password": "NATS_PASSWORD",
+    "token": "NATS_TOKEN",
+    "user_credentials": "NATS_CREDS",
+    "nkeys_seed": "NATS_NKEY",
+}
+
+
+class Address(NamedTuple):
+    """What a URL says. servers: without secrets. name: of the spool. replicas, storage: of a spool that is made."""
+
+    scheme: str
+    servers: tuple[str, ...]
+    name: str
+    replicas: int
+    storage: str
+    user: str | None
+    password: str | None
+
+    @property
+    def path(self) -> str:
+        """The URL without what is secret in it."""
+        asked = f"?replicas={self.replicas}" if self.replicas > 1 else ""
+        asked += f"{'&' if asked else '?'}storage={self.storage}" if self.storage != "file" else ""
+        return f"{self.scheme}://{','.join(self.servers)}/{self.name}{asked}"
+
+    def __repr__(self) -> str:
+        return f"Address({self.path!r})"
+
+
+def address(url: str) -> Address:
+    """The parts of `nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...]/NAME[?replicas=3][&storage=memory]`.
+
+    Raises ValueError, which tells nothing secret, for what is no such URL.
+    """
+    scheme, _, rest = url.partition("://")
+    before, _, after = rest.rpartition("@")
+    found = urlsplit(f"{scheme}://{after}")
+    name, query = found.path.removeprefix("/"), dict(parse_qsl(found.query, keep_blank_values=True))
+    replicas, storage = query.pop("replicas", "1"), query.pop("storage", "file")
+    servers = tuple(found.netloc.split(","))
+    if not all(re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?", each) for each in servers):
+        raise ValueError(f"{scheme}: a URL is {scheme}://HOST:PORT/NAME, not {scheme}://{after}")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a spool on a server: letters, digits, '-' and '_' only")
+    if query or replicas not in ("1", "3", "5") or storage not in ("file", "memory"):
+        raise ValueError(f"?{found.query}: known are replicas, of 1, 3 or 5, and storage, of file or memory")
+    user, colon, password = before.partition(":")
+    given = unquote(user) or None, unquote(password) if colon else None
+    return Address(scheme, servers, name, int(replicas), storage, *given)
+
+
+def _options(where: Address) -> dict[str, Any]:
+    """How to connect: what the URL says, else what the environment does."""
+    found: dict[str, Any] = {
+        name: os.environ[word] for name, word in _SECRETS.items() if os.environ.get(word)
+    }
+    if where.password is not None:
+        found |= {"user": where.user, "password": where.password}
+    elif where.user is not None:
+        found = {"token": where.user}
+    if where.scheme == "tls" or any(os.environ.get(each) for each in ("NATS_CA", "NATS_CERT")):
+        context = ssl.create_default_context(cafile=os.environ.get("NATS_CA") or None)
+        if certificate := os.environ.get("NATS_CERT"):
+            context.load_cert_chain(certificate, os.environ.get("NATS_KEY") or None)
+        found["tls"] = context
+    scheme = "tls" if "tls" in found else "nats"
+    return found | {"servers": [f"{scheme}://{each}" for each in where.servers]}
+
+
+class _Loop:
+    """The event loop of this process's clients, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="spoolipc-nats", daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns; it is cancelled when this thread is interrupted."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+_starting = threading.Lock()
+_loop: _Loop | None = None
+
+
+def loop() -> _Loop:
+    """The loop of this process, which a forked child has not inherited."""
+    global _loop
+    with _starting:
+        if _loop is None or _loop.process != os.getpid():
+            _loop = _Loop()
+        return _loop
+
+
+def _renew() -> None:
+    global _starting
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+class Link:
+    """One client's connection. late: called with a message that was delivered when nobody waited any more. lost: called
+    after each loss of the connection."""
+
+    def __init__(self, where: Address) -> None:
+        self.path = where.path
+        self.client = Client()
+        self.late: Callable[[Msg], Awaitable[None]]
+        self.lost: Callable[[], None] = lambda: None
+        self._where = where
+        self._waiting: dict[str, Replies] = {}
+        self._numbers = itertools.count()
+        self._inbox = ""
+        self._inboxes: list[tuple[str, Replies]] = []
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes of one message, of headers and data together."""
+        return int(self.client.max_payload)
+
+    async def open(self) -> None:
+        """Connect. Raises ServerUnreachable, UnsupportedOperation for a server too old."""
+        quiet = _Quiet(self)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self.client.connect(
+                    **_options(self._where),
+                    name="spoolipc",
+                    max_reconnect_attempts=-1,
+                    reconnect_to_server_handler=quiet.next_server,
+                    connect_timeout=2,
+                    error_cb=quiet.error,
+                    disconnected_cb=quiet.disconnected,
+                    closed_cb=quiet.disconnected,
+                )
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            await self.close()
+            why = quiet.last or error
+            raise ServerUnreachable(f"{self.path}: cannot connect: {_said(why)}") from None
+        version = self.client.connected_server_version
+        if (version.major, version.minor) < OLDEST:
+            await self.close()
+            what = f"the server is version {version.major}.{version.minor}; 2.12 or later is needed"
+            raise UnsupportedOperation(f"{self.path}: {what}")
+        self._inbox = self.client.new_inbox()
+        await self.client.subscribe(
+            f"{self._inbox}.*", cb=self._hear, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
+
+    async def close(self) -> None:
+        with suppress(Exception):
+            await self.client.close()
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Tell all who wait for a reply that none will come."""
+        for replies in self._waiting.values():
+            replies.put_nowait(None)
+        self.lost()
+
+    @contextmanager
+    def replies(self) -> Iterator[tuple[str, Replies]]:
+        """A subject to be answered at, and what comes there: None when the connection is lost."""
+        number, queue = str(next(self._numbers)), Replies()
+        self._waiting[number] = queue
+        try:
+            yield f"{self._inbox}.{number}", queue
+        finally:
+            del self._waiting[number]
+
+    async def _hear(self, msg: Msg) -> None:
+        replies = self._waiting.get(msg.subject.rpartition(".")[2])
+        if replies is not None:
+            replies.put_nowait(msg)
+
+    @asynccontextmanager
+    async def deliveries(self) -> AsyncIterator[tuple[str, Replies]]:
+        """The same for messages of a stream, which keep their subject: a subscription, used again after a good end."""
+        inbox, queue = self._inboxes.pop() if self._inboxes else await self._subscribe()
+        self._waiting[inbox] = queue
+        try:
+            yield inbox, queue
+        except BaseException:
+            del self._waiting[inbox]  # and what comes late is given back
+            raise
+        else:
+            del self._waiting[inbox]
+            if queue.empty():
+                self._inboxes.append((inbox, queue))
+
+    async def _subscribe(self) -> tuple[str, Replies]:
+        inbox, queue = self.client.new_inbox(), Replies()
+
+        async def hear(msg: Msg) -> None:
+            if self._waiting.get(inbox) is queue:
+                queue.put_nowait(msg)
+            else:
+                await self.late(msg)
+
+        await self.client.subscribe(inbox, cb=hear, pending_msgs_limit=-1, pending_bytes_limit=-1)
+        return inbox, queue
+
+    async def ask(self, subject: str, payload: Any = b"", headers: dict[str, str] | None = None) -> Msg | str:
+        """What is answered, or why nothing is."""
+        with self.replies() as (inbox, queue):
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await self.client.publish(subject, payload, inbox, headers)
+                    reply = await queue.get()
+            except (TimeoutError, nats.errors.Error) as error:
+                return _said(error)
+            if reply is None:
+                return "the connection was lost"
+            return reply if status(reply) != 503 else "no JetStream answers"
+
+    async def call(self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None) -> Msg:
+        """What is answered, sent again until it is. Raises ServerUnreachable when nothing is for some seconds."""
+        began, pause = time.monotonic(), 0.05
+        while isinstance(reply := await self.ask(subject, payload, headers), str):
+            self.check(began, 0.0, reply)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return reply
+
+    def check(self, began: float, until: Deadline, why: str) -> None:
+        """Raise ServerUnreachable where nobody waits any longer for what was begun then."""
+        least = began + (PATIENCE if self.client.is_connected else 1.0)
+        if time.monotonic() >= (math.inf if until is None else max(until, least)):
+            raise ServerUnreachable(f"{self.path}: no answer from the server: {why}")
+
+    async def api(self, what: str, body: Any = None, missing: bool = False) -> dict[str, Any]:
+        """What the server says to a request of JetStream. missing: return {} for what does not exist.
+
+        Raises StorageError with the server's words for what it refuses.
+        """
+        text = b"" if body is None else json.dumps(body).encode()
+        found: dict[str, Any] = json.loads((await self.call(f"$JS.API.{what}", text)).data)
+        if error := found.get("error"):
+            if missing and error.get("code") == 404:
+                return {}
+            raise StorageError(0, f"{self.path}: the server refuses {what}: {error.get('description')}")
+        return found
+
+    async def read(self, stream: str, subject: str, start: int = 1, batch: int = 256) -> AsyncIterator[Msg]:
+        """The messages of a stream on a subject, from the one numbered `start` on."""
+        began = time.monotonic()
+        while True:
+            left = 1
+            with self.replies() as (inbox, queue):
+                asked = {"seq": start, "next_by_subj": subject, "batch": batch}
+                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(asked).encode(), inbox)
+                while True:
+                    try:
+                        async with asyncio.timeout(PATIENCE):
+                            reply = await queue.get()
+                    except TimeoutError:
+                        reply = None
+                    if reply is None or (code := status(reply)) not in (0, 204, 404):
+                        self.check(began, 0.0, "messages that were asked for do not come")
+                        break
+                    if code:
+                        left = int(header(reply, "Nats-Num-Pending", "0")) if code == 204 else 0
+                        break
+                    began, start = time.monotonic(), int(header(reply, "Nats-Sequence", "0")) + 1
+                    yield reply
+            if not left:
+                return
+            if reply is None:
+                await asyncio.sleep(0.1)
+
+
+class _Quiet:
+    """What the client says of its connection: kept, not printed. last: the last error."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._tries = 0
+        self.last: Exception | None = None
+
+    async def error(self, error: Exception) -> None:
+        self.last = error
+        _log.debug("%s: %s", self._link.path, _said(error))
+
+    async def disconnected(self) -> None:
+        self._tries = 0
+        self._link.interrupt()
+
+    def next_server(self, servers: list[Any], info: dict[str, Any]) -> tuple[Any, float]:
+        """Each in turn, and after all of them a longer pause, of 5 seconds at most."""
+        turn, self._tries = self._tries, self._tries + 1
+        return servers[turn % len(servers)], min(
+            5.0, 0.05 * 2 ** min(turn // len(servers), 10)
+        ) if turn else 0.0
+
+
+def header(msg: Msg, name: str, default: str = "") -> str:
+    """A header of a message."""
+    return str((msg.headers or {}).get(name, default))
+
+
+def status(msg: Msg) -> int:
+    """The status that a message is, 0 for one that is none."""
+    word = header(msg, "Status")
+    return int(word) if word.isdigit() else 0
+
+
+def _said(error: BaseException) -> str:
+    return str(error).removeprefix("nats: ").strip("'\"") or type(error).__name__

@@ -1,0 +1,278 @@
+"""put: a message, or an atomic batch of messages, on the stream of items.
+
+An item that is one message is stored by it. One that is larger than the server's `max_payload` is the messages of its
+pieces and one of its own, and so are several items put at once: one atomic batch, of which the server keeps all or
+nothing. What is more than a batch can have goes piece by piece, and the item's own message, which comes last, makes it
+one; a writer that dies before leaves pieces that the next one to open the spool removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import nats.errors
+from nats.aio.msg import Msg
+
+from .. import errors
+from ..engine import ProducerOptions
+from ..format import footer as footers
+from ..format import item as items
+from ..message import NOW, Deadline, Message
+from .link import Address, header
+from .session import Session
+from .spool import MARGIN, Control
+
+_TOGETHER: Final = 64
+_MAX_BATCH: Final = 1000
+_AT_ONCE: Final = 16
+_OVERHEAD: Final = 256
+_DUPLICATE: Final = 10201
+
+
+class _Sent(NamedTuple):
+    """A message to be sent."""
+
+    subject: str
+    payload: Any
+    headers: dict[str, str]
+
+
+class _Packed(NamedTuple):
+    """An item to be put. size: bytes of its file."""
+
+    message: Message
+    layout: items.Layout
+    footer: bytes
+    id: str
+    size: int
+
+
+class NatsProducer(Session):
+    """A writer's side."""
+
+    role = "writer"
+
+    def __init__(self, where: Address, options: ProducerOptions) -> None:
+        if options.durability != "none":
+            what = "what survives the loss of power is for the server to say: replicas, and its sync_interval"
+            raise ValueError(f"{where.path}: durability can only be 'none'; {what}")
+        self._checksum = options.checksum
+        super().__init__(where, options.limits, options.create, options)
+        self.do(self.spool.remove_orphans())
+
+    def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
+        packed = [self._packed(message) for message in messages]
+        seqs: list[int] = []
+        try:
+            self.do(self.patiently(lambda: self._put(packed, until, seqs), until))
+        except errors.SpoolError as error:
+            error.seqs = tuple(seqs)
+            raise
+        return seqs
+
+    def _packed(self, message: Message) -> _Packed:
+        layout, checksum = items.layout_of(message.arrays), None
+        if self._checksum:
+            checksum = 0
+            for part in items.parts(layout, message.arrays):
+                checksum = zlib.crc32(part, checksum)
+        number = message.id or os.urandom(16).hex()
+        footer = footers.pack(
+            layout.end, time.time_ns(), bytes.fromhex(number), message.names, message.meta, checksum
+        )
+        if len(footer) > self._most:
+            raise errors.TooLarge(
+                f"{self.path}: names and meta of {len(footer)} bytes; the server takes {self._most}"
+            )
+        return _Packed(message, layout, footer, number, layout.end + len(footer))
+
+    @property
+    def _most(self) -> int:
+        """Bytes of data in a message."""
+        return self.link.max_payload - MARGIN
+
+    async def _put(self, waiting: list[_Packed], until: Deadline, seqs: list[int]) -> None:
+        while len(seqs) < len(waiting):
+            news = self.spool.news
+            try:
+                room = await self._room(waiting[len(seqs)])
+                seqs += await self._store(waiting[len(seqs) : len(seqs) + room], until)
+            except errors.Full:
+                if until == NOW or not await self.wait(news, until):
+                    raise
+
+    async def _room(self, first: _Packed) -> int:
+        """How many items may be put now. Raises ShutDown, TooLarge, Full."""
+        control = await self._open_control()
+        room = _TOGETHER
+        if control.limits.maxsize:
+            counts = await self.spool.counts()
+            control = await self._open_control()  # news may have come meanwhile
+            maxsize = control.limits.maxsize or 2**63
+            room = min(room, maxsize - counts.waiting)
+            if room <= 0:
+                raise errors.Full(f"{self.path}: full: {counts.waiting} items wait, maxsize={maxsize}")
+        if most := control.limits.max_bytes:
+            size = first.size + _OVERHEAD * (2 + first.size // self._most)
+            if size > most:
+                raise errors.TooLarge(
+                    f"{self.path}: an item of {size} bytes can never fit: max_bytes is {most}"
+                )
+            there = await self.spool.bytes()
+            if there + size > most:
+                raise errors.Full(f"{self.path}: full: {there} bytes taken, max_bytes={most}, {size} needed")
+            room = 1
+        return room
+
+    async def _open_control(self) -> Control:
+        control = await self.spool.agreed()
+        if control.state != "open":
+            raise errors.ShutDown(
+                f"{self.path}: was shut down; SpoolWriter(path, reopen=True) opens it again"
+            )
+        return control
+
+    def _messages(self, packed: _Packed) -> Iterator[_Sent]:
+        """The messages of an item, its own last."""
+        message, layout, footer, number, size = packed
+        subject, headers = self.spool.subject("item", number), {"Nats-Msg-Id": number}
+        parts = items.parts(layout, message.arrays)
+        if size <= self._most:
+            yield _Sent(subject, b"".join((*parts, footer)), headers)
+            return
+        for piece in _pieces(parts, self._most):
+            yield _Sent(self.spool.subject("chunk", number), piece, {})
+        yield _Sent(subject, footer, headers | {"Spool-Size": str(size)})
+
+    def _count(self, packed: _Packed) -> int:
+        return 1 if packed.size <= self._most else 1 - -packed.layout.end // self._most
+
+    async def _store(self, several: list[_Packed], until: Deadline) -> list[int]:
+        """Store the first of these items, as many as one batch can have; returns their numbers."""
+        counts = [self._count(each) for each in several]
+        while sum(counts) > _MAX_BATCH and len(counts) > 1:
+            counts.pop()
+        group, began, atomic = several[: len(counts)], time.monotonic(), sum(counts) <= _MAX_BATCH
+        while True:
+            reply = await (self._batch(group, sum(counts)) if atomic else self._piece_by_piece(group[0]))
+            if isinstance(reply, str):
+                self.spool.control = None
+                await self._open_control()
+                self.link.check(began, until, reply)
+                await asyncio.sleep(0.1)
+                continue
+            error = reply.get("error")
+            if error is None:
+                return [int(reply["seq"]) - sum(counts[index + 1 :]) for index in range(len(counts))]
+            if len(group) > 1:  # the batch may be what is refused: each by itself
+                group, counts = group[:1], counts[:1]
+            elif error["err_code"] == _DUPLICATE:
+                return [await self._known(group[0])]
+            elif atomic and counts[0] > 1:
+                atomic = False
+            else:
+                what = f"the server refuses the item: {error['description']}"
+                raise errors.StorageError(0, f"{self.path}: {what}")
+
+    async def _batch(self, group: list[_Packed], total: int) -> dict[str, Any] | str:
+        """Send a message, or an atomic batch of them; returns what is said of the last."""
+        batch, index = os.urandom(8).hex(), 0
+        for packed in group:
+            for sent in self._messages(packed):
+                index += 1
+                headers = dict(sent.headers)
+                if total > 1:
+                    headers |= {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(index)}
+                if index < total:
+                    try:
+                        await self.link.client.publish(sent.subject, sent.payload, headers=headers)
+                    except nats.errors.Error as error:
+                        return str(error)
+        if total > 1:
+            headers["Nats-Batch-Commit"] = "1"
+        reply = await self.link.ask(sent.subject, sent.payload, headers)
+        return _answer(reply)
+
+    async def _piece_by_piece(self, packed: _Packed) -> dict[str, Any] | str:
+        """Send each message when those before it are stored, `_AT_ONCE` at a time; the item's own when all are."""
+        *_, number, _ = packed
+        await self.spool.forget(self.spool.items, "chunk", number)  # of an earlier try
+        sending: list[asyncio.Task[Msg | str]] = []
+        try:
+            for sent in self._messages(packed):
+                own = bool(sent.headers)
+                while len(sending) >= (1 if own else _AT_ONCE):
+                    said = _answer(await sending.pop(0))
+                    if isinstance(said, str) or "error" in said:
+                        return said
+                sending.append(asyncio.create_task(self.link.ask(*sent)))
+                await asyncio.sleep(0)  # they go in order
+            return _answer(await sending.pop(0))
+        finally:
+            for task in sending:
+                task.cancel()
+
+    async def _known(self, packed: _Packed) -> int:
+        """The number of an item that is stored already; 0 when it was taken since."""
+        async for found in self.link.read(self.spool.items, self.spool.subject("item", packed.id), batch=1):
+            return int(header(found, "Nats-Sequence"))
+        return 0
+
+    def full(self) -> bool:
+        async def look() -> bool:
+            counts, control = await self.spool.counts(), await self.spool.agreed()
+            return counts.waiting >= (control.limits.maxsize or 2**63)
+
+        return self.do(look())
+
+    def join(self, until: Deadline, last: int = 0) -> int:
+        return self.do(self.patiently(lambda: self._join(until, last), until))
+
+    async def _join(self, until: Deadline, last: int) -> int:
+        """The first item that is left says whether one of those is."""
+        last = last or int((await self.link.api(f"STREAM.INFO.{self.spool.items}"))["state"]["last_seq"])
+        while True:
+            news = self.spool.news
+            async for found in self.link.read(self.spool.items, self.spool.subject("item", "*"), batch=1):
+                if int(header(found, "Nats-Sequence")) > last:
+                    return 0
+                break
+            else:
+                return 0
+            if until == NOW or not await self.wait(news, until):
+                return last
+
+    def shutdown(self, immediate: bool) -> None:
+        self.do(self.spool.shutdown(immediate))
+
+
+def _pieces(parts: Iterator[bytes | memoryview], size: int) -> Iterator[bytes | memoryview]:
+    """The same bytes in pieces of one size, and a last one; what lies in one part is not copied."""
+    held: list[bytes | memoryview] = []
+    room = size
+    for part in parts:
+        view = memoryview(part)
+        while len(view) >= room:
+            held.append(view[:room])
+            view, room = view[room:], size
+            yield held[0] if len(held) == 1 else b"".join(held)
+            held.clear()
+        if view:
+            held.append(view)
+            room -= len(view)
+    if held:
+        yield b"".join(held)
+
+
+def _answer(reply: Msg | str) -> dict[str, Any] | str:
+    """What the server says of a message that is put, or why it says nothing."""
+    if isinstance(reply, str):
+        return reply
+    found: dict[str, Any] = json.loads(reply.data)
+    return found

@@ -1,0 +1,176 @@
+"""What both sides of an open spool have in common: how it is opened, renewed, waited in and closed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any, Final, TypeVar
+
+import nats.errors
+
+from .. import errors
+from ..engine import ProducerOptions
+from ..message import Deadline, Limits
+from .link import Address, Link, loop
+from .spool import PRESENCE, Control, Spool
+
+T = TypeVar("T")
+_RENEW: Final = 2.0
+"""Seconds between two words of a session that it lives."""
+_LOOK: Final = 1.0
+"""Seconds for which a session that waits does not look."""
+
+
+class Session:
+    """One side of an open spool. role: "writer" or "reader"."""
+
+    role: str
+
+    def __init__(self, where: Address, limits: Limits, create: bool, options: ProducerOptions | None) -> None:
+        self.path, self._process = where.path, os.getpid()
+        self._closed = False
+        self.link = Link(where)
+        self.spool = Spool(self.link, where.name, where.replicas, where.storage)
+        self._token = os.urandom(8).hex()
+        self._renewing: asyncio.Task[None] | None = None
+        try:
+            loop().run(self._open(limits, create, options))
+        except BaseException:
+            self.close()
+            raise
+
+    async def _open(self, limits: Limits, create: bool, options: ProducerOptions | None) -> None:
+        await self.link.open()
+        await self.spool.open(create)
+        if options and options.fresh:
+            if "writer" in await self.spool.sessions() or (await self.spool.counts()).in_flight:
+                raise errors.SpoolInUse(
+                    0, f"{self.path}: is in use: it has another writer, or items in flight"
+                )
+            await self.spool.change(lambda now: asked_for(now, limits))
+            await self.spool.purge()
+        reopen = bool(options and (options.reopen or options.fresh))
+
+        def agree(now: Control) -> Control:
+            then = asked_for(_checked(now, limits, self.path), limits)
+            state = "open" if reopen else then.state
+            return replace(then, state=state, writers=then.writers + (self.role == "writer"))
+
+        await self._renew()
+        await self.spool.change(agree)
+        self._renewing = asyncio.get_running_loop().create_task(self._renew_always())
+
+    async def _renew(self) -> None:
+        headers = {"Nats-TTL": f"{PRESENCE}s"}
+        await self.spool.note(f"session.{self.role}.{self._token}", b"", headers=headers)
+
+    async def _renew_always(self) -> None:
+        while True:
+            await asyncio.sleep(_RENEW)
+            with suppress(errors.SpoolError):
+                await self.renewed()
+                await self._renew()
+
+    async def renewed(self) -> None:
+        """What a side has to say from time to time."""
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns. Raises SpoolClosed, UnsupportedOperation after a fork."""
+        try:
+            self.check()
+        except BaseException:
+            work.close()
+            raise
+        try:
+            return loop().run(work)
+        except (errors.ServerUnreachable, nats.errors.Error) as error:
+            self.check()  # closed meanwhile
+            if isinstance(error, errors.ServerUnreachable):
+                raise
+            raise errors.ServerUnreachable(f"{self.path}: {error}") from None
+
+    def check(self) -> None:
+        """Raise SpoolClosed, UnsupportedOperation after a fork."""
+        if self._closed:
+            raise errors.SpoolClosed(f"{self.path}: this {self.role} was closed; open a new one")
+        if os.getpid() != self._process:
+            what = f"this {self.role} was opened by process {self._process}; open one in this process"
+            raise errors.UnsupportedOperation(f"{self.path}: {what}")
+
+    async def patiently(self, step: Callable[[], Awaitable[T]], until: Deadline) -> T:
+        """What `step` returns, begun again while the server is away, until the deadline."""
+        while True:
+            try:
+                return await step()
+            except errors.ServerUnreachable:
+                self.check()
+                if until is not None and time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(0.1)
+
+    async def wait(self, news: asyncio.Event, until: Deadline) -> float:
+        """Wait for news, a second at most; returns for how long to go on waiting, 0 when the deadline is past."""
+        left = math.inf if until is None else until - time.monotonic()
+        if left > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, _LOOK)):
+                    await news.wait()
+        self.check()
+        return max(0.0, left)
+
+    @property
+    def maxsize(self) -> int:
+        async def read() -> int:
+            self.spool.control = None
+            return (await self.spool.agreed()).limits.maxsize or 0
+
+        return self.do(read())
+
+    def qsize(self) -> int:
+        return self.do(self._qsize())
+
+    async def _qsize(self) -> int:
+        return (await self.spool.counts()).waiting
+
+    def close(self) -> None:
+        if self._closed or os.getpid() != self._process:
+            self._closed = True
+            return
+        self._closed = True
+        loop().run(self._close())
+
+    async def _close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+        with suppress(errors.SpoolError):
+            if self.link.client.is_connected:
+                await self.leave()
+                await self.spool.forget(self.spool.notes, "session", self.role, self._token)
+                await self.spool.tell()
+                await self.link.client.flush()
+        await self.link.close()
+
+    async def leave(self) -> None:
+        """What a side does before it is gone."""
+
+
+def _checked(now: Control, limits: Limits, path: str) -> Control:
+    """Raise LimitMismatch where somebody has asked for another limit before."""
+    for name, value in asdict(limits).items():
+        there = (now.asked or {}).get(name, value)
+        if value is not None and there != value:
+            raise errors.LimitMismatch(
+                f"{path}: has {name}={there}, not {value}; leave {name} out to take what is there"
+            )
+    return now
+
+
+def asked_for(now: Control, limits: Limits) -> Control:
+    """With the limits that are not None in force."""
+    given = {name: value for name, value in asdict(limits).items() if value is not None}
+    return replace(now, asked=(now.asked or {}) | given)

@@ -1,0 +1,447 @@
+"""A spool on a server: its streams, what is kept in them, and how a session is in it.
+
+Two streams, of `spoolipc.NAME.` subjects:
+
+    spoolipc-NAME-items   item.ID    an item: the bytes of its file; of a large one its footer, with its size as header
+                          chunk.ID   what comes before that footer, in pieces of `max_payload`
+    spoolipc-NAME-notes   control    JSON: state, limits, writers that ever came; changed by compare-and-swap
+                          session.ROLE.TOKEN   who has the spool open; forgotten when not renewed for some seconds
+                          failed.SEQ   JSON: deliveries, failures, whether it waits again or is a dead letter
+                          dead.SEQ.ID.BYTES   a dead letter: its message; bytes of its pieces, which stay
+
+The consumer `readers` of the first delivers the items, and an item is removed when it has acknowledged it; `chunks`
+never asks for anything, so that pieces stay until they are removed by name. An item's number is that of its message.
+A spool that was shut down has no subject for items, so a put fails there whatever its writer knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import partial
+from typing import Any, Final
+
+import nats.errors
+import numpy as np
+from nats.aio.msg import Msg
+
+from .. import errors
+from .. import message as values
+from ..format import footer as footers
+from ..format import item as items
+from ..message import Limits, Message
+from .link import PATIENCE, Link, header, status
+
+ACK_WAIT: Final = 5.0
+"""Seconds after which the server redelivers what no session says to be in flight."""
+PRESENCE: Final = 10
+"""Seconds for which a session is taken to live without a word."""
+ORPHANED: Final = 60.0
+"""Seconds after which pieces of no item are removed."""
+MARGIN: Final = 4096
+"""Bytes of a message left for its headers."""
+_NS: Final = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What is agreed on. revision: of the note. writers: that ever came. asked: the limits that somebody gave."""
+
+    revision: int = 0
+    state: values.State = "open"
+    writers: int = 0
+    asked: dict[str, int] | None = None
+
+    @property
+    def limits(self) -> Limits:
+        return replace(values.DEFAULTS, **(self.asked or {}))
+
+
+@dataclass(slots=True)
+class Failed:
+    """The deliveries of an item that failed. attempt: the last one known. state: "held" while that one is in flight,
+    "waits" until `due` (wall clock) or "dead"."""
+
+    attempt: int
+    state: str
+    due: float
+    history: list[list[Any]]
+
+    @classmethod
+    def read(cls, data: bytes) -> Failed:
+        """The note of these bytes, or one that knows of nothing where somebody else wrote them."""
+        try:
+            attempt, state, due, history = map(json.loads(data).get, ("attempt", "state", "due", "history"))
+            known = [[int(a), float(when), str(who), str(why)] for a, when, who, why in history]
+            return cls(int(attempt), str(state), float(due), known)
+        except (ValueError, TypeError, AttributeError):
+            return cls(0, "held", 0.0, [])
+
+    def failed(self, who: str, why: str) -> None:
+        self.history.append([self.attempt, time.time(), who, why[:1000]])
+
+    def failures(self) -> tuple[values.Failure, ...]:
+        return tuple(values.Failure(*each) for each in self.history)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Items by where they are. fresh: never delivered. others: in flight or delayed. delivered: up to which number."""
+
+    fresh: int
+    pending: int
+    delivered: int
+    failed: dict[int, Failed]
+
+    @property
+    def requeued(self) -> dict[int, Failed]:
+        return {seq: note for seq, note in self.failed.items() if note.state == "waits"}
+
+    @property
+    def waiting(self) -> int:
+        return self.fresh + len(self.requeued)
+
+    @property
+    def in_flight(self) -> int:
+        return max(0, self.pending - len(self.requeued))
+
+
+class Spool:
+    """The streams of one spool through one connection."""
+
+    def __init__(self, link: Link, name: str, replicas: int, storage: str) -> None:
+        self.link, self.path, self.name = link, link.path, name
+        self.items, self.notes = f"spoolipc-{name}-items", f"spoolipc-{name}-notes"
+        self.control: Control | None = None  # None when another session may have changed it
+        self._kept = {"num_replicas": replicas, "storage": storage, "allow_direct": True}
+        self.news = asyncio.Event()
+        link.lost, link.late = partial(self._heard, b"control"), self.refuse
+
+    def subject(self, *parts: object) -> str:
+        return ".".join(map(str, ("spoolipc", self.name, *parts)))
+
+    # Its streams
+
+    async def open(self, create: bool) -> None:
+        """Make what is missing, or raise NotASpool, and listen to others."""
+        found = await self.link.api(f"STREAM.INFO.{self.notes}", missing=True)
+        if not found and not create:
+            what = "there is no spool here; SpoolWriter(path) makes one"
+            raise errors.NotASpool(0, f"{self.path}: {what}")
+        if not found:
+            await self._make()
+        await self.link.client.subscribe(self.subject("news"), cb=self._on_news)
+        await self.link.client.flush()
+
+    async def _make(self) -> None:
+        """The stream of notes last: it says that all is there."""
+        stream = self._kept | {"name": self.items, "retention": "interest"}
+        stream |= {"subjects": [self.subject("item", "*"), self.subject("chunk", "*")], "allow_atomic": True}
+        await self._create(f"STREAM.CREATE.{self.items}", stream, f"STREAM.INFO.{self.items}")
+        for consumer, subject in (("readers", "item"), ("chunks", "chunk")):
+            asked: dict[str, Any] = {
+                "durable_name": consumer,
+                "name": consumer,
+                "filter_subject": self.subject(subject, "*"),
+            }
+            asked |= {"ack_policy": "explicit", "ack_wait": int(ACK_WAIT * _NS), "max_ack_pending": -1}
+            body = {"stream_name": self.items, "config": asked}
+            await self._create(f"CONSUMER.CREATE.{self.items}.{consumer}.{asked['filter_subject']}", body, "")
+        subjects = [self.subject(each) for each in ("control", "session.*.*", "failed.*", "dead.*.*.*")]
+        stream = self._kept | {"name": self.notes, "subjects": subjects, "max_msgs_per_subject": 1}
+        stream |= {"allow_msg_ttl": True}
+        await self._create(f"STREAM.CREATE.{self.notes}", stream, f"STREAM.INFO.{self.notes}")
+
+    async def _create(self, what: str, config: dict[str, Any], info: str) -> None:
+        """Make it, unless another session just did."""
+        try:
+            await self.link.api(what, config)
+        except errors.StorageError:
+            if not info or not await self.link.api(info, missing=True):
+                raise
+
+    async def seal(self, control: Control) -> None:
+        """Let the stream of items take puts, or not."""
+        config = (await self.link.api(f"STREAM.INFO.{self.items}"))["config"]
+        taking = "item" if control.state == "open" else "closed"
+        subjects = [self.subject(taking, "*"), self.subject("chunk", "*")]
+        if sorted(config["subjects"]) != sorted(subjects):
+            await self.link.api(f"STREAM.UPDATE.{self.items}", config | {"subjects": subjects})
+
+    async def remove(self) -> None:
+        for stream in (self.items, self.notes):
+            await self.link.api(f"STREAM.DELETE.{stream}", missing=True)
+
+    # What others do
+
+    async def _on_news(self, msg: Msg) -> None:
+        self._heard(msg.data)
+
+    def _heard(self, what: bytes) -> None:
+        if what:
+            self.control = None
+        self.news.set()
+        self.news = asyncio.Event()
+
+    async def tell(self, what: bytes = b"") -> None:
+        """Wake all who wait; of "control", let them look at it again."""
+        await self.link.client.publish(self.subject("news"), what)
+
+    async def agreed(self) -> Control:
+        """The control note, as of the last news of it."""
+        agreed = self.control
+        if agreed is None:
+            agreed = self.control = await self._read_control()
+        return agreed
+
+    async def _read_control(self) -> Control:
+        async for note in self.link.read(self.notes, self.subject("control"), batch=1):
+            said = json.loads(note.data)
+            return Control(int(header(note, "Nats-Sequence")), said["state"], said["writers"], said["asked"])
+        return Control()
+
+    async def change(self, step: Callable[[Control], Control]) -> Control:
+        """Let `step`, which may raise, decide anew what is agreed on; all are told."""
+        while True:
+            now = await self._read_control()
+            then = step(now)
+            text = json.dumps({"state": then.state, "writers": then.writers, "asked": then.asked})
+            revision = await self.note("control", text.encode(), now.revision)
+            if revision:
+                break
+        agreed = self.control = replace(then, revision=revision)
+        await self.seal(agreed)
+        await self.tell(b"control")
+        await self.link.client.flush()
+        return agreed
+
+    # Notes
+
+    async def note(
+        self, subject: str, data: bytes, revision: int | None = None, headers: dict[str, str] | None = None
+    ) -> int:
+        """Write a note; returns its revision, 0 where the note had another one than it should."""
+        given = dict(headers or {})
+        if revision is not None:
+            given["Nats-Expected-Last-Subject-Sequence"] = str(revision)
+        reply = json.loads((await self.link.call(self.subject(subject), data, given or None)).data)
+        if error := reply.get("error"):
+            if error["err_code"] == 10071:
+                return 0
+            raise errors.StorageError(0, f"{self.path}: the server refuses a note: {error['description']}")
+        return int(reply["seq"])
+
+    async def failed(self, seq: int | str = "*") -> dict[int, Failed]:
+        """The failures of an item, or of all."""
+        found = {}
+        async for note in self.link.read(self.notes, self.subject("failed", seq)):
+            found[int(header(note, "Nats-Subject").rpartition(".")[2])] = Failed.read(note.data)
+        return found
+
+    async def write_failed(self, seq: int, note: Failed) -> None:
+        await self.note(f"failed.{seq}", json.dumps(asdict(note)).encode())
+
+    async def forget(self, stream: str, *subject: object) -> int:
+        """Remove the messages on a subject; how many."""
+        found = await self.link.api(f"STREAM.PURGE.{stream}", {"filter": self.subject(*subject)})
+        return int(found["purged"])
+
+    async def subjects(self, stream: str, *subject: object) -> dict[str, int]:
+        """How many messages there are on each subject of a kind."""
+        asked = {"subjects_filter": self.subject(*subject)}
+        return (await self.link.api(f"STREAM.INFO.{stream}", asked))["state"].get("subjects") or {}
+
+    async def dead(self) -> dict[int, tuple[str, int]]:
+        """The dead letters: their ids, and the bytes of their pieces."""
+        found = (each.split(".")[3:] for each in await self.subjects(self.notes, "dead", "*", "*", "*"))
+        return {int(seq): (number, int(size)) for seq, number, size in found}
+
+    async def bytes(self) -> int:
+        """Bytes of what waits or is in flight, as they are stored."""
+        found, dead = await asyncio.gather(self.link.api(f"STREAM.INFO.{self.items}"), self.dead())
+        taken: int = found["state"]["bytes"] - sum(size for _, size in dead.values())
+        return max(0, taken)
+
+    async def sessions(self) -> list[str]:
+        """The roles of those who have the spool open."""
+        return [each.split(".")[3] for each in await self.subjects(self.notes, "session", "*", "*")]
+
+    async def counts(self) -> Counts:
+        """How many items are where."""
+        found, failed = await asyncio.gather(self.consumer(), self.failed())
+        return Counts(
+            await self.fresh(found), found["num_ack_pending"], found["delivered"]["stream_seq"], failed
+        )
+
+    async def consumer(self) -> dict[str, Any]:
+        """What the server says of the delivery of items."""
+        return await self.link.api(f"CONSUMER.INFO.{self.items}.readers")
+
+    async def fresh(self, consumer: dict[str, Any]) -> int:
+        """How many items were never delivered. The consumer hears of a put a moment after its writer; the stream's last
+        number says whether it has."""
+        delivered, pending = int(consumer["delivered"]["stream_seq"]), int(consumer["num_pending"])
+        state = (await self.link.api(f"STREAM.INFO.{self.items}"))["state"]
+        if int(state["last_seq"]) == delivered + pending:
+            return pending
+        async for msg in self.link.read(self.items, self.subject("item", "*"), delivered + 1, 1):
+            return 1 + int(header(msg, "Nats-Num-Pending", "0"))
+        return 0
+
+    # Its end, and a new beginning
+
+    async def shutdown(self, immediate: bool) -> None:
+        """Take no more puts; with `immediate` nothing is delivered either."""
+
+        def step(now: Control) -> Control:
+            draining: values.State = now.state if now.state == "discarded" else "draining"
+            return replace(now, state="discarded" if immediate else draining)
+
+        await self.change(step)
+        if immediate:
+            await self.purge()
+
+    async def purge(self) -> int:
+        """Remove what waits, by taking it; how many items."""
+        removed = 0
+        for seq in (await self.counts()).requeued:
+            async for msg in self.link.read(self.items, self.subject("item", "*"), seq, 1):
+                if int(header(msg, "Nats-Sequence")) == seq:
+                    # Not by its subject: that would let the server forget what is in flight as well.
+                    asked = {"seq": seq, "no_erase": True}
+                    removed += bool(
+                        await self.link.api(f"STREAM.MSG.DELETE.{self.items}", asked, missing=True)
+                    )
+                    await self.forget(self.items, "chunk", msg_id(msg))
+                break
+            await self.forget(self.notes, "failed", seq)
+        while found := await self.pull(100):
+            for msg in found:
+                await self.link.call(msg.reply, b"+ACK")
+                if header(msg, "Spool-Size"):
+                    await self.forget(self.items, "chunk", msg_id(msg))
+                if place_of(msg)[1] > 1:
+                    await self.forget(self.notes, "failed", place_of(msg)[0])
+            removed += len(found)
+        await self.tell()
+        return removed
+
+    async def remove_orphans(self) -> None:
+        """Remove the pieces that a writer left which died before its item was one, or a reader amid removing it."""
+        pieces = {each.rpartition(".")[2] for each in await self.subjects(self.items, "chunk", "*")}
+        if not pieces:
+            return
+        kept = {number for number, _ in (await self.dead()).values()}
+        kept |= {each.rpartition(".")[2] for each in await self.subjects(self.items, "item", "*")}
+        for number in pieces - kept:
+            asked = {"last_by_subj": self.subject("chunk", number)}
+            last = await self.link.api(f"STREAM.MSG.GET.{self.items}", asked, missing=True)
+            if last and time.time() - _seconds(last["message"]["time"]) > ORPHANED:
+                await self.forget(self.items, "chunk", number)
+
+    # Items
+
+    async def pull(self, limit: int, seconds: float = 0.0) -> list[Msg]:
+        """Up to `limit` items that wait, or that come within so many seconds: in flight from now on."""
+        asked = {"batch": limit} | ({"expires": int(seconds * _NS)} if seconds else {"no_wait": True})
+        found: list[Msg] = []
+        try:
+            async with self.link.deliveries() as (inbox, queue), asyncio.timeout(PATIENCE + seconds):
+                subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.items}.readers"
+                await self.link.client.publish(subject, json.dumps(asked).encode(), inbox)
+                while len(found) < limit and (msg := await queue.get()) and not status(msg):
+                    found.append(msg)
+        except (TimeoutError, nats.errors.Error):
+            pass
+        except BaseException:
+            for msg in found:
+                await self.refuse(msg)
+            raise
+        return found
+
+    async def refuse(self, msg: Msg) -> None:
+        """Give back what came when nobody waited any longer."""
+        if msg.reply.startswith("$JS.ACK."):
+            await self.link.client.publish(msg.reply, b"-NAK")
+
+    async def whole(self, msg: Msg) -> Any:
+        """The bytes of an item's file, of the message itself or of the pieces as well. Raises BadItem."""
+        size = header(msg, "Spool-Size")
+        if not size:
+            return msg.data
+        end = (int(size) if size.isdigit() and len(size) < 19 else 0) - len(msg.data)
+        buffer, at = None, 0
+        async for piece in self.link.read(self.items, self.subject("chunk", msg_id(msg))):
+            if buffer is None:
+                most = self.link.max_payload * (int(header(piece, "Nats-Num-Pending", "0")) + 1)
+                if not 0 < end <= most:
+                    raise errors.BadItem(f"claims {size} bytes, more than its pieces can have")
+                buffer = np.empty(end + len(msg.data), np.uint8)
+            if at + len(piece.data) > end:
+                raise errors.BadItem(f"its pieces have more than the {end} bytes that it claims")
+            buffer[at : at + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
+            at += len(piece.data)
+        if buffer is None or at != end:
+            raise errors.BadItem(f"its pieces have {at} bytes of the {end} that it claims")
+        buffer[end:] = np.frombuffer(msg.data, np.uint8)
+        return buffer
+
+    def contents(self, msg: Msg) -> footers.Footer:
+        """What an item says of itself, without its pieces. Raises BadItem, UnknownVersion."""
+        size = header(msg, "Spool-Size")
+        if not size:
+            return items.parse(msg.data, len(msg.data))[1]
+        if not size.isdigit() or len(size) >= 19:
+            raise errors.BadItem("claims no number of bytes")
+        end = int(size) - len(msg.data)
+        return footers.read(_Tail(msg.data, end), end, int(size))
+
+    async def message(
+        self, msg: Msg, known: tuple[int, int], writable: bool = False, verify: bool = False
+    ) -> Message:
+        """The message of an item. Raises BadItem, UnknownVersion."""
+        whole = await self.whole(msg)
+        buffer = whole if isinstance(whole, bytes) else memoryview(whole)
+        blocks, tail = items.parse(buffer, len(buffer))
+        if verify:
+            items.verify(buffer, tail)
+        copy = writable and buffer is whole
+        return items.message(whole, blocks, tail, (*known, len(buffer)), copy=copy, writeable=writable)
+
+
+class _Tail:
+    """The end of a file, by the places of the whole."""
+
+    def __init__(self, data: bytes, begin: int) -> None:
+        self._data, self._begin = data, begin
+
+    def __getitem__(self, where: slice) -> bytes:
+        return self._data[where.start - self._begin : where.stop - self._begin]
+
+
+def msg_id(msg: Msg) -> str:
+    """The id of an item that was delivered or read."""
+    subject = msg.subject if msg.subject.startswith("spoolipc.") else header(msg, "Nats-Subject")
+    return subject.split(".")[4 if ".dead." in subject else 3]
+
+
+def size_of(msg: Msg) -> int:
+    """Bytes of an item's file, as it claims."""
+    size = header(msg, "Spool-Size")
+    return int(size) if size.isdigit() and len(size) < 19 else len(msg.data)
+
+
+def place_of(msg: Msg) -> tuple[int, int]:
+    """The number of an item that was delivered, and how often it was."""
+    parts = msg.reply.split(".")
+    delivered, seq = parts[4:6] if len(parts) == 9 else parts[6:8]
+    return int(seq), int(delivered)
+
+
+def _seconds(when: str) -> float:
+    """A time of the server's, wall clock: RFC 3339, in nanoseconds that Python does not read."""
+    return datetime.fromisoformat(f"{when[:19]}+00:00").timestamp()

@@ -1,0 +1,223 @@
+"""Servers that go away and come back, connections that are lost, and messages that nobody of this package sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nats
+import numpy as np
+import pytest
+
+from nats_engine.server import Server
+from spoolipc import (
+    BadItem,
+    Empty,
+    ServerUnreachable,
+    SpoolReader,
+    SpoolWriter,
+    failed_list,
+    failed_retry,
+    stat,
+)
+from spoolipc.message import Message
+from spoolipc.nats import producer as producing
+
+LARGE = 300_000
+"""Float64 that are three messages and more."""
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """A server that the test may end."""
+    server = Server(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def url(server: Server, request: pytest.FixtureRequest) -> str:
+    return server.url(f"{request.node.name[:80].replace('[', '-').replace(']', '')}")
+
+
+def again(server: Server) -> None:
+    server.stop()
+    server.start()
+
+
+def on(server: Server, work: Any) -> Any:
+    """What `work` returns, which is given a client of its own."""
+
+    async def run() -> Any:
+        client = await nats.connect(server.url("").rstrip("/"))
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [10, LARGE])
+def test_server_restarted_between_every_two_calls_loses_and_doubles_nothing(
+    own_server: Server, size: int
+) -> None:
+    url = own_server.url("restarts")
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        for number in range(3):
+            again(own_server)
+            writer.put(np.full(size, float(number)))
+        again(own_server)
+        assert reader.qsize() == 3
+        for number in range(3):
+            again(own_server)
+            item = reader.receive(timeout=30)
+            again(own_server)
+            assert (item.array == number).all()
+            again(own_server)
+            item.ack()
+        again(own_server)
+        with pytest.raises(Empty):
+            reader.get(block=False)
+        assert stat(url).in_flight == 0
+
+
+def test_server_that_is_killed_keeps_what_was_put(own_server: Server) -> None:
+    url = own_server.url("killed")
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put(np.arange(LARGE))
+        own_server.stop(kill=True)
+        own_server.start()
+        assert (reader.get(timeout=30) == np.arange(LARGE)).all()
+
+
+def test_calls_wait_for_a_server_that_comes_back_and_keep_their_timeout(own_server: Server) -> None:
+    url = own_server.url("away")
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader, ThreadPoolExecutor() as threads:
+        own_server.stop()
+        for call in (lambda: writer.put(np.zeros(3), timeout=1.5), lambda: reader.get(timeout=1.5)):
+            began = time.monotonic()
+            with pytest.raises(ServerUnreachable, match="no answer from the server"):
+                call()
+            assert 1.5 <= time.monotonic() - began < 15
+        waiting = [threads.submit(reader.get), threads.submit(writer.put, np.ones(3))]
+        own_server.start()
+        assert (waiting[0].result(60) == 1).all()
+        assert waiting[1].result(60)
+
+
+def test_item_put_twice_by_its_id_is_stored_once(url: str) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        for size in (10, LARGE):
+            message = Message((np.arange(size),), id=f"{size:032x}")
+            seqs = [writer._producer.put([message], time.monotonic() + 20)[0] for _ in range(2)]
+            assert seqs[0] == seqs[1]
+            assert (reader.get(timeout=20) == np.arange(size)).all()
+            with pytest.raises(Empty):
+                reader.get(block=False)
+
+
+def test_item_of_more_pieces_than_a_batch_takes_goes_piece_by_piece(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producing, "_MAX_BATCH", 2)
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        for _ in range(2):
+            writer.put_many([np.arange(LARGE), np.arange(3), np.arange(LARGE)])
+            for size in (LARGE, 3, LARGE):
+                assert (reader.get(timeout=20) == np.arange(size)).all()
+    assert stat(url).bytes == 0
+
+
+def test_pieces_of_a_writer_that_died_are_removed_and_those_of_items_stay(
+    server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = url.rpartition("/")[2]
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put(np.arange(LARGE))
+        writer.put(np.arange(LARGE))
+        reader.receive(timeout=20).reject("kept")
+
+        async def orphan(client: Any) -> None:
+            await client.request(f"spoolipc.{name}.chunk.{'0' * 32}", b"x" * 1000)
+
+        on(server, orphan)
+        before = stat(url).bytes
+        monkeypatch.setattr("spoolipc.nats.spool.ORPHANED", -1e6)
+        SpoolWriter(url).close()
+        assert before - 2000 < stat(url).bytes < before
+        assert failed_retry(url).damaged == {}
+        for _ in range(2):
+            assert (reader.get(timeout=20) == np.arange(LARGE)).all()
+
+
+HOSTILE: dict[str, tuple[bytes, dict[str, str]]] = {
+    "nothing": (b"", {}),
+    "garbage": (b"\x93NUMPY" + bytes(100), {}),
+    "huge claim": (b"x", {"Spool-Size": "1" + "0" * 17}),
+    "claim too long": (b"x", {"Spool-Size": "9" * 40}),
+    "no number": (b"x", {"Spool-Size": "-3"}),
+    "no pieces": (b"SPOOLFTR" + bytes(64), {"Spool-Size": "5000"}),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("call", ["get", "receive", "peek", "meta"])
+def test_hostile_message_costs_that_message_only(server: Server, what: str, call: str) -> None:
+    name = f"hostile-{what.replace(' ', '-')}-{call}"
+    url = server.url(name)
+    data, headers = HOSTILE[what]
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+
+        async def plant(client: Any) -> None:
+            await client.request(f"spoolipc.{name}.item.{'0' * 32}", data, headers=headers or None)
+
+        on(server, plant)
+        writer.put(np.ones(3))
+        if call == "peek":
+            assert reader.peek().seq == 2
+        elif call != "get":
+            item = reader.receive()
+            with pytest.raises(BadItem):
+                item.meta if call == "meta" else item.array  # noqa: B018
+        assert (reader.get(timeout=20) == 1).all()
+    (letter,) = failed_list(url)
+    assert (letter.seq, bool(letter.damage)) == (1, True)
+    assert list(failed_retry(url).damaged) == [1]
+
+
+def test_pieces_that_are_missing_or_too_many_cost_that_item_only(server: Server, url: str) -> None:
+    name = url.rpartition("/")[2]
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        for number in range(3):
+            message = Message((np.full(LARGE, number),), id=f"{number:032x}")
+            writer._producer.put([message], time.monotonic() + 20)
+
+        async def spoil(client: Any) -> None:
+            api = f"$JS.API.STREAM.PURGE.spoolipc-{name}-items"
+            asked = {"filter": f"spoolipc.{name}.chunk.{0:032x}"}
+            await client.request(api, json.dumps(asked).encode())
+            await client.request(f"spoolipc.{name}.chunk.{1:032x}", b"more")
+
+        on(server, spoil)
+        assert (reader.get(timeout=20) == 2).all()
+    assert ["pieces have" in letter.damage for letter in failed_list(url)] == [True, True]
+
+
+@pytest.mark.parametrize("data", ["{", "[]", '{"attempt": "x", "state": 3, "due": null, "history": 5}'])
+def test_bad_note_of_failures_stops_nobody(server: Server, data: str) -> None:
+    name = f"bad-note-{len(data)}"
+    with SpoolWriter(server.url(name)) as writer, SpoolReader(server.url(name)) as reader:
+        writer.put(np.ones(3))
+        reader.receive().nack()
+        on(server, lambda client: client.request(f"spoolipc.{name}.failed.1", data.encode()))
+        assert reader.qsize() in (0, 1)
+        item = reader.receive(timeout=20)
+        assert item.attempt == 2
+        item.ack()
+        assert reader.empty()

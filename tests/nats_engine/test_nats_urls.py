@@ -1,0 +1,195 @@
+"""URLs, secrets, and servers that cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nats_engine.server import Server
+from spoolipc import (
+    NotASpool,
+    ServerUnreachable,
+    SpoolReader,
+    SpoolWriter,
+    UnsupportedOperation,
+    fsck,
+    gc,
+    purge,
+    remove,
+    set_limits,
+    stat,
+)
+from spoolipc.cli.main import main
+from spoolipc.connect import connect
+
+SECRET = "hunter2-and-more"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nats://",
+        "nats://host",
+        "nats://host/",
+        "nats:///name",
+        "nats://host/a.b",
+        "nats://host/a*",
+        "nats://host/a/b",
+        "nats://host/a b",
+        "nats://host/größe",
+        "nats://host/" + "a" * 129,
+        "nats://ho st/a",
+        "nats://host:port/a",
+        "nats://host,/a",
+        "nats://host/a?replicas=2",
+        "nats://host/a?storage=tape",
+        "nats://host/a?what=1",
+    ],
+)
+def test_wrong_url_is_a_clear_error(url: str) -> None:
+    with pytest.raises(ValueError, match=r"URL is|is no name|known are"):
+        connect(url)
+
+
+def test_url_without_its_secrets_is_the_path() -> None:
+    for url in (f"nats://me:{SECRET}@one:4222,two/name?replicas=3", f"tls://{SECRET}@one/name"):
+        path = connect(url)._where.path  # type: ignore[attr-defined]
+        assert SECRET not in path + repr(vars(connect(url)))
+        assert path.split("://")[1] in ("one:4222,two/name?replicas=3", "one/name")
+    with pytest.raises(ValueError, match="is no name") as caught:
+        connect(f"nats://me:{SECRET}@host/a.b")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["user: me, password: {}", "token: {}"])
+@pytest.mark.parametrize("way", ["url", "environment"])
+def test_secrets_are_taken_and_never_told(
+    tmp_path: Path, config: str, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = Server(tmp_path, f"authorization {{ {config.format(SECRET)} }}")
+    try:
+        url = server.url("name")
+        given = f"me:{SECRET}@" if "user" in config else f"{SECRET}@"
+        with pytest.raises(ServerUnreachable, match="Authorization") as caught:
+            SpoolWriter(url.replace("//", f"//{given.replace('hunter2', 'hunter3')}"))
+        assert "hunter" not in str(caught.value) + repr(caught.value) + repr(caught.value.__context__)
+        if way == "url":
+            url = url.replace("//", f"//{given}")
+        elif "user" in config:
+            monkeypatch.setenv("NATS_USER", "me")
+            monkeypatch.setenv("NATS_PASSWORD", SECRET)
+        else:
+            monkeypatch.setenv("NATS_TOKEN", SECRET)
+        with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+            writer.put(np.ones(3))
+            assert (reader.get(timeout=20) == 1).all()
+            assert SECRET.encode() not in pickle.dumps(writer)
+            assert "hunter" not in repr(writer) + writer.path + repr(vars(writer._producer))
+    finally:
+        server.stop()
+    assert "hunter" not in caplog.text
+
+
+def test_server_that_is_not_there_is_a_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    for call in (SpoolWriter, SpoolReader, stat):
+        with pytest.raises(ServerUnreachable, match=f"127.0.0.1:{port}/name: cannot connect"):
+            call(f"nats://127.0.0.1:{port}/name")
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("version", "what"), [("2.11.9", "version 2.11; 2.12 or later"), ("1.4.1", "version 1.4")]
+)
+def test_older_server_is_an_error_that_names_the_version_needed(version: str, what: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with listening.accept()[0] as peer:
+                told = f'{{"server_id":"x","version":"{version}","max_payload":1048576,"headers":true}}'
+                peer.sendall(f"INFO {told}\r\n".encode())
+                while data := peer.recv(4096):
+                    if b"PING" in data:
+                        peer.sendall(b"PONG\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(UnsupportedOperation, match=what):
+            SpoolWriter(f"nats://127.0.0.1:{listening.getsockname()[1]}/name")
+        thread.join(20)
+
+
+def test_server_without_jetstream_is_a_clear_error(tmp_path: Path) -> None:
+    server = Server(tmp_path, "# no jetstream")
+    try:
+        with pytest.raises(ServerUnreachable, match="no JetStream answers"):
+            SpoolWriter(server.url("name"))
+    finally:
+        server.stop()
+
+
+def test_without_the_client_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "nats" or "spoolipc.nats" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nats", None)  # as if it were not there
+    with pytest.raises(UnsupportedOperation, match=r"pip install 'spoolipc\[nats\]'"):
+        connect("nats://host/name")
+
+
+def test_what_only_a_directory_has_is_refused_with_one_sentence(server: Server) -> None:
+    url = server.url("only-a-directory")
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put(np.zeros(3))
+        calls: list[Any] = [
+            lambda: writer.loan(3),
+            lambda: SpoolWriter(url, preallocate=(1, 100)),
+            lambda: reader.get(out=np.zeros(3)),
+            lambda: gc(url),
+            lambda: fsck(url),
+        ]
+        for call in calls:
+            with pytest.raises(UnsupportedOperation):
+                call()
+        with pytest.raises(ValueError, match="replicas"):
+            SpoolWriter(url, durability="fsync")
+        assert pickle.loads(pickle.dumps(writer)).qsize() == 1
+
+
+def test_command_line_takes_urls(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    url = server.url("command-line")
+    assert main(["stat", url]) == 2
+    assert "there is no spool here" in capsys.readouterr().err
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put_many([np.ones(3)] * 3)
+        reader.receive().reject("no good")
+        assert main(["stat", url]) == 0
+        assert main(["failed", "list", url]) == 0
+        assert main(["failed", "show", url, "1"]) == 0
+        told = capsys.readouterr().out
+        assert "no good" in told
+        assert "jetstream" in told
+        assert main(["failed", "retry", url]) == 0
+        assert reader.qsize() == 3
+        assert main(["set", url, "maxsize=7"]) == 0
+        assert writer.maxsize == 7
+        assert main(["purge", url]) == 0
+        assert reader.empty()
+        assert main(["gc", url]) == 1
+        assert main(["rm", url]) == 1
+    assert set_limits(url, maxsize=5).maxsize == 5
+    assert purge(url) == 0
+    remove(url)
+    with pytest.raises(NotASpool):
+        stat(url)
