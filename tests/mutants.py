@@ -347,7 +347,7 @@ cleaned | layout | test_taken_away cleaner | fs.lock_shared(root) ==> pass
 overlaid | receiving | test_overlay | tail[0] != words[record + W.PUT_TIME] and ==> False and
 # a process that uses a temporary spool is killed, or ends
 temporary-used | temporary | test_queues forked_child | or not fs.lock(fd): ==> :
-temporary-new | temporary | test_queues being_made | fs.lock_shared(fd) and ==> True or
+temporary-new | temporary | test_queues made_anew | fs.lock_shared(fd) and ==> True or
 temporary-start | mp | test_queues may_end_before | else reduction.DupFd(fd) ==> else None
 # an item of a `Queue` that nobody packed
 value-twice | format/values | test_format_values nobody_packed | self.left.remove(number) ==> pass

@@ -240,21 +240,28 @@ class TestTheEndOfATemporarySpool:
         assert (array == 7).all()
         until(lambda: not os.path.exists(path) or remove_temporary())
 
-    def test_one_just_being_made_is_removed_by_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made: list[Any] = []
-        real = fs.make_directory
+    @pytest.mark.parametrize("place_of_it", ["before it is opened", "before it is locked"])
+    def test_one_removed_while_it_is_made_is_made_anew(
+        self, place: Path, place_of_it: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        removed: list[str] = []
+        name = "open_directory" if place_of_it == "before it is opened" else "lock_shared"
+        real = getattr(fs, name)
 
-        def make(name: Any, directory: int | None = None) -> None:
-            real(name, directory)
-            if temporary.PREFIX in str(name) and not made:
-                made.append(name)
-                assert remove_temporary() == [name], "it is not locked yet"
+        def call(*args: Any) -> Any:
+            if not removed and left(place):
+                removed.append("under way")
+                removed[:] = remove_temporary()
+            return real(*args)
 
-        monkeypatch.setattr(fs, "make_directory", make)
-        queue = Queue()
+        with monkeypatch.context() as patch:
+            patch.setattr(fs, name, call)
+            queue = Queue()
         queue.put(1)
-        assert queue.path not in made
+        assert len(removed) == 1
+        assert queue.path not in removed
         assert queue.get() == 1
+        queue.close()
 
     def test_what_others_planted_stays(self, place: Path, tmp_path: Path) -> None:
         precious = tmp_path / "precious"
