@@ -182,7 +182,7 @@ max-bytes | pool | test_limits metadata_counts | not (max_bytes and words[W.ITEM
 delayed-room | pool | test_limits redelivered_and | + words[W.DELAYED_COUNT] >= maxsize ==> >= maxsize
 mismatch | layout | test_limits first_who | value is not None and there is not None and there != value: ==> False:
 # a process out of descriptors
-left-open | session | test_process_limits costs_at_most | self.journal.close()¶        if end ==> pass¶        if end
+left-open | session | test_process_limits costs_at_most | self.journal.close()¶        _aband ==> pass¶        _aband
 in-a-circle | recycling | test_process_limits costs_at_most | weakref.WeakMethod(self.forget) ==> lambda: self.forget
 alone-or-not | session | test_process_limits left_goes | except OSError:  # no desc ==> except EOFError:  # no desc
 # a process short of address space

@@ -416,8 +416,7 @@ class Session:
         """Close every descriptor: nobody is in an operation any more."""
         if self.journal is not _NONE:
             self.journal.close()
-        if end := self._end.detach():  # to call it does nothing once the interpreter ends
-            end[1](*end[2])
+        _abandon(os.getpid(), self._held, self.is_open)  # `_end` does nothing once the interpreter ends
 
     def _leave(self, last: Callable[[], tuple[bool | None, int, int]]) -> tuple[None, int, int]:
         left, items, space = last()

@@ -184,6 +184,6 @@ def test_programs_before_and_after_the_move_differ_in_one_line_and_do_the_same(t
     for name in (before, after):
         ran = run(tmp_path, name)
         assert ran.returncode == 0, ran.stderr
-        assert ran.stdout.startswith("30 frames of 6 MB there and back in ")
+        assert ran.stdout.startswith("30 frames of 6 MB there and grey ones back in ")
         assert ran.stdout.endswith("sum 435\n")
     assert list(tmp_path.iterdir()) == []
