@@ -75,7 +75,7 @@ class _AsyncFace(Face):
         self._face, self._session, self._watchable = face, face._session, session
         self._busy = set[asyncio.Future[None]]()  # one for each call that has something in a thread
         self._turn_began: float | None = None
-        with closing(session.watch(lambda: None)) as watch:
+        with suppress(SpoolError), closing(session.watch(lambda: None)) as watch:
             watch.arm()  # now, as the first in a process imports what it needs: 50 ms
 
     async def close(self) -> None:

@@ -1002,6 +1002,18 @@ class RestoreSuite(Suite):
         assert self.load(*claimed) == [*range(start, 5)]
         assert [delivery.attempt for delivery in claimed] == [2, 1, 1, 1, 1][start:]
 
+    @SIZES
+    def test_what_was_put_back_and_taken_again_can_be_put_back_again(self, size: int) -> None:
+        assert isinstance(self.consumer, engines.Restorer)
+        self.put(0, 1, 2, size=size)
+        shown = self.consumer.take(1, NOW, kept=True)
+        self.consumer.put_back(shown)
+        again = self.consumer.take(1, NOW, kept=True)
+        del shown
+        assert self.take(1) == [1]
+        self.consumer.put_back(again)
+        assert self.take() == [0, 2]
+
 
 class WatchSuite(Suite):
     """The capability `Watchable`."""

@@ -196,8 +196,7 @@ class DirectoryConsumer(Receiver):
 
     def _put_back(self, places: list[tuple[int, int]], start: int) -> tuple[None, int, int]:
         """Undo the taking of items, from that at `start` on, where their files are as they were. A step."""
-        journal, done = self.session.journal, 0
-        words = journal.words
+        journal, words, done = self.session.journal, self.session.journal.words, 0
         if words[W.MARK]:  # an interrupt came amid a transition
             journal.recover()
         for record, seq in reversed(places[start:]):
@@ -205,6 +204,7 @@ class DirectoryConsumer(Receiver):
             if words[record + W.SEQ] == seq and state in (W.PINNED, W.POOLED):
                 link = linking(words, record) if state == W.POOLED else 0
                 journal.commit(transitions.restore(words, record, link, self.verify))
+                self.recycler.pins.forget(record, seq)
                 done += 1
         del places[start:]
         return None, done, 0

@@ -95,6 +95,12 @@ class Pins:
         pin.left.append(None)
         self.watched[id(watched)] = watched
 
+    def forget(self, record: int, number: int) -> None:
+        """An item was put back: what shows its file still has no part in what becomes of it. A step."""
+        for watched in list(self.watched.values()):
+            if (watched.pin.record, watched.pin.number) == (record, number):
+                watched.pin.number = NO_FILE
+
     def first(self) -> Pin:
         """The pin of the first of what is pending, which does not show it any more. A step."""
         gone = self.pending[0]
