@@ -42,7 +42,7 @@ left | journal | test_transitions | not fs.exists(directories.items, name) ==> F
 donated | journal | test_kills system and preallocate | fs.exists(directories.free, name) ==> True
 unlinked | journal | test_transitions | directories.remove("free", name) ==> pass
 followed | journal | test_kills system and shutdown | words[W.SHUTDOWN] = read_shutdown(directories.root) ==> pass
-staged | housekeeping | test_kills system and put_large | temporary_owner(entry.name) in crashed and ==> False and
+staged | housekeeping | test_kills system and put_large | temporary_owner(entry.name) in crashed: ==> False:
 sessions | housekeeping | test_views ends_without | () if left else crashed - _stuck(session): ==> ():
 repair-cut | repair | test_kills system and repair | session.journal.words[W.CAPACITY] = W.ALL_BITS ==> pass
 left-new | fs | test_kills system and open_new | unlink_missing_ok(directory, name) ==> pass
@@ -103,7 +103,7 @@ unread | itemfile | test_stops_nobody cannot_be_read | if error.errno in _LOST e
 # a file that can be neither moved nor removed
 left-there | quarantine | test_stops_nobody at_all | move("", "") ==> raise
 left-in-free | journal | test_stops_nobody crashed_session | elif kind == UNLINK: ==> elif kind == -1:
-left-by-round | layout | test_stops_nobody crashed_session | if name not in self.stuck: ==> if True:
+left-by-round | housekeeping | test_stops_nobody crashed_session | session.token} - _stuck(session) ==> session.token}
 left-by-gc | gc | test_stops_nobody goes_on | self.not_removed.append( ==> raise ValueError(
 # a log that is slow or blocked
 logged | layout | test_taken_away is_logged | (level, message, values)) ==> (level, message, values)); self.tell()

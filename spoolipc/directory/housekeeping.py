@@ -226,7 +226,7 @@ def _remove_temporary(session: Session, crashed: set[int]) -> bool:
     directories, removed = session.directories, 0
     with fs.scan(directories.tmp) as entries:
         for entry in itertools.islice(entries, _NAMES):
-            if temporary_owner(entry.name) in crashed and entry.name not in directories.stuck:
+            if temporary_owner(entry.name) in crashed:
                 if removed == _UNLINKED:
                     return True
                 directories.remove("tmp", entry.name)

@@ -198,14 +198,13 @@ class Directories:
 
     def remove(self, part: str, name: str) -> None:
         """Remove a file that nobody needs, which may be gone already. One that cannot be removed stops nobody: it
-        stays, for `gc` to try, and the log says so once."""
+        stays, for `gc` to try, and no round of this session tries again."""
         try:
             fs.unlink_missing_ok(self.parts[part], name)
         except OSError as error:
-            if name not in self.stuck:
-                self.stuck.add(name)
-                what = "%s: %s/%s cannot be removed (%s), and is left to gc"
-                self.say(logging.WARNING, what, self.path, part, name, error.strerror)
+            self.stuck.add(name)
+            what = "%s: %s/%s cannot be removed (%s), and is left to gc"
+            self.say(logging.WARNING, what, self.path, part, name, error.strerror)
 
     def retire(self, name: str) -> None:
         """Remove the file of a session that leaves, or lay it by where the spare one was used."""

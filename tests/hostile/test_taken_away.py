@@ -278,8 +278,10 @@ def test_a_thread_that_waits_hears_through_the_file_that_another_made_again(
         for token in tokens(spool):
             token.unlink()
         SpoolReader(spool).close()  # a round of housekeeping
-        with pytest.raises(Empty):
+        with Injector() as injector, pytest.raises(Empty):
             reader.get_nowait()  # makes the file again
+        assert "watch_add" in injector.met
+        assert "watch_open" not in injector.met
         writer.put_many([LARGE, LARGE])
         for call in waiting:
             assert np.array_equal(call.result(), LARGE)
