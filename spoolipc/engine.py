@@ -167,7 +167,7 @@ class Restorer(Protocol):
     """A capability of a consumer: what nobody received is not lost."""
 
     def put_back(self, taken: list[Message], start: int = 0) -> None:
-        """Let the items of what `take` returned, from the one at `start` on, wait again."""
+        """Let the items of what `take` returned, from the one at `start` on, wait again; harmless when repeated."""
 
 
 class Watch(Protocol):

@@ -351,11 +351,7 @@ class SpoolReader(_Face):
         message = taken[0]
         if message.names is None:
             return message.arrays[0]
-        try:
-            return arrays_of(message)
-        except BaseException:
-            self._put_back(taken)
-            raise
+        return self._given(taken, False, arrays_of)[0]
 
     def _given(self, taken: list[Message], copy: Copy, make: Callable[[Message], T]) -> list[T]:
         """What the caller gets of what was taken. What he does not get waits again: all of it after an interrupt, what
@@ -406,7 +402,15 @@ class SpoolReader(_Face):
         Other parameters and errors are those of `get`.
         """
         limit, until = whole("limit", limit, 1), deadline_of(block, timeout)
-        return self._given(self._consumer.take(limit, until, on_write(copy)), copy, arrays_of)
+        found, given = list[list[Message]](), list[Arrays]()
+        try:  # what is taken is stored by a call in C, before an interrupt can come between the two
+            found.extend(map(self._consumer.take, (limit,), (until,), (on_write(copy),)))
+            given.extend(self._given(found[0], copy, arrays_of))
+        except BaseException:
+            for taken in found:
+                self._put_back(taken)
+            raise
+        return given
 
     def get_nowait(self, *, copy: Copy = False) -> Arrays:
         """Get without waiting: `get(block=False)`."""
