@@ -430,7 +430,7 @@ def test_url_says_why_it_is_not_for_the_command_line(command: str, run: Command)
     assert said.err.splitlines()[-1].endswith(
         "memory://looked-at is in the memory of one process, which alone can look after it"
     )
-    assert "'nats://host/frames' is no URL that is known" in run(command, "nats://host/frames").err
+    assert "'http://host/frames' is no URL that is known" in run(command, "http://host/frames").err
 
 
 def test_gc_that_built_a_damaged_index_again_says_so_and_exits_with_zero(path: Path, run: Command) -> None:
