@@ -362,9 +362,12 @@ class AsyncSpoolReader(_AsyncFace):
     ) -> list[T]:
         reader, consumer, here = self._reader, self._reader._consumer, get_ident()
         writable, taken = on_write(copy), list[list[Message]]()
+        copied = filled or (bool(copy) and not writable)
 
         def step() -> None:
-            taken.append(consumer.take(limit, NOW, writable, get_ident() != here))
+            # Of a single item, what is small is given before anybody can cancel.
+            kept = get_ident() != here or (copied and limit > 1)
+            taken.append(consumer.take(limit, NOW, writable, kept))
 
         def undo() -> None:
             for each in taken:
@@ -374,7 +377,7 @@ class AsyncSpoolReader(_AsyncFace):
         await self._until(until, step, undo, slow=slow)
         given = partial(reader._given, taken[0], copy, make)
         size = sum(array.nbytes for message in taken[0] for array in message.arrays)
-        if size > LARGE and (filled or (copy and not writable)):
+        if size > LARGE and copied:
             return await self._in_thread(given, undo)
         return given()
 

@@ -242,6 +242,8 @@ put-back-amid | consumer | test_interrupts interrupted_at_any_call | if words[W.
 cancelled | aio | test_asyncio any_step and get-copy | if not is_left and undo: ==> if False:
 cancelled-thread | aio | test_asyncio any_step and get-copy | if not _take(turn) and undo: ==> if False:
 cancelled-kept | consumer | test_asyncio writes_over_nothing | if shown is None and got.kept: ==> if False:
+cancelled-small | aio | test_asyncio written_over_by_nobody | get_ident() != here or (copied and limit > 1) ==> False
+cancelled-again | consumer | test_directory_engine taken_again | self.recycler.pins.forget(record, seq) ==> pass
 cancelled-attempt | consumer | test_asyncio any_step and get-copy | record, link, self.verify) ==> record, link, 0)
 cancelled-receive | aio | test_asyncio any_step and receive | if claimed: ==> if False:
 cancelled-waiter | watch | test_asyncio takes_no_wake_up | self._leave() ==> pass

@@ -183,6 +183,28 @@ def test_what_a_call_cancelled_at_any_step_had_got_is_still_there(
         asyncio.run(run(step))
 
 
+def test_small_items_of_a_cancelled_get_many_with_large_ones_are_written_over_by_nobody(spool: Path) -> None:
+    async def main() -> None:
+        async with AsyncSpoolReader(spool) as reader, AsyncSpoolWriter(spool) as writer:
+            for size in (3, 3, BIG, 3):
+                await writer.put(np.full(size, float(size)))
+            threads = Threads(True, lambda: None)
+            asyncio.get_running_loop().set_default_executor(threads)
+            assert numbers(await reader.get()) == [3]  # whose file goes round
+            task = asyncio.ensure_future(reader.get_many(3, copy=True))
+            while reader.qsize():
+                await asyncio.sleep(0)
+            with SpoolWriter(spool) as other:
+                for _ in range(3):
+                    other.put(np.full(3, -1.0))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert numbers(await reader.get_many(9)) == [3, BIG, 3, -1, -1, -1]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("verify", [False, True])
 def test_what_is_put_before_a_cancelled_get_is_undone_writes_over_nothing(spool: Path, verify: bool) -> None:
     async def main() -> None:
@@ -196,7 +218,8 @@ def test_what_is_put_before_a_cancelled_get_is_undone_writes_over_nothing(spool:
                 with locked(spool) as release:
                     threads.before = release
                     task = asyncio.ensure_future(reader.get())
-                    await asyncio.sleep(0)
+                    while reader.qsize() > 1:
+                        await asyncio.sleep(0)
                 for _ in range(3):
                     writer.put(np.full(3, -1.0))
                 task.cancel()
