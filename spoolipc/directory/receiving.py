@@ -277,9 +277,10 @@ class Receiver(Side):
         try:
             journal.commit(consume(words, record, owner, keep, released))
         except OSError as error:
-            if not keep or not fs.is_shortage(error):
+            if not keep or isinstance(error, FileNotFoundError):
                 raise
-            # A full file system has no block for another name in free/; taking items must make room all the same.
+            # free/ takes no file, as on a full file system, which has no block for another name: items are taken all
+            # the same.
             keep = False
             released = 0
             journal.commit(consume(words, record, 0, False))

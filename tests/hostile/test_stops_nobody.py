@@ -19,6 +19,7 @@ from spoolipc import (
     Empty,
     SpoolReader,
     SpoolWriter,
+    StorageError,
     failed_drop,
     failed_list,
     failed_retry,
@@ -168,6 +169,36 @@ def test_an_item_that_cannot_be_removed_stops_nobody_in_a_spool_that_was_shut_do
             writer.shutdown(immediate=True)
             with SpoolReader(spool) as other:
                 assert other.qsize() == 0
+
+
+# Places that take no file
+
+
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("size", [10, 10_000])
+def test_items_are_taken_where_free_takes_no_file(spool: Path, error: int, size: int) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader, Injector(refuse_into("free", error)):
+        for _ in range(2):
+            writer.put_many([np.full(size, number) for number in range(5)])
+            assert int(reader.get_nowait()[0]) == 0
+            assert [int(array[0]) for array in reader.get_many(2)] == [1, 2]
+            with reader.receive(block=False) as received:
+                assert int(received.array[0]) == 3
+            assert int(reader.get_nowait(copy=True)[0]) == 4
+    check_spool(spool)
+
+
+def test_an_item_that_cannot_be_taken_off_can_be_rejected_and_stops_nobody_then(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put_many([np.full(5000, number) for number in range(2)])
+        with Injector(refuse_names(errno.EPERM, item_name(1))):
+            with pytest.raises(StorageError, match=item_name(1)):
+                reader.get_nowait()
+            reader.receive(block=False).reject("its file cannot be moved")
+            assert int(reader.get_nowait()[0]) == 1
+    fsck(spool, repair=True)
+    with SpoolReader(spool) as reader:
+        assert int(reader.get_nowait()[0]) == 0
 
 
 # Files that nobody needs
