@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -228,6 +230,41 @@ def test_what_is_put_before_a_cancelled_get_is_undone_writes_over_nothing(spool:
                 assert numbers(await reader.get_many(9)) == [1, 2, -1, -1, -1]
 
     asyncio.run(main())
+
+
+def test_account_of_calls_cancelled_at_any_moment_is_exact(place: str) -> None:
+    """Gets lose and double nothing; a cancelled put may be there, once and whole."""
+    chance, count = random.Random(0), 300
+    got, surely = Counter[float](), set[float]()
+
+    async def produce(writer: AsyncSpoolWriter) -> None:
+        for number in range(count):
+            array = np.full(chance.choice([3, BIG]), float(number))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(chance.choice([0, 0.001, 0.01, 5])):
+                    await writer.put(array)
+                    surely.add(number)
+            array[:] = -1
+
+    async def consume(reader: AsyncSpoolReader) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(chance.choice([0, 0.0005, 0.002, 0.02])):
+                    for array in await reader.get_many(chance.randrange(1, 4), copy=chance.random() < 0.7):
+                        assert (array == array[0]).all()
+                        got[float(array[0])] += 1
+
+    async def main() -> None:
+        async with AsyncSpoolWriter(place, maxsize=10) as writer, AsyncSpoolReader(place) as reader:
+            consuming = [asyncio.ensure_future(consume(reader)) for _ in range(3)]
+            await produce(writer)
+            await writer.shutdown()
+            for ended in await asyncio.gather(*consuming, return_exceptions=True):
+                assert isinstance(ended, ShutDown), ended
+
+    asyncio.run(main())
+    assert set(got.values()) == {1}
+    assert surely <= set(got) <= set(range(count))
 
 
 PUTS: dict[str, Call] = {
