@@ -35,6 +35,7 @@ SECTIONS: dict[str, list[str]] = {
         "failed_show",
         "failed_retry",
         "failed_drop",
+        "forward",
         "remove_temporary",
     ],
 }

@@ -40,6 +40,7 @@ from .errors import (
     UnsupportedOperation,
     WorkerDied,
 )
+from .forward import forward
 from .item import Item, Loan
 from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
 from .queue import SpoolReader, SpoolWriter
@@ -99,6 +100,7 @@ __all__ = [
     "failed_list",
     "failed_retry",
     "failed_show",
+    "forward",
     "fsck",
     "imap",
     "purge",

@@ -170,6 +170,19 @@ class Restorer(Protocol):
         """Let the items of what `take` returned, from the one at `start` on, wait again; harmless when repeated."""
 
 
+@runtime_checkable
+class Destination(Protocol):
+    """A capability of a producer: items forwarded from another spool, each of them once, whatever crashes when."""
+
+    def forwarded(self, source: str) -> list[str]:
+        """The ids of what `put_forwarded` put last from that source, of those of its last call at least."""
+
+    def put_forwarded(self, source: str, messages: Sequence[Message], until: Deadline) -> int:
+        """Put the first of these messages, as many as can be put as one, and their ids, which are told by `forwarded`
+        from now on: all or nothing. Returns how many. Raises what `put` raises; SpoolInUse when another process has
+        forwarded from the same source meanwhile."""
+
+
 class Watch(Protocol):
     """One wait of an event loop."""
 

@@ -19,6 +19,7 @@ from ..connect import connect
 from ..directory.gc import Progress
 from ..directory.temporary import remove_temporary
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
+from ..forward import forward
 from ..message import DeadLetter
 from . import text
 
@@ -108,6 +109,18 @@ examples:
   %(prog)s /data/spool --repair && start-readers
 
 exit codes: 0 clean, or clean now; 1 problems are left; 2 not a spool"""
+_FORWARD = """\
+Move the items of one spool to another, a directory's or a server's to one on a
+server, each once, whatever crashes when: an item is acknowledged at its source
+when the destination has it, and the destination remembers which it has. Runs
+until the source has ended, and waits while the destination is full or away."""
+_FORWARD_EXAMPLES = """\
+examples:
+  %(prog)s /dev/shm/frames nats://host:4222/frames
+  %(prog)s /data/spool nats://a,b,c/frames?replicas=3 --rate 50e6
+  %(prog)s /data/spool nats://host/frames --until-empty
+
+exit codes: 0 the source has ended, 1 it could not go on, 2 no spool"""
 _FAILED = """\
 Dead letters: items that were rejected, failed in every attempt, or were
 damaged. They lie in failed/, each a plain .npy with its history beside it, and
@@ -187,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON, for programs")
     bench.add_argument("--quick", action="store_true", help="fewer arrays and rounds")
     bench.set_defaults(command=_run_bench)
+    one = _command(
+        commands, "forward", "move items to another spool", _FORWARD, _FORWARD_EXAMPLES, _run_forward
+    )
+    one.add_argument("destination", metavar="URL", type=_directory, help="the spool that gets them")
+    one.add_argument("--rate", type=float, metavar="BYTES", help="most bytes a second")
+    one.add_argument("--until-empty", action="store_true", help="end when nothing waits")
     failed = _described(
         commands, "failed", "list, show, retry or drop dead letters", _FAILED, _FAILED_EXAMPLES
     )
@@ -336,6 +355,26 @@ def _run_fsck(options: argparse.Namespace) -> int:
         found = fsck(options.path, repair=options.repair, progress=progress)
     _print(options, found, text.fsck_text(found))
     return DONE if found.clean else PROBLEM
+
+
+def _run_forward(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    off = True if sys.stderr is None else None
+    with tqdm(desc="forward", unit="B", unit_scale=True, delay=1.0, disable=off) as bar:
+
+        def moved(items: int, nbytes: int) -> None:
+            bar.update(nbytes)
+
+        count = forward(
+            options.path,
+            options.destination,
+            rate=options.rate,
+            until_empty=options.until_empty,
+            moved=moved,
+        )
+    _print(options, count, f"moved {text.count(count, 'item')}")
+    return DONE
 
 
 def _run_bench(options: argparse.Namespace) -> int:

@@ -9,11 +9,12 @@ one; a writer that dies before leaves pieces that the next one to open the spool
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import nats.errors
@@ -31,8 +32,9 @@ from .spool import MARGIN, Control
 _TOGETHER: Final = 64
 _MAX_BATCH: Final = 1000
 _AT_ONCE: Final = 16
+_REMEMBERED: Final = 1024
 _OVERHEAD: Final = 256
-_DUPLICATE: Final = 10201
+_ANOTHER, _DUPLICATE = 10071, 10201
 
 
 class _Sent(NamedTuple):
@@ -107,6 +109,47 @@ class NatsProducer(Session):
                 if until == NOW or not await self.wait(news, until):
                     raise
 
+    # Forwarding
+
+    def forwarded(self, source: str) -> list[str]:
+        return self.do(self._forwarded(source))[1]
+
+    async def _forwarded(self, source: str) -> tuple[int, list[str]]:
+        """The number of the record of that source, and the ids in it."""
+        seq, ids = 0, list[str]()
+        async for found in self.link.read(self.spool.items, self.spool.subject("source", _key(source))):
+            seq, ids = int(header(found, "Nats-Sequence")), list(json.loads(found.data))
+        return seq, ids
+
+    def put_forwarded(self, source: str, messages: Sequence[Message], until: Deadline) -> int:
+        packed = [self._packed(message) for message in messages]
+        return self.do(self.patiently(lambda: self._put_forwarded(source, packed, until), until))
+
+    async def _put_forwarded(self, source: str, packed: list[_Packed], until: Deadline) -> int:
+        """One batch of items and of the record of their ids, which nobody else has written meanwhile."""
+        before, ids = await self._forwarded(source)
+        if packed[0].id in ids:  # an earlier try was not answered
+            return sum(each.id in ids for each in packed)
+        subject = self.spool.subject("source", _key(source))
+
+        def record(group: list[_Packed]) -> _Sent:
+            written = json.dumps([*ids, *(each.id for each in group)][-_REMEMBERED:]).encode()
+            return _Sent(subject, written, {"Nats-Expected-Last-Subject-Sequence": str(before)})
+
+        while True:
+            news = self.spool.news
+            try:
+                room = await self._room(packed[0])
+                put = len(await self._store(packed[:room], until, record))
+                break
+            except errors.Full:
+                if until == NOW or not await self.wait(news, until):
+                    raise
+        if before:
+            asked = {"seq": before, "no_erase": True}
+            await self.link.api(f"STREAM.MSG.DELETE.{self.spool.items}", asked, missing=True)
+        return put
+
     async def _room(self, first: _Packed) -> int:
         """How many items may be put now. Raises ShutDown, TooLarge, Full."""
         control = await self._open_control()
@@ -153,14 +196,21 @@ class NatsProducer(Session):
     def _count(self, packed: _Packed) -> int:
         return 1 if packed.size <= self._most else 1 - -packed.layout.end // self._most
 
-    async def _store(self, several: list[_Packed], until: Deadline) -> list[int]:
-        """Store the first of these items, as many as one batch can have; returns their numbers."""
+    async def _store(
+        self, several: list[_Packed], until: Deadline, beside: Callable[[list[_Packed]], _Sent] | None = None
+    ) -> list[int]:
+        """Store the first of these items, as many as one batch can have; returns their numbers.
+
+        beside: makes a message that is stored with them or not at all, after them.
+        """
         counts = [self._count(each) for each in several]
-        while sum(counts) > _MAX_BATCH and len(counts) > 1:
+        while sum(counts) >= _MAX_BATCH and len(counts) > 1:
             counts.pop()
-        group, began, atomic = several[: len(counts)], time.monotonic(), sum(counts) <= _MAX_BATCH
+        group, began, whole = several[: len(counts)], time.monotonic(), sum(counts) < _MAX_BATCH
         while True:
-            reply = await (self._batch(group, sum(counts)) if atomic else self._piece_by_piece(group[0]))
+            last = [] if beside is None else [beside(group)]
+            messages = [sent for packed in group for sent in self._messages(packed)]
+            reply = await (self._batch(messages + last) if whole else self._piece_by_piece(group[0], last))
             if isinstance(reply, str):
                 self.spool.control = None
                 await self._open_control()
@@ -169,54 +219,55 @@ class NatsProducer(Session):
                 continue
             error = reply.get("error")
             if error is None:
-                return [int(reply["seq"]) - sum(counts[index + 1 :]) for index in range(len(counts))]
+                seq = int(reply["seq"]) - len(last)
+                return [seq - sum(counts[index + 1 :]) for index in range(len(counts))]
+            if error["err_code"] == _ANOTHER:
+                raise errors.SpoolInUse(0, f"{self.path}: another process forwards from the same spool to it")
             if len(group) > 1:  # the batch may be what is refused: each by itself
                 group, counts = group[:1], counts[:1]
             elif error["err_code"] == _DUPLICATE:
                 return [await self._known(group[0])]
-            elif atomic and counts[0] > 1:
-                atomic = False
+            elif whole and counts[0] > 1:
+                whole = False
             else:
                 what = f"the server refuses the item: {error['description']}"
                 raise errors.StorageError(0, f"{self.path}: {what}")
 
-    async def _batch(self, group: list[_Packed], total: int) -> dict[str, Any] | str:
+    async def _batch(self, messages: list[_Sent]) -> dict[str, Any] | str:
         """Send a message, or an atomic batch of them; returns what is said of the last."""
-        batch, index = os.urandom(8).hex(), 0
-        for packed in group:
-            for sent in self._messages(packed):
-                index += 1
-                headers = dict(sent.headers)
-                if total > 1:
-                    headers |= {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(index)}
-                if index < total:
-                    try:
-                        await self.link.client.publish(sent.subject, sent.payload, headers=headers)
-                    except nats.errors.Error as error:
-                        return str(error)
+        batch, total = os.urandom(8).hex(), len(messages)
+        for index, sent in enumerate(messages, 1):
+            headers = dict(sent.headers)
+            if total > 1:
+                headers |= {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(index)}
+            if index < total:
+                try:
+                    await self.link.client.publish(sent.subject, sent.payload, headers=headers)
+                except nats.errors.Error as error:
+                    return str(error)
         if total > 1:
             headers["Nats-Batch-Commit"] = "1"
-        reply = await self.link.ask(sent.subject, sent.payload, headers)
-        return _answer(reply)
+        return _answer(await self.link.ask(sent.subject, sent.payload, headers))
 
-    async def _piece_by_piece(self, packed: _Packed) -> dict[str, Any] | str:
-        """Send each message when those before it are stored, `_AT_ONCE` at a time; the item's own when all are."""
-        *_, number, _ = packed
-        await self.spool.forget(self.spool.items, "chunk", number)  # of an earlier try
+    async def _piece_by_piece(self, packed: _Packed, last: list[_Sent]) -> dict[str, Any] | str:
+        """Send the pieces, `_AT_ONCE` at a time, and the item's own message when all are stored."""
+        if await self._known(packed):  # an earlier try was not answered
+            return {"error": {"err_code": _DUPLICATE}}
+        await self.spool.forget(self.spool.items, "chunk", packed.id)  # of an earlier try
+        *pieces, own = self._messages(packed)
         sending: list[asyncio.Task[Msg | str]] = []
         try:
-            for sent in self._messages(packed):
-                own = bool(sent.headers)
-                while len(sending) >= (1 if own else _AT_ONCE):
-                    said = _answer(await sending.pop(0))
-                    if isinstance(said, str) or "error" in said:
-                        return said
-                sending.append(asyncio.create_task(self.link.ask(*sent)))
-                await asyncio.sleep(0)  # they go in order
-            return _answer(await sending.pop(0))
+            while pieces or sending:
+                while pieces and len(sending) < _AT_ONCE:
+                    sending.append(asyncio.create_task(self.link.ask(*pieces.pop(0))))
+                    await asyncio.sleep(0)  # they go in order
+                said = _answer(await sending.pop(0))
+                if isinstance(said, str) or "error" in said:
+                    return said
         finally:
             for task in sending:
                 task.cancel()
+        return await self._batch([own, *last])
 
     async def _known(self, packed: _Packed) -> int:
         """The number of an item that is stored already; 0 when it was taken since."""
@@ -250,6 +301,11 @@ class NatsProducer(Session):
 
     def shutdown(self, immediate: bool) -> None:
         self.do(self.spool.shutdown(immediate))
+
+
+def _key(source: str) -> str:
+    """The name of a spool as a part of a subject."""
+    return hashlib.sha256(source.encode()).hexdigest()[:32]
 
 
 def _pieces(parts: Iterator[bytes | memoryview], size: int) -> Iterator[bytes | memoryview]:

@@ -4,13 +4,14 @@ Two streams, of `spoolipc.NAME.` subjects:
 
     spoolipc-NAME-items   item.ID    an item: the bytes of its file; of a large one its footer, with its size as header
                           chunk.ID   what comes before that footer, in pieces of `max_payload`
+                          source.KEY   JSON: the ids of what was forwarded last from another spool
     spoolipc-NAME-notes   control    JSON: state, limits, writers that ever came; changed by compare-and-swap
                           session.ROLE.TOKEN   who has the spool open; forgotten when not renewed for some seconds
                           failed.SEQ   JSON: deliveries, failures, whether it waits again or is a dead letter
                           dead.SEQ.ID.BYTES   a dead letter: its message; bytes of its pieces, which stay
 
-The consumer `readers` of the first delivers the items, and an item is removed when it has acknowledged it; `chunks`
-never asks for anything, so that pieces stay until they are removed by name. An item's number is that of its message.
+The consumer `readers` of the first delivers the items, and an item is removed when it has acknowledged it; `kept`
+never asks for anything, so that the rest stays until it is removed by name. An item's number is that of its message.
 A spool that was shut down has no subject for items, so a put fails there whatever its writer knows.
 """
 
@@ -140,21 +141,24 @@ class Spool:
     async def _make(self) -> None:
         """The stream of notes last: it says that all is there."""
         stream = self._kept | {"name": self.items, "retention": "interest"}
-        stream |= {"subjects": [self.subject("item", "*"), self.subject("chunk", "*")], "allow_atomic": True}
+        stream |= {"subjects": self._subjects("item"), "allow_atomic": True}
         await self._create(f"STREAM.CREATE.{self.items}", stream, f"STREAM.INFO.{self.items}")
-        for consumer, subject in (("readers", "item"), ("chunks", "chunk")):
+        for consumer, kinds in (("readers", ["item"]), ("kept", ["chunk", "source"])):
             asked: dict[str, Any] = {
                 "durable_name": consumer,
                 "name": consumer,
-                "filter_subject": self.subject(subject, "*"),
+                "filter_subjects": [self.subject(each, "*") for each in kinds],
             }
             asked |= {"ack_policy": "explicit", "ack_wait": int(ACK_WAIT * _NS), "max_ack_pending": -1}
             body = {"stream_name": self.items, "config": asked}
-            await self._create(f"CONSUMER.CREATE.{self.items}.{consumer}.{asked['filter_subject']}", body, "")
+            await self._create(f"CONSUMER.CREATE.{self.items}.{consumer}", body, "")
         subjects = [self.subject(each) for each in ("control", "session.*.*", "failed.*", "dead.*.*.*")]
         stream = self._kept | {"name": self.notes, "subjects": subjects, "max_msgs_per_subject": 1}
         stream |= {"allow_msg_ttl": True}
         await self._create(f"STREAM.CREATE.{self.notes}", stream, f"STREAM.INFO.{self.notes}")
+
+    def _subjects(self, items: str) -> list[str]:
+        return [self.subject(each, "*") for each in (items, "chunk", "source")]
 
     async def _create(self, what: str, config: dict[str, Any], info: str) -> None:
         """Make it, unless another session just did."""
@@ -168,7 +172,7 @@ class Spool:
         """Let the stream of items take puts, or not."""
         config = (await self.link.api(f"STREAM.INFO.{self.items}"))["config"]
         taking = "item" if control.state == "open" else "closed"
-        subjects = [self.subject(taking, "*"), self.subject("chunk", "*")]
+        subjects = self._subjects(taking)
         if sorted(config["subjects"]) != sorted(subjects):
             await self.link.api(f"STREAM.UPDATE.{self.items}", config | {"subjects": subjects})
 

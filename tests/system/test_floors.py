@@ -74,10 +74,11 @@ FLOORS: Final = {
     "torch": "engine item queue",
     "mp": "engine format.values temporary connect",
     "workers": "connect mp",
-    "spoolipc": "admin item queue mp workers temporary check gc repair",
+    "forward": "engine connect",
+    "spoolipc": "admin forward item queue mp workers temporary check gc repair",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
-    "cli.main": "spoolipc admin connect gc temporary cli.bench cli.text",
+    "cli.main": "spoolipc admin connect forward gc temporary cli.bench cli.text",
     "__main__": "cli.main",
 }
 """From the ground up: a module, and which others it may import. Those of `directory/` are named without it."""
