@@ -235,7 +235,7 @@ def _drained(loop: asyncio.AbstractEventLoop, watch: Watch) -> Iterator[None]:
 class AsyncSpoolWriter(_AsyncFace):
     """Puts arrays into a spool, as `SpoolWriter` does, from an event loop.
 
-    path, options: those of `SpoolWriter`. To open a spool is done at once, and takes about a millisecond.
+    path, options: those of `SpoolWriter`. To open a spool is done at once: some milliseconds, the first 100.
 
     Several tasks may share one, and loops in several threads. Of a cancelled `put` or `put_many`, items may be there.
     """
@@ -325,7 +325,7 @@ class AsyncSpoolWriter(_AsyncFace):
 class AsyncSpoolReader(_AsyncFace):
     """Gets arrays from a spool, as `SpoolReader` does, in an event loop.
 
-    path, options: those of `SpoolReader`. To open a spool is done at once, and takes about a millisecond.
+    path, options: those of `SpoolReader`. To open a spool is done at once: some milliseconds, the first 100.
 
     Several tasks may share one, and loops in several threads. `async for` gets item after item until the spool has
     ended. What a cancelled call had got waits again in its place; what it had received is requeued.
@@ -373,7 +373,7 @@ class AsyncSpoolReader(_AsyncFace):
             for each in taken:
                 reader._put_back(each)
 
-        slow = reader._options.verify or writable or min(limit, reader.qsize()) > MANY
+        slow = reader._options.verify or writable or (limit > MANY and reader.qsize() > MANY)
         await self._until(until, step, undo, slow=slow)
         given = partial(reader._given, taken[0], copy, make)
         size = sum(array.nbytes for message in taken[0] for array in message.arrays)
