@@ -101,7 +101,7 @@ left-aside | quarantine | test_dead_letters does_not_take | move(_TOP, aside) ==
 # item file that the device or the file system cannot read
 unread | itemfile | test_stops_nobody cannot_be_read | if error.errno in _LOST else error ==> if False else error
 # `free/` takes no file
-not-kept | receiving | test_stops_nobody free_takes | if not keep or isinstance(error, FileNotFoundError): ==> if True:
+not-kept | receiving | test_stops_nobody free_takes | if not keep or not fs.is_of_file(error) or ==> if True or
 # a file that can be neither moved nor removed
 left-there | quarantine | test_stops_nobody at_all | move("", "") ==> raise
 left-in-free | journal | test_stops_nobody crashed_session | elif kind == UNLINK: ==> elif kind == -1:
@@ -155,7 +155,7 @@ shortage | staging | test_order_of_calls loan | fs.is_shortage(error): ==> False
 hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(fd,
 hole-index | journal | test_order_of_calls index | fs.allocate(fd, 0, ==> fs.truncate(fd,
 hole-grown | journal | test_full_disk grow | fs.allocate(self._fd, 0, ==> fs.truncate(self._fd,
-full-take | receiving | test_errors no_block | not keep or isinstance(error, FileNotFoundError): ==> True:
+full-take | receiving | test_errors no_block | not keep or not fs.is_of_file(error) or ==> True or
 gives-way | staging | test_limits give_way | not recycler.let_give_way(lacking): ==> True:
 half-saved | fs | test_order_of_calls hole | written < end: ==> False:
 full-history | quarantine | test_dead_letters be_written | OSError as error:¶        d ==> EOFError as error:¶        d

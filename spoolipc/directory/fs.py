@@ -485,6 +485,12 @@ def is_own_limit(error: OSError) -> bool:
     return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
+def is_of_file(error: OSError) -> bool:
+    """Whether an error is one of a system call, which stands in the way of one file or place: none of our own, and none
+    that a signal handler raised."""
+    return error.errno is not None and not isinstance(error, SpoolError)
+
+
 def is_ordinary(error: BaseException) -> bool:
     """Whether an error stands in the way of what was tried. Any other interrupts the call: a signal handler raised it,
     and may well have raised a TimeoutError of its own."""

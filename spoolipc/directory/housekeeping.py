@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Collection
 from typing import Final
 
-from ..errors import SpoolError
 from ..message import Deadline
 from . import fs, liveness, pool, transitions
 from . import table as W
@@ -276,7 +275,7 @@ def discard_some(session: Session, below: int) -> tuple[int, int, int]:
         try:
             journal.commit(transitions.discard(words, record))
         except OSError as error:
-            if isinstance(error, SpoolError):
+            if not fs.is_of_file(error):
                 raise
             set_aside(session.directories, journal, record, "", f"could not be removed: {error.strerror}")
             continue

@@ -202,6 +202,8 @@ class Directories:
         try:
             fs.unlink_missing_ok(self.parts[part], name)
         except OSError as error:
+            if not fs.is_of_file(error):
+                raise
             self.stuck.add(name)
             what = "%s: %s/%s cannot be removed (%s), and is left to gc"
             self.say(logging.WARNING, what, self.path, part, name, error.strerror)

@@ -10,6 +10,7 @@ stays beside `failed/SEQ.npy` when the item is dead-lettered. It outlives the ta
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..errors import SpoolError
 from ..message import Failure
 from . import fs
 from .journal import Journal
@@ -163,10 +163,10 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
             is_gone = not fs.exists(directories.items, item_name(seq))
         if is_gone:
             directories.check()  # a move begun would be taken for one that happened
-            raise FileNotFoundError
+            raise FileNotFoundError(errno.ENOENT, "is not there")
         said = _moved(seq, move)
     except OSError as error:
-        if isinstance(error, SpoolError):
+        if not fs.is_of_file(error):
             raise
         move("", "")
         is_lost = isinstance(error, FileNotFoundError)
@@ -193,7 +193,7 @@ def _moved(number: int, move: Callable[[str, str], None]) -> str:
     try:
         move("failed", item_name(number))
     except OSError as error:
-        if isinstance(error, SpoolError):
+        if not fs.is_of_file(error):
             raise
         aside = f"{number:020d}{_ASIDE}"
         move(_TOP, aside)

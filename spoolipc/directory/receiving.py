@@ -277,7 +277,7 @@ class Receiver(Side):
         try:
             journal.commit(consume(words, record, owner, keep, released))
         except OSError as error:
-            if not keep or isinstance(error, FileNotFoundError):
+            if not keep or not fs.is_of_file(error) or isinstance(error, FileNotFoundError):
                 raise
             # free/ takes no file, as on a full file system, which has no block for another name: items are taken all
             # the same.

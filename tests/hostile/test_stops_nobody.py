@@ -201,6 +201,22 @@ def test_an_item_that_cannot_be_taken_off_can_be_rejected_and_stops_nobody_then(
         assert int(reader.get_nowait()[0]) == 0
 
 
+def test_an_error_of_a_signal_handler_is_not_taken_for_one_of_a_file(spool: Path) -> None:
+    def late(event: Event) -> None:
+        if event.name == "rename":
+            raise TimeoutError("of a handler")
+
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        writer.put_many([LARGE, LARGE])
+        received = reader.receive()
+        for call in (reader.get_nowait, lambda: received.reject("unwanted")):
+            with Injector(late), pytest.raises(TimeoutError, match="of a handler"):
+                call()
+        assert stat(spool).failed == 0
+        received.nack()
+        assert len(reader.get_many(2)) == 2
+
+
 # Files that nobody needs
 
 
