@@ -13,7 +13,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -144,6 +144,7 @@ def forked_amid(path: Path, operation: str, way: str, number: int, threads: Thre
     stage, gate = Stage(path), os.eventfd(0)
     hear, told = os.pipe()
     children: list[Forked] = []
+    forks: list[Future[None]] = []
 
     def fork(_: object = None) -> None:
         children.append(Forked(lambda: childs_part(stage, way, gate, told)))
@@ -152,11 +153,15 @@ def forked_amid(path: Path, operation: str, way: str, number: int, threads: Thre
         if threads is None:
             fork()
         else:
-            threads.submit(fork).result(20)
+            forks.append(threads.submit(fork))
+            with contextlib.suppress(TimeoutError):  # where a session is announced it waits for us
+                forks[0].result(0.3)
 
     try:
         with Injector(at(number, act)) as injector:
             OPERATIONS[operation](stage)
+        for done in forks:
+            done.result(20)
         stage.settle()
         stage.write_all_again()
         os.eventfd_write(gate, 1)
