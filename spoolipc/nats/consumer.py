@@ -29,7 +29,7 @@ from .. import errors
 from .. import message as values
 from ..engine import ConsumerOptions
 from ..message import NOW, Deadline, Delivery, Message
-from .link import Address, header
+from .link import Address, header, within
 from .session import Session
 from .spool import Failed, msg_id, place_of, size_of
 
@@ -100,7 +100,7 @@ class NatsConsumer(Session):
         self._do(self._settle(deliveries, verdict))
 
     def peek(self, until: Deadline) -> values.Peeked:
-        return self._do(self.patiently(lambda: self._peek(until), until))
+        return self._do(within(until, self._peek, until))
 
     def qsize(self) -> int:
         return self._do(self._qsize())
@@ -146,7 +146,7 @@ class NatsConsumer(Session):
             if found:
                 return found
             if not self.link.client.is_connected:
-                self.link.check(began, until, "the connection was lost")
+                self.link.check(began, "the connection was lost")
                 await asyncio.sleep(0.05)
             await self._check_end()
             left = math.inf if until is None else until - time.monotonic()
@@ -202,7 +202,7 @@ class NatsConsumer(Session):
 
     async def _take(self, limit: int, until: Deadline, writable: bool) -> list[Message]:
         while True:
-            found = await self.patiently(lambda: self._next(limit, until), until)
+            found = await within(until, self._next, limit, until)
             messages = []
             for held in found:
                 with suppress(errors.BadItem, errors.UnknownVersion):
@@ -213,7 +213,7 @@ class NatsConsumer(Session):
                 return messages
 
     async def _claim(self, limit: int, lease: float | None, until: Deadline) -> list[_Held]:
-        found = await self.patiently(lambda: self._next(limit, until), until)
+        found = await within(until, self._next, limit, until)
         if lease is not None:
             for held in found:
                 await self._lease(held, lease)

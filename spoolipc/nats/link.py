@@ -19,7 +19,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Final, NamedTuple, TypeVar
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import nats.errors
@@ -30,10 +31,14 @@ from ..errors import ServerUnreachable, StorageError, UnsupportedOperation
 from ..message import Deadline
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 Replies = asyncio.Queue[Msg | None]
 _log = logging.getLogger("spoolipc")
-PATIENCE: Final = 5.0
-"""Seconds that a server may take to answer."""
+PATIENCE: Final = 30.0
+"""Seconds for which a call without a deadline asks again: servers choose a new leader meanwhile."""
+TRY: Final = 2.0
+"""Seconds that an answer may take before it is asked for again."""
+_limit: Final = ContextVar[float | None]("_limit", default=None)
 OLDEST: Final = (2, 12)
 """The first server that stores several messages as one, or none of them."""
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -108,6 +113,15 @@ def _options(where: Address) -> dict[str, Any]:
     return found | {"servers": [f"{scheme}://{each}" for each in where.servers]}
 
 
+async def within(until: Deadline, work: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+    """What `work` returns, whose requests are sent again until the deadline, or a moment longer."""
+    token = _limit.set(math.inf if until is None else max(until, time.monotonic() + TRY))
+    try:
+        return await work(*args)
+    finally:
+        _limit.reset(token)
+
+
 class _Loop:
     """The event loop of this process's clients, in a thread of its own."""
 
@@ -156,7 +170,7 @@ class Link:
         self.client = Client()
         self.late: Callable[[Msg], Awaitable[None]]
         self.lost: Callable[[], None] = lambda: None
-        self._where = where
+        self._where, self._closed = where, False
         self._waiting: dict[str, Replies] = {}
         self._numbers = itertools.count()
         self._inbox = ""
@@ -171,7 +185,7 @@ class Link:
         """Connect. Raises ServerUnreachable, UnsupportedOperation for a server too old."""
         quiet = _Quiet(self)
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(5.0):
                 await self.client.connect(
                     **_options(self._where),
                     name="spoolipc",
@@ -197,6 +211,7 @@ class Link:
         )
 
     async def close(self) -> None:
+        self._closed = True
         with suppress(Exception):
             await self.client.close()
         self.interrupt()
@@ -253,7 +268,7 @@ class Link:
         """What is answered, or why nothing is."""
         with self.replies() as (inbox, queue):
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(TRY):
                     await self.client.publish(subject, payload, inbox, headers)
                     reply = await queue.get()
             except (TimeoutError, nats.errors.Error) as error:
@@ -266,15 +281,15 @@ class Link:
         """What is answered, sent again until it is. Raises ServerUnreachable when nothing is for some seconds."""
         began, pause = time.monotonic(), 0.05
         while isinstance(reply := await self.ask(subject, payload, headers), str):
-            self.check(began, 0.0, reply)
+            self.check(began, reply)
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
         return reply
 
-    def check(self, began: float, until: Deadline, why: str) -> None:
+    def check(self, began: float, why: str) -> None:
         """Raise ServerUnreachable where nobody waits any longer for what was begun then."""
-        least = began + (PATIENCE if self.client.is_connected else 1.0)
-        if time.monotonic() >= (math.inf if until is None else max(until, least)):
+        limit = _limit.get()
+        if self._closed or time.monotonic() >= (began + PATIENCE if limit is None else limit):
             raise ServerUnreachable(f"{self.path}: no answer from the server: {why}")
 
     async def api(self, what: str, body: Any = None, missing: bool = False) -> dict[str, Any]:
@@ -300,12 +315,12 @@ class Link:
                 await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(asked).encode(), inbox)
                 while True:
                     try:
-                        async with asyncio.timeout(PATIENCE):
+                        async with asyncio.timeout(TRY):
                             reply = await queue.get()
                     except TimeoutError:
                         reply = None
                     if reply is None or (code := status(reply)) not in (0, 204, 404):
-                        self.check(began, 0.0, "messages that were asked for do not come")
+                        self.check(began, "messages that were asked for do not come")
                         break
                     if code:
                         left = int(header(reply, "Nats-Num-Pending", "0")) if code == 204 else 0

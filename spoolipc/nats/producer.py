@@ -25,7 +25,7 @@ from ..engine import ProducerOptions
 from ..format import footer as footers
 from ..format import item as items
 from ..message import NOW, Deadline, Message
-from .link import Address, header
+from .link import Address, header, within
 from .session import Session
 from .spool import MARGIN, Control
 
@@ -72,7 +72,7 @@ class NatsProducer(Session):
         packed = [self._packed(message) for message in messages]
         seqs: list[int] = []
         try:
-            self.do(self.patiently(lambda: self._put(packed, until, seqs), until))
+            self.do(within(until, self._put, packed, until, seqs))
         except errors.SpoolError as error:
             error.seqs = tuple(seqs)
             raise
@@ -123,7 +123,7 @@ class NatsProducer(Session):
 
     def put_forwarded(self, source: str, messages: Sequence[Message], until: Deadline) -> int:
         packed = [self._packed(message) for message in messages]
-        return self.do(self.patiently(lambda: self._put_forwarded(source, packed, until), until))
+        return self.do(within(until, self._put_forwarded, source, packed, until))
 
     async def _put_forwarded(self, source: str, packed: list[_Packed], until: Deadline) -> int:
         """One batch of items and of the record of their ids, which nobody else has written meanwhile."""
@@ -214,7 +214,7 @@ class NatsProducer(Session):
             if isinstance(reply, str):
                 self.spool.control = None
                 await self._open_control()
-                self.link.check(began, until, reply)
+                self.link.check(began, reply)
                 await asyncio.sleep(0.1)
                 continue
             error = reply.get("error")
@@ -283,7 +283,7 @@ class NatsProducer(Session):
         return self.do(look())
 
     def join(self, until: Deadline, last: int = 0) -> int:
-        return self.do(self.patiently(lambda: self._join(until, last), until))
+        return self.do(within(until, self._join, until, last))
 
     async def _join(self, until: Deadline, last: int) -> int:
         """The first item that is left says whether one of those is."""

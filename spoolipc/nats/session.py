@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, Final, TypeVar
@@ -16,12 +16,13 @@ import nats.errors
 from .. import errors
 from ..engine import ProducerOptions
 from ..message import Deadline, Limits
-from .link import Address, Link, loop
+from .link import Address, Link, loop, within
 from .spool import PRESENCE, Control, Spool
 
 T = TypeVar("T")
 _RENEW: Final = 2.0
 """Seconds between two words of a session that it lives."""
+_OPENING: Final = 10.0
 _LOOK: Final = 1.0
 """Seconds for which a session that waits does not look."""
 
@@ -39,7 +40,7 @@ class Session:
         self._token = os.urandom(8).hex()
         self._renewing: asyncio.Task[None] | None = None
         try:
-            loop().run(self._open(limits, create, options))
+            loop().run(within(time.monotonic() + _OPENING, self._open, limits, create, options))
         except BaseException:
             self.close()
             raise
@@ -101,17 +102,6 @@ class Session:
         if os.getpid() != self._process:
             what = f"this {self.role} was opened by process {self._process}; open one in this process"
             raise errors.UnsupportedOperation(f"{self.path}: {what}")
-
-    async def patiently(self, step: Callable[[], Awaitable[T]], until: Deadline) -> T:
-        """What `step` returns, begun again while the server is away, until the deadline."""
-        while True:
-            try:
-                return await step()
-            except errors.ServerUnreachable:
-                self.check()
-                if until is not None and time.monotonic() >= until:
-                    raise
-                await asyncio.sleep(0.1)
 
     async def wait(self, news: asyncio.Event, until: Deadline) -> float:
         """Wait for news, a second at most; returns for how long to go on waiting, 0 when the deadline is past."""

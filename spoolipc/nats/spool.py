@@ -35,7 +35,7 @@ from .. import message as values
 from ..format import footer as footers
 from ..format import item as items
 from ..message import Limits, Message
-from .link import PATIENCE, Link, header, status
+from .link import TRY, Link, header, status
 
 ACK_WAIT: Final = 5.0
 """Seconds after which the server redelivers what no session says to be in flight."""
@@ -354,7 +354,7 @@ class Spool:
         asked = {"batch": limit} | ({"expires": int(seconds * _NS)} if seconds else {"no_wait": True})
         found: list[Msg] = []
         try:
-            async with self.link.deliveries() as (inbox, queue), asyncio.timeout(PATIENCE + seconds):
+            async with self.link.deliveries() as (inbox, queue), asyncio.timeout(TRY + seconds):
                 subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.items}.readers"
                 await self.link.client.publish(subject, json.dumps(asked).encode(), inbox)
                 while len(found) < limit and (msg := await queue.get()) and not status(msg):

@@ -11,12 +11,18 @@ from pathlib import Path
 PROGRAM = Path(sys.executable).with_name("nats-server")
 
 
+def free_port() -> int:
+    """One on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
 class Server:
     """A server that runs. port: on which it listens. config: more lines of its configuration."""
 
     def __init__(self, place: Path, config: str = "") -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self._file = place / f"nats-{self.port}.conf"
         store = f'jetstream {{ store_dir: "{place / "store"}" }}' if "jetstream" not in config else ""
         self._file.write_text(f"listen: 127.0.0.1:{self.port}\n{store}\n{config}\n")
@@ -46,3 +52,24 @@ class Server:
 
     def url(self, name: str) -> str:
         return f"nats://127.0.0.1:{self.port}/{name}"
+
+
+class Cluster:
+    """Three servers that know each other."""
+
+    def __init__(self, place: Path) -> None:
+        ports = [free_port() for _ in range(3)]
+        routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports)
+        self.servers: list[Server] = []
+        for number, port in enumerate(ports):
+            (own := place / f"n{number}").mkdir()
+            cluster = f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{routes}] }}"
+            self.servers.append(Server(own, f"server_name: n{number}\n{cluster}"))
+
+    def url(self, name: str) -> str:
+        hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
+        return f"nats://{hosts}/{name}?replicas=3"
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.stop()

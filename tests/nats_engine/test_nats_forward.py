@@ -36,9 +36,9 @@ def array_of(number: int) -> Any:
 
 
 def fill(place: str, count: int) -> list[str]:
-    """Put so many items; returns their ids."""
+    """Put so many items, which may be received as often as forwarders die; returns their ids."""
     ids = [f"{number:032x}" for number in range(1, count + 1)]
-    with SpoolWriter(place) as writer:
+    with SpoolWriter(place, max_attempts=0) as writer:
         for number, each in enumerate(ids):
             writer._producer.put([Message((array_of(number),), None, {"number": number}, id=each)], None)
     return ids
