@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 
-.PHONY: help install format lint test faults torch mutants soak demo bench docs clean all
+.PHONY: help install format lint test faults torch mutants soak demo bench bench-nats docs clean all
 
 help:  ## say what the targets are
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 install: $(STAMP)  ## make .venv and install the package in it, editable, with the development tools
 
@@ -69,6 +69,9 @@ demo: $(STAMP)  ## the article's experiment, on real processes; ARGS="--rounds 1
 bench: $(VENV)/.bench  ## measure beside the peers and redraw docs/performance.md; ARGS="--quick" is shorter
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.report $(if $(findstring --quick,$(ARGS)),benchmarks/results/quick.json)
+
+bench-nats: $(STAMP)  ## measure spools on servers beside plain nats-py; ARGS="--quick" is shorter
+	$(BIN)/python -m benchmarks.servers $(ARGS)
 
 $(VENV)/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
