@@ -64,7 +64,7 @@ class NatsConsumer(Session):
     def __init__(self, where: Address, options: ConsumerOptions) -> None:
         self.held: dict[int, _Held] = {}
         self._dropped: deque[_Held] = deque()
-        self._verify = options.verify
+        self._verify, self._values = options.verify, options.values
         self._began = math.inf
         super().__init__(where, options.limits, options.create, None)
         if options.end == "writers":
@@ -203,10 +203,18 @@ class NatsConsumer(Session):
     async def _take(self, limit: int, until: Deadline, writable: bool) -> list[Message]:
         while True:
             found = await within(until, self._next, limit, until)
-            messages = []
-            for held in found:
-                with suppress(errors.BadItem, errors.UnknownVersion):
+            messages: list[Message] = []
+            for index, held in enumerate(found):
+                try:
                     messages.append(await self._read(held, writable))
+                except (errors.BadItem, errors.UnknownVersion):
+                    continue
+                except errors.UnsupportedItem as error:
+                    for other in found[index:]:
+                        await self._fail(other, str(error))
+                    if not messages:
+                        raise
+                    break
             await asyncio.gather(*(self._forget(held) for held in found if held.seq in self.held))
             await self.spool.tell()
             if messages:
@@ -230,7 +238,11 @@ class NatsConsumer(Session):
         """The message of an item in flight. Raises BadItem, having dead-lettered it."""
         try:
             known = held.seq, held.attempt
-            return await self.spool.message(held.msg, known, writable, self._verify)
+            message = await self.spool.message(held.msg, known, writable, self._verify)
+            if message.names == () and not self._values:
+                what = "is a value that a Queue put; get it from a Queue of the same path"
+                raise errors.UnsupportedItem(f"{self.path}: item {held.seq} {what}")
+            return message
         except (errors.BadItem, errors.UnknownVersion) as error:
             await self._bury(held, await self._note(held, held.attempt - 1), str(error))
             raise
@@ -274,13 +286,18 @@ class NatsConsumer(Session):
     async def _forget(self, held: _Held, note: Failed | None = None) -> None:
         """Take an item off the spool, its pieces after it."""
         await self.link.call(held.msg.reply, b"+ACK")
-        self.held.pop(held.seq, None)
+        self._let_go(held)
         if note is not None:
             return
         if header(held.msg, "Spool-Size"):
             await self.spool.forget(self.spool.items, "chunk", msg_id(held.msg))
         if held.attempt > 1:
             await self.spool.forget(self.spool.notes, "failed", held.seq)
+
+    def _let_go(self, held: _Held) -> None:
+        """It is not in flight here any more; another delivery of the same item may be."""
+        if self.held.get(held.seq) is held:
+            del self.held[held.seq]
 
     async def _fail(self, held: _Held, why: str, delay: float = 0.0, expired: bool = False) -> None:
         """Requeue an item in flight, or make it a dead letter: when its attempts are used up. expired: the server
@@ -292,7 +309,7 @@ class NatsConsumer(Session):
         elif control.state == "discarded":
             await self._forget(held)
         elif note.attempt > held.attempt:  # it is in flight elsewhere
-            self.held.pop(held.seq, None)
+            self._let_go(held)
         else:
             note.attempt, note.state, note.due = held.attempt, "waits", time.time() + delay
             note.failed(_who(), why)
@@ -300,7 +317,7 @@ class NatsConsumer(Session):
             if not expired:
                 ask = f" {json.dumps({'delay': int(delay * _NS)})}" if delay else ""
                 await self.link.call(held.msg.reply, f"-NAK{ask}".encode())
-            self.held.pop(held.seq, None)
+            self._let_go(held)
 
     async def _bury(self, held: _Held, note: Failed, why: str) -> None:
         """Make an item a dead letter: its failures, then its message, then the server is told."""

@@ -21,10 +21,13 @@ from spoolipc import (
     ServerUnreachable,
     SpoolReader,
     SpoolWriter,
+    UnsupportedItem,
     failed_list,
     failed_retry,
     stat,
 )
+from spoolipc.connect import connect
+from spoolipc.engine import ConsumerOptions
 from spoolipc.message import Message
 from spoolipc.nats import producer as producing
 
@@ -207,6 +210,38 @@ def test_pieces_that_are_missing_or_too_many_cost_that_item_only(server: Server,
         on(server, spoil)
         assert (reader.get(timeout=20) == 2).all()
     assert ["pieces have" in letter.damage for letter in failed_list(url)] == [True, True]
+
+
+def test_requeued_item_that_another_thread_of_the_reader_has_at_once_is_its(url: str) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put(np.ones(3))
+        item, consumer, again = reader.receive(timeout=20), reader._consumer, []
+        asked = consumer.link.call  # type: ignore[attr-defined]
+
+        async def call(subject: str, payload: bytes = b"", *rest: Any) -> Any:
+            reply = await asked(subject, payload, *rest)
+            if payload.startswith(b"-NAK"):
+                again.extend(await consumer._claim(1, None, time.monotonic() + 20))  # type: ignore[attr-defined]
+            return reply
+
+        consumer.link.call = call  # type: ignore[attr-defined]
+        item.nack()
+        assert [held.attempt for held in again] == [2]
+        assert consumer.held == {1: again[0]}  # type: ignore[attr-defined]
+
+
+def test_value_of_a_queue_is_not_taken_by_who_takes_arrays(url: str) -> None:
+    """It was forwarded here."""
+    value = Message((np.zeros(3, np.uint8),), ())
+    with SpoolWriter(url, max_attempts=0) as writer, SpoolReader(url) as reader:
+        writer._producer.put([Message((np.ones(3),)), value, Message((np.ones(4),))], time.monotonic() + 20)
+        assert [array.size for array in reader.get_many(9)] == [3]
+        with pytest.raises(UnsupportedItem, match=r"item 2 .* a value"):
+            reader.get(timeout=20)
+        assert reader.qsize() == 2
+        values = connect(url).consumer(ConsumerOptions(values=True))
+        assert () in [message.names for message in values.take(9, time.monotonic() + 20)]
+        values.close()
 
 
 @pytest.mark.parametrize("data", ["{", "[]", '{"attempt": "x", "state": 3, "due": null, "history": 5}'])
