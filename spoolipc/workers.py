@@ -10,9 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
@@ -20,7 +22,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 from tqdm import tqdm
 
 from .connect import connect
-from .errors import Empty, UnsupportedItem, WorkerDied
+from .errors import Empty, SpoolClosed, TooLarge, UnsupportedItem, WorkerDied
 from .message import Ack, flag, whole
 from .mp import Queue
 
@@ -40,6 +42,9 @@ def imap(
     processes: int | None = None,
     ordered: bool = True,
     progress: bool = False,
+    *,
+    types: Iterable[type] = (),
+    allow_pickle: bool = False,
 ) -> Results[T, R]:
     """Apply a function to every item, in worker processes; like `multiprocessing.Pool.imap`, for large arrays.
 
@@ -47,38 +52,54 @@ def imap(
     come to it as read-only views.
     arrays: arrays, or whatever `spoolipc.Queue` takes. It is read as results are taken, two items a worker ahead, so
     that a stream without end is worked on in bounded memory.
-    processes: how many workers; None for as many as there are cores for this process.
+    processes: how many workers; None for as many as there are cores for this process. They are daemons, which have no
+    workers of their own, and leave Ctrl-C to their parent.
     ordered: give results in the order of the items, and not as they come.
     progress: draw a bar.
+    types, allow_pickle: what else items and results may be, as for `Queue`.
 
-    Returns an iterator over the results, arrays as read-only views. What the function raises is raised in the place of
-    its result, with the traceback as its cause and the item's number in a note, and iteration can go on. A worker that
-    dies is replaced and its item done again; WorkerDied is raised in the place of an item whose workers died five
+    Returns an iterator over the results, arrays as read-only views; threads may share it. What the function raises is
+    raised in the place of its result, with the traceback as its cause and the item's number in a note, and iteration
+    can go on; so is what stands in the way of an item or a result, UnsupportedItem or TooLarge. StopIteration is raised
+    as RuntimeError, as it would end a loop. What `arrays` raises comes after all results of the items before. A worker
+    that dies is replaced and its item done again; WorkerDied is raised in the place of an item whose workers died five
     times. Workers and spools go when the iterator ends, is closed or is left, and with the process.
     """
     if not callable(function):
         raise TypeError(f"function must be callable, not {function!r}")
     count = len(os.sched_getaffinity(0)) if processes is None else whole("processes", processes, 1)
-    return Results(function, arrays, count, flag("ordered", ordered), flag("progress", progress))
+    is_ordered, is_shown = flag("ordered", ordered), flag("progress", progress)
+    kinds = (*types, UnsupportedItem, TooLarge)
+    queues = tuple(Queue(types=kinds, allow_pickle=flag("allow_pickle", allow_pickle)) for _ in range(2))
+    return Results(function, arrays, count, is_ordered, is_shown, *queues)
 
 
 class Results(Generic[T, R], Iterator[R]):
     """What `imap` returns: an iterator over results, and a context manager that closes it."""
 
     def __init__(
-        self, function: Callable[[T], R], arrays: Iterable[T], count: int, ordered: bool, progress: bool
+        self,
+        function: Callable[[T], R],
+        arrays: Iterable[T],
+        count: int,
+        ordered: bool,
+        progress: bool,
+        tasks: Queue,
+        results: Queue,
     ) -> None:
-        self._arrays = iter(arrays)
-        self._function = function
-        self._ordered = ordered
-        self._window = count * _AHEAD
+        self._function, self._arrays = function, iter(arrays)
+        self._ordered, self._window = ordered, count * _AHEAD
         self._fed, self._given, self._deaths = 0, 0, 0
-        self._is_fed = False
-        self._waiting: set[int] = set()
+        self._is_fed = self._have_died = False
+        self._broken: Exception | None = None  # what the items' source raised
+        self._waiting: dict[int, int] = {}  # by the number of an item, that of its task
+        self._tasks_put = 0
         self._answers: dict[int, tuple[bool, Any]] = {}
+        self._turn = threading.Lock()
+        self._look_at = time.monotonic() + _GLANCE
         total = len(arrays) if isinstance(arrays, Sized) else None
         self._bar = tqdm(total=total, unit="item", disable=not progress)
-        self._tasks, self._results = Queue(), Queue()
+        self._tasks, self._results = tasks, results
         self._workers: list[BaseProcess] = []
         self._end = weakref.finalize(
             self, _stop, os.getpid(), self._workers, (self._tasks, self._results), self._bar
@@ -95,19 +116,26 @@ class Results(Generic[T, R], Iterator[R]):
         self._end()
 
     def __next__(self) -> R:
-        try:
-            number = self._next()
-        except BaseException:
-            self.close()
-            raise
-        if number is None:
-            self.close()
-            raise StopIteration
-        is_result, found = self._answers.pop(number)
-        self._given += 1
-        self._bar.update()
+        with self._turn:
+            try:
+                number = self._next()
+            except BaseException as error:
+                was_closed = not self._end.alive and isinstance(error, SpoolClosed)
+                self.close()
+                if was_closed:  # by another thread
+                    raise StopIteration from None
+                raise
+            if number is None:
+                self.close()
+                broken, self._broken = self._broken, None
+                raise broken or StopIteration
+            is_result, found = self._answers.pop(number)
+            self._given += 1
+            self._bar.update()
         if is_result:
             return found  # type: ignore[no-any-return]
+        if isinstance(found, StopIteration):
+            raise RuntimeError(f"the function raised StopIteration for item {number} of imap") from found
         found.add_note(f"raised for item {number} of imap")
         raise found
 
@@ -132,40 +160,52 @@ class Results(Generic[T, R], Iterator[R]):
         except StopIteration:
             self._is_fed = True
             return
-        self._waiting.add(self._fed)
-        self._tasks.put((self._fed, item))
-        self._fed += 1
+        except Exception as error:
+            self._is_fed, self._broken = True, error
+            return
+        number, self._fed = self._fed, self._fed + 1
+        try:
+            self._tasks.put((item, number))
+        except (UnsupportedItem, TooLarge) as error:
+            self._answers[number] = False, _told(error, "item")
+        else:
+            self._tasks_put += 1  # the number that the queue gives to what is put
+            self._waiting[number] = self._tasks_put
+
+    def _answer(self, number: int, is_result: bool, found: Any) -> None:
+        if self._waiting.pop(
+            number, 0
+        ):  # else its worker died after it had said so, and another did it again
+            self._answers[number] = is_result, found
 
     def _collect(self, seconds: float) -> None:
-        try:
-            number, is_result, found = self._results.get(timeout=seconds)
-        except Empty:
-            if seconds:
-                self._replace()
-            return
-        self._deaths = 0
-        if number in self._waiting:  # else its worker died after it had said so, and another did it again
-            self._waiting.remove(number)
-            self._answers[number] = is_result, found
+        with suppress(Empty):
+            found, number, is_result = self._results.get(timeout=seconds)
+            if number < 0:
+                self._deaths = 0  # a worker has begun
+            else:
+                self._answer(number, is_result, found)
+        if time.monotonic() >= self._look_at:
+            self._replace()
+            self._look_at = time.monotonic() + _GLANCE
 
     def _replace(self) -> None:
         """Start a worker for each that died, and give up the items that end every worker."""
         for place, worker in enumerate(self._workers):
             if worker.exitcode is None:
                 continue
+            self._have_died = True
             self._deaths += 1
             if self._deaths > _MOST_DEATHS * len(self._workers):
-                what = f"the workers end as soon as they begin, with exit code {worker.exitcode}"
+                what = f"the workers end before they begin, with exit code {worker.exitcode}"
                 raise WorkerDied(f'{what}; does the program start them under if __name__ == "__main__"?')
             worker.close()
             self._workers[place] = self._started()
-        if not self._deaths:
+        if not self._have_died:
             return
         for letter in connect(self._tasks.path).admin().failed_list():
-            number = letter.seq - 1  # whatever is put there is put here, and in order
-            if number in self._waiting:
-                self._waiting.remove(number)
-                self._answers[number] = False, WorkerDied(f"{letter.reason}; its workers die of it")
+            for number in [number for number, seq in self._waiting.items() if seq == letter.seq]:
+                self._answer(number, False, WorkerDied(f"its workers died of it: {letter.reason}"))
 
     def _started(self) -> BaseProcess:
         args = self._function, self._tasks, self._results
@@ -201,20 +241,29 @@ def _work(function: Callable[[Any], Any], tasks: Queue, results: Queue) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     consumer = tasks._opened().consumer
+    results.put((None, -1, True))
     while parent.is_alive():
         try:
             (delivery,) = consumer.claim(1, None, time.monotonic() + _GLANCE)
         except Empty:
             continue
-        number, item = tasks._value(consumer.load(delivery))
+        item, number = tasks._value(consumer.load(delivery))
         try:
-            answer = number, True, function(item)
+            answer = function(item), number, True
         except Exception as error:
-            answer = number, False, error
+            answer = error, number, False
         del item
         try:
             results.put(answer)
-        except UnsupportedItem as error:
-            results.put((number, False, error))
+        except Exception as error:
+            results.put((_told(error, "result"), number, False))
         del answer
         consumer.settle((delivery,), Ack())
+
+
+def _told(error: Exception, what: str) -> Exception:
+    """An error of a queue, as one of who is asked for an item or a result and knows of no queue."""
+    if not isinstance(error, (UnsupportedItem, TooLarge)):
+        return RuntimeError(f"the {what} cannot travel: {type(error).__name__}: {error}")
+    text = str(error).replace("item[0]", what, 1).replace("Queue(", "imap(function, arrays, ")
+    return type(error)(text)

@@ -90,7 +90,9 @@ def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
     there = failed_numbers(directories)
     wanted = there if seqs is None else numbers_of(seqs)
     if missing := set(wanted).difference(there):
-        what = f"{directories.path}: has no dead letter {min(missing)}; failed_list() tells those it has"
+        what = (
+            f"{directories.path}: has no dead letter {min(missing)}; spoolipc failed list tells those it has"
+        )
         raise NoSuchItem(what)
     return wanted
 

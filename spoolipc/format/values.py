@@ -60,8 +60,8 @@ class Values:
     """
 
     def __init__(self, types: Iterable[type] = ()) -> None:
-        if isinstance(types, type):
-            raise TypeError(f"types must be a list, as [{types.__name__}]")
+        if isinstance(types, type) or not isinstance(types, Iterable):
+            raise TypeError(f"types must be a list of classes, as [Frame], not {types!r}")
         self.types = tuple(types)
         self.named: dict[str, type] = {}
         for each in self.types:

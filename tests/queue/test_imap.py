@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,7 @@ def test_result_that_comes_twice_is_given_once(
 def test_workers_that_cannot_begin_are_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spoolipc.workers._work", os._exit)
     results = imap(double, arrays(2), 2)
-    with pytest.raises(WorkerDied, match="as soon as they begin, with exit code"):
+    with pytest.raises(WorkerDied, match="before they begin, with exit code"):
         next(results)
     assert next(results, None) is None
 
@@ -164,15 +166,95 @@ def test_item_that_ends_every_worker_is_given_up_and_the_others_are_done() -> No
     assert next(results, None) is None
 
 
-def test_what_the_generator_raises_ends_everything() -> None:
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_the_generator_raises_comes_after_the_results_before_it(ordered: bool) -> None:
     def broken() -> Iterator[Any]:
         yield from arrays(3)
         raise OSError("the camera is gone")
 
-    results = imap(double, broken(), 1)
+    results = imap(double, broken(), 1, ordered)
+    assert sorted(float(next(results)[0]) for _ in range(3)) == [0, 2, 4]
     with pytest.raises(OSError, match="camera"):
-        list(results)
+        next(results)
     assert next(results, None) is None
+
+
+def outcomes(results: Any, count: int) -> list[Any]:
+    """The results, and in the place of one the name of what was raised and what it says."""
+    found: list[Any] = []
+    for _ in range(count):
+        try:
+            found.append(next(results))
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    assert next(results, None) is None
+    return found
+
+
+def strange(number: Any) -> Any:
+    if number == 1:
+        return iter(())
+    if number == 2:
+        return [np.ones(2)] * 1024
+    if number == 3:
+        raise ValueError([np.ones(2)] * 1024)
+    if number == 4:
+        raise StopIteration
+    return number
+
+
+def test_what_cannot_travel_is_told_in_the_place_of_its_result() -> None:
+    found = outcomes(imap(strange, [0, object(), 1, 2, 3, 4, 5], 1), 7)
+    assert (found[0], found[6]) == (0, 5)
+    assert [name for name, _ in found[1:6]] == [
+        "UnsupportedItem",
+        "UnsupportedItem",
+        "TooLarge",
+        "TooLarge",
+        "RuntimeError",
+    ]
+    assert found[1][1].startswith("item is a object, which does not travel without pickle")
+    assert found[2][1].startswith("result is a tuple_iterator, which does not travel without pickle")
+    assert "imap(function, arrays, allow_pickle=True)" in found[2][1]
+    assert "raised StopIteration for item 5" in found[5][1]
+
+
+def die_late(number: Any) -> Any:
+    if number < 2:
+        time.sleep(1.2)  # longer than between two looks at the workers
+        os._exit(3)
+    return number
+
+
+def test_items_that_end_their_workers_are_given_up_one_by_one() -> None:
+    found = outcomes(imap(die_late, range(4), 1), 4)
+    assert [name for name, _ in found[:2]] == ["WorkerDied", "WorkerDied"]
+    assert found[2:] == [2, 3]
+
+
+def slow(item: Any) -> Any:
+    where, number = item
+    marker = Path(where, "died")
+    if number == 3 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+    return os.getpid()
+
+
+def test_worker_is_replaced_while_another_is_at_work(tmp_path_factory: pytest.TempPathFactory) -> None:
+    where = str(tmp_path_factory.mktemp("marks"))
+    done = list(imap(slow, [(where, number) for number in range(40)], 2))
+    assert len(done) == 40
+    assert len(set(done)) == 3
+    assert min(done.count(process) for process in set(done[-10:])) >= 3
+
+
+def test_threads_may_share_the_results() -> None:
+    results = imap(double, arrays(30, 10), 2)
+    with ThreadPool(3) as threads:
+        found = threads.map(lambda _: numbers(results), range(3))
+    assert sorted(number for some in found for number in some) == [number * 2 for number in range(30)]
 
 
 def test_abandoned_and_closed_iterators_leave_nothing() -> None:

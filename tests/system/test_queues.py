@@ -565,7 +565,7 @@ class TestArguments:
             ({"path": "memory://x"}, UnsupportedOperation, "passes between processes"),
             ({"path": "ftp://x"}, ValueError, "no URL that is known"),
             ({"types": [int]}, TypeError, "types must be dataclasses"),
-            ({"types": Point}, TypeError, r"types must be a list, as \[Point\]"),
+            ({"types": Point}, TypeError, r"types must be a list of classes, as \[Frame\], not"),
             ({"allow_pickle": 1}, ValueError, "allow_pickle must be True or False"),
             ({"writable": "yes"}, ValueError, "writable must be True or False"),
             ({"mode": 770}, ValueError, "write 0o770"),
