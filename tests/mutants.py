@@ -192,6 +192,10 @@ let-go | fs | test_process_limits cannot_be_made | let_go()¶        return ==> 
 bounded | recycling | test_process_limits backlog | if self.files < 0 or self._bytes < 0: ==> if False:
 unused | recycling | test_recycling not_used_for | self._trim(self.now - _UNUSED) ==> pass
 used | receiving | test_recycling is_used_stays | kept.used = keeper.now ==> pass
+# an item is settled while a put waits for `max_bytes`
+settled-bytes | pool | test_limits blocked_put | if not maxsize:  # who waits ==> if not maxsize and False:  # who waits
+# a limit that no spool can have
+impossible | message | test_limits possible_number | if not least <= number < 2**63: ==> if False:
 # EIO, ENOSPC, EDQUOT, EMFILE
 named | session | test_errors failing and put_small | raise explained from error ==> raise
 failed-staged | staging | test_order_of_calls loan | fs.unlink_missing_ok(directories.tmp, name) ==> pass
