@@ -89,7 +89,8 @@ class DirectoryProducer(Side):
     @operation
     def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
         """Put messages in order, each whole and at once; returns their sequence numbers."""
-        seqs, staged = list[int](), list[Staged]()
+        seqs: list[int] = []
+        staged: list[Staged] = []
         try:
             try:
                 if messages:
@@ -250,8 +251,7 @@ class DirectoryProducer(Side):
         A crash before the rename leaves a reserved or a temporary file, after it an item.
         """
         session, recycler = self.session, self._recycler
-        journal, file, size = session.journal, staged.file, staged.size
-        loan = session.token if staged.loan else 0
+        journal, file, size, loan = session.journal, staged.file, staged.size, session.token * staged.loan
         if file is None:
             record = journal.unused_record()
             pool.share(journal.words, fs.room(session.directories.root))

@@ -144,8 +144,10 @@ class Session:
 
     def _hold(self, held: list[int]) -> None:
         """Close these descriptors when this is let go of, or collected."""
-        if "_end" in vars(self):
-            self._end.detach()
+        if end := getattr(
+            self, "_end", None
+        ):  # not by `vars`, after which all attributes are found more slowly
+            end.detach()
         self._held = held
         self._end = weakref.finalize(self, _abandon, os.getpid(), held, self.is_open)
         self._end.atexit = False
