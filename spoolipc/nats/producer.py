@@ -118,10 +118,8 @@ class NatsProducer(Session):
 
     async def _forwarded(self, source: str) -> tuple[int, list[str]]:
         """The number of the record of that source, and the ids in it."""
-        seq, ids = 0, list[str]()
-        async for found in self.link.read(self.spool.items, self.spool.subject("source", _key(source))):
-            seq, ids = int(header(found, "Nats-Sequence")), list(json.loads(found.data))
-        return seq, ids
+        seq, data = await self.spool.last(self.spool.items, "source", _key(source))
+        return seq, list(json.loads(data)) if seq else []
 
     def put_forwarded(self, source: str, messages: Sequence[Message], until: Deadline) -> int:
         packed = [self._packed(message) for message in messages]
