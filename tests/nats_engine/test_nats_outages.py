@@ -230,6 +230,27 @@ def test_requeued_item_that_another_thread_of_the_reader_has_at_once_is_its(url:
         assert consumer.held == {1: again[0]}  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_pieces_that_a_server_does_not_have_yet_are_asked_for_again(url: str, there: int) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put(np.arange(LARGE))
+        link, answers = reader._consumer.link, []  # type: ignore[attr-defined]
+        asked = link.read
+
+        async def read(stream: str, subject: str, *rest: Any) -> Any:
+            number = 0
+            if ".chunk." in subject:
+                answers.append(subject)
+            async for msg in asked(stream, subject, *rest):
+                number += 1
+                if ".chunk." not in subject or len(answers) > 1 or number <= there:
+                    yield msg
+
+        link.read = read
+        assert (reader.get(timeout=20) == np.arange(LARGE)).all()
+        assert len(answers) == 2
+
+
 def test_value_of_a_queue_is_not_taken_by_who_takes_arrays(url: str) -> None:
     """It was forwarded here."""
     value = Message((np.zeros(3, np.uint8),), ())
