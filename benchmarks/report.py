@@ -163,7 +163,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
 
 
 def save(pyplot: Any, figure: Any, path: Path) -> Path:
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
     return path
 

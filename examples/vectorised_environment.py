@@ -1,6 +1,6 @@
-"""A vectorised environment: several simulations, each in a process, stepped together by one agent.
+"""A vectorised environment: several simulations, each in a process, stepped together by one player.
 
-The agent sends every environment an action and gets an observation, an image of 84 x 84 x 4, a reward, and whether the
+The player sends every environment an action and gets an observation, an image of 84 x 84 x 4, a reward, and whether the
 episode is over: plain Python values with an array among them, over one `spoolipc.Queue` each way. With `writable=True`
 an observation can be changed where it is, as one from `multiprocessing.Queue` can.
 """
@@ -85,7 +85,7 @@ def main() -> None:
         f"{steps} steps of {options.environments} environments in {seconds:.1f} s: {steps / seconds:.0f} a second"
     )
     print(f"reward {reward:.0f} of {steps}, {episodes} episodes ended early")
-    print(f"the agent kept every ball in the field: {reward == steps}")
+    print(f"the player kept every ball in the field: {reward == steps}")
     sys.exit(reward != steps)
 
 

@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
 from tqdm import tqdm
@@ -216,9 +215,7 @@ class Results(Generic[T, R], Iterator[R]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -155,7 +155,7 @@ def test_vectorised_environment_is_played_without_a_miss(tmp_path: Path) -> None
     ran = run(tmp_path, "vectorised_environment.py", "--environments=2", "--steps=20")
     assert ran.returncode == 0, ran.stderr
     assert "40 steps of 2 environments" in ran.stdout
-    assert "the agent kept every ball in the field: True" in ran.stdout
+    assert "the player kept every ball in the field: True" in ran.stdout
     assert list(tmp_path.iterdir()) == []
 
 
