@@ -56,7 +56,7 @@ _libc: Final = ctypes.CDLL(None)
 # The calls. Bare names where nothing is to be added: a function around each would cost a tenth of a put.
 open_at = os.open
 close = os.close
-stat_at: Callable[..., os.stat_result] = partial(os.stat, follow_symlinks=False)
+stat_at = os.lstat
 fstat = os.fstat
 statvfs = os.fstatvfs
 rename = os.rename
