@@ -42,9 +42,12 @@ test: $(STAMP)  ## run the tests; ARGS="tests/queue -k loan" narrows them
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
 else
-	@$(BIN)/python -m pytest -m "not exhaustive" tests/system tests/crash >$(VENV)/beside.log 2>&1 & beside=$$!; \
-	SPOOLIPC_VERIFY=1 $(BIN)/python -m pytest -m "not exhaustive" --ignore=tests/system --ignore=tests/crash; others=$$?; \
-	wait $$beside; beside=$$?; cat $(VENV)/beside.log; exit $$((others || beside))
+	@run() { $(BIN)/python -m pytest -m "not exhaustive" "$$@"; }; \
+	run tests/system tests/crash >$(VENV)/crash.log 2>&1 & crash=$$!; \
+	SPOOLIPC_VERIFY=1 run tests/contract tests/nats_engine >$(VENV)/engines.log 2>&1 & engines=$$!; \
+	SPOOLIPC_VERIFY=1 run $(foreach part,system crash contract nats_engine,--ignore=tests/$(part)); rest=$$?; \
+	wait $$crash; crash=$$?; wait $$engines; engines=$$?; \
+	cat $(VENV)/crash.log $(VENV)/engines.log; exit $$((rest || crash || engines))
 endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it

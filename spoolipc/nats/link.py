@@ -342,7 +342,10 @@ class _Quiet:
         self.last: Exception | None = None
 
     async def error(self, error: Exception) -> None:
-        self.last = error
+        if self.last is None or not isinstance(
+            error, OSError
+        ):  # what a server says tells more than that it hung up
+            self.last = error
         _log.debug("%s: %s", self._link.path, _said(error))
 
     async def disconnected(self) -> None:
