@@ -518,8 +518,8 @@ def get_verified(stage: Stage) -> Iterator[None]:
         stage.put(writer, kind)
     stage.spoil(1)
     yield
-    with stage.change({2: "waiting 1"}, partly=True), stage.change({2: "gone"}, partly=True):
-        assert value_of(reader.get_nowait()) == 2
+    with stage.change({2: "waiting 1"}, partly=True):
+        stage.get(reader, 2)
 
 
 @scenario
@@ -741,7 +741,8 @@ def collect_garbage(stage: Stage) -> Iterator[None]:
     for left in ("free/%020d.npy", "failed/%020d.jsonl", "alive/%016d"):
         (stage.path / (left % 900)).touch(mode=0o600)
     yield
-    spoolipc.gc(stage.path)
+    if spoolipc.gc(stage.path).not_removed:
+        spoolipc.gc(stage.path)
 
 
 @alone
