@@ -9,7 +9,6 @@ crash after it leaves an item.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import time
@@ -140,9 +139,8 @@ class DirectoryProducer(Side):
                     raise  # else what is staged goes first: nobody could make room by taking it otherwise
         lost: Staged | None = None
         while self.session.step(self._commit_all, staged, seqs):
-            if staged[0] is lost:
-                what = f"items/ takes no file any more; run: spoolipc fsck --repair {self.path}"
-                raise StorageError(errno.ENOENT, what, self.path)
+            if staged[0] is lost or self.session.is_leaving:
+                raise self._staging.lost()
             lost = staged[0]
             self._staging.write_new(lost)  # its file was lost with the table, or removed by hand
         if self._durable and len(seqs) > start:

@@ -106,7 +106,7 @@ class Session:
     ) -> None:
         self.path = os.path.abspath(os.fsdecode(path))
         self.is_open = [None]
-        self.is_forked = self._is_opening = False
+        self.is_forked = self.is_leaving = self._is_opening = False
         self.looked_at = 0
         self.users: list[None] = []
         self.dropped: deque[Any] = deque()
@@ -399,6 +399,7 @@ class Session:
             return
         if put_off(self.close, last):
             return
+        self.is_leaving = True  # what a put in another thread has staged is removed meanwhile
         try:
             with contextlib.suppress(SpoolGone, SpoolClosed), self.explaining():
                 while self.step(last) or self.step(self.evict_if_alone):

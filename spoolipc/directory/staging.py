@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import BadItem, Full, SpoolClosed, SpoolError
+from ..errors import BadItem, Full, SpoolClosed, SpoolError, StorageError
 from ..format import footer
 from ..format.item import Layout, checksum_of, layout_of, store, to_bytes
 from ..message import Message
@@ -271,6 +271,13 @@ class Staging:
                     self.no_space = self.space(session.look())
                     what = f"{session.path}: its file system is full: {size} bytes do not fit now"
                     raise Full(what) from error
+
+    def lost(self) -> SpoolError:
+        """The error for a staged file that is gone: another thread closes the session, or `items/` takes none."""
+        if self.session.is_leaving:
+            return SpoolClosed(self.session.end)
+        what = f"items/ takes no file any more; run: spoolipc fsck --repair {self.session.path}"
+        return StorageError(errno.ENOENT, what, self.session.path)
 
     def make_mapped(self, size: int) -> tuple[str, mmap.mmap, os.stat_result]:
         """A new file of `size` bytes in `tmp/`, mapped to be written. Raises what `_make_file` does.
