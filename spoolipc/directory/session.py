@@ -144,9 +144,8 @@ class Session:
 
     def _hold(self, held: list[int]) -> None:
         """Close these descriptors when this is let go of, or collected."""
-        if end := getattr(
-            self, "_end", None
-        ):  # not by `vars`, after which all attributes are found more slowly
+        end = getattr(self, "_end", None)  # `vars` would make all attributes slower to find from then on
+        if end is not None:
             end.detach()
         self._held = held
         self._end = weakref.finalize(self, _abandon, os.getpid(), held, self.is_open)
@@ -460,7 +459,7 @@ class Session:
             self.journal.close()
             self.journal = _NONE
         self._in_child = threading.RLock()
-        self._is_opening = False
+        self._is_opening = self.is_leaving = False  # what another thread of the parent does, nobody does here
         self.users, self.dropped = [], deque()
         self.is_forked = True
         self.doorbell.reset()
