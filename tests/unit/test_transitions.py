@@ -19,6 +19,8 @@ from spoolipc.directory import fs, journal, transitions
 from spoolipc.directory import table as W
 from spoolipc.directory.journal import Journal
 from spoolipc.directory.layout import item_name
+from spoolipc.directory.pool import LARGE, find_pooled, linking
+from spoolipc.directory.table import bucket
 from spoolipc.directory.transitions import CLEAN, Transition
 from spoolipc.message import Limits
 
@@ -368,3 +370,27 @@ def not_moved(spool: Spool, before: Any, table: bytes, transition: Transition) -
             assert spool.table() == table
             assert spool.names == set(before[1])
         spool.check()
+
+
+@pytest.mark.parametrize("size", [8192, LARGE])
+def test_of_large_pooled_files_one_already_mapped_is_found_and_of_small_ones_the_first(
+    spool: Spool, size: int
+) -> None:
+    for number in range(W.FIRST_DONATED, W.FIRST_DONATED + 3):
+        record = spool.journal.unused_record()
+        name = item_name(number)
+        spool.names.add(("tmp", name))
+        spool.journal.commit(transitions.donate(spool.words, record, number, size, name))
+    first, second, last = W.HEADER + 2 * W.RECORD, W.HEADER + W.RECORD, W.HEADER
+    links = {first: bucket(size), second: first + W.NEXT, last: second + W.NEXT}
+    assert {record: linking(spool.words, record) for record in links} == links
+    best = last if size == LARGE else first
+    mapped = {W.FIRST_DONATED}
+    assert find_pooled(spool.words, size, size, mapped) == (best, links[best])
+    assert find_pooled(spool.words, size, size, mapped, True) == (best, links[best])
+    assert find_pooled(spool.words, size, size, ()) == (first, links[first])
+    smaller = size // 2  # of another list
+    assert find_pooled(spool.words, smaller, size, ()) == (first, links[first])
+    assert find_pooled(spool.words, smaller, size - 1, ()) == (0, 0)
+    if size == LARGE:
+        assert find_pooled(spool.words, size, size, (), True) == (0, 0)
