@@ -65,7 +65,7 @@ unstaged | producer | test_limits another_took | self._staging.unstage(left) ==>
 # writers and readers killed at random for a long time
 soak | housekeeping | test_soak one | = _crashed(session)¶    items ==> = set[int]()¶    items
 # `gc` killed; several at once; during traffic
-live-staged | gc | test_gc live_sessions | owner in crashed: ==> owner:
+live-staged | gc | test_gc live_sessions | temporary_owner(name) in crashed: ==> temporary_owner(name):
 live-pinned | gc | test_gc orphans | != W.NOTHING ==> > 5
 live-history | quarantine | test_gc orphans | if fs.exists(directories.items, item_name(number)): ==> if False:
 gc-twice | gc | test_gc several | return  # another gc was first ==> raise

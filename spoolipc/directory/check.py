@@ -12,20 +12,18 @@ import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from ..errors import BadItem, NotASpool, SpoolError, UnknownVersion
 from ..message import Limits
 from . import fs, liveness
 from . import table as W
-from .gc import Progress, foreign_at_top
+from .gc import Progress, is_ours
 from .itemfile import ItemFile
 from .layout import (
+    PARTS,
     PRIVATE,
     SHARED,
     agree,
@@ -34,17 +32,17 @@ from .layout import (
     open_directories,
     read_limits,
     read_shutdown,
-    temporary_owner,
 )
 from .quarantine import failed_numbers, history_number, is_known
 from .repair import Kind, Problem, put_right, repair_all, wrong_at_top, wrong_status
-from .table import Rows, Words, files_in, owners, rows, violations
+from .table import Words, files, owners, violations
 from .visitor import Visitor
 
 _log = logging.getLogger("spoolipc")
 _MOST_ROUNDS: Final = 100
 _MOST_OF_A_KIND: Final = 10_000
-_SLICE: Final = 65536  # numbers compared in one locked step
+_SLICE: Final = 65536  # names looked for in one locked step
+_FOREIGN: Final = "is none of the spool's names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,20 +181,17 @@ class _Look:
                 self._note("index", "index", what)
             for what in self.visitor.step(self._contradictions):
                 self._note("limits", "index", what)
-        items, free = self._files("items"), self._files("free")
+        sizes = {part: self._part(part) for part in PARTS}
         if words is not None:
-            self._compare(words, "items", items, W.IN_ITEMS)
-            self._compare(words, "free", free, W.IN_FREE)
-        self._files("failed")
-        self._names("tmp", temporary_owner)
-        self._names("alive", liveness.token_of)
-        if words is not None:
+            self._compare(words, "items", sizes["items"], W.IN_ITEMS)
+            self._compare(words, "free", sizes["free"], W.IN_FREE)
             for owner in owners(words):
                 if self.visitor.step(self._has_no_file, owner):
                     where = f"alive/{liveness.token_name(owner)}"
                     self._note("missing", where, "is not there, but its session has items or files")
-        for name in foreign_at_top(self.directories):
-            self._note("foreign", name, "is none of the spool's names")
+        for name in sorted(fs.list_names(self.directories.root)):
+            if not is_ours(".", name):
+                self._note("foreign", name, _FOREIGN)
         for kind, count in self._counts.items():
             if count > _MOST_OF_A_KIND:
                 self.found.insert(0, Problem(kind, ".", f"{count - _MOST_OF_A_KIND} more of this kind"))
@@ -206,11 +201,6 @@ class _Look:
         self._counts[kind] += 1
         if self._counts[kind] <= _MOST_OF_A_KIND:
             self.found.append(Problem(kind, where, what))
-
-    def _looked_at(self, count: int) -> None:
-        self._seen += count
-        if self._progress is not None:
-            self._progress(self._seen, None)
 
     def _contradictions(self) -> list[str]:
         """What the table says otherwise than spool.json, the shutdown marker and `failed/`: a step."""
@@ -227,16 +217,26 @@ class _Look:
         }
         return [f"{what}: the index says {a}, the directory {b}" for what, (a, b) in said.items() if a != b]
 
-    def _names(self, part: str, known: Callable[[str], int]) -> None:
-        """Look at the files of a part that holds no items: known(name) is 0 for a foreign file."""
-        directory = self.directories.parts[part]
-        for names in fs.batches(directory):
+    def _part(self, part: str) -> dict[int, int]:
+        """Look at the files of a part; returns the sizes of those that are items or consumed files, by number."""
+        sizes: dict[int, int] = {}
+        for names in fs.batches(self.directories.parts[part]):
             for name in names:
-                if known(name):
-                    self._status(part, name)
-                else:
-                    self._note("foreign", f"{part}/{name}", "is none of the spool's names")
-            self._looked_at(len(names))
+                if not is_ours(part, name):
+                    self._note("foreign", f"{part}/{name}", _FOREIGN)
+                    continue
+                status, number = self._status(part, name), item_number(name)
+                if status is not None and number is not None:
+                    sizes[number] = status.st_size
+                    if part == "items":
+                        self._item(number)
+                of = history_number(name)
+                if of is not None and not self.visitor.step(is_known, self.directories, of):
+                    self._note("orphan", f"{part}/{name}", "is the history of an item that is no more")
+            self._seen += len(names)
+            if self._progress is not None:
+                self._progress(self._seen, None)
+        return sizes
 
     def _status(self, part: str, name: str) -> os.stat_result | None:
         """A file's status; None when it is gone or not a regular file."""
@@ -252,33 +252,6 @@ class _Look:
             self._note(problem.kind, problem.where, problem.what)
         return status if problem.kind != "planted" else None
 
-    def _files(self, part: str) -> tuple[Rows, Rows]:
-        """Look at the files of a part that holds items; returns their numbers and sizes."""
-        listed: list[tuple[int, int]] = []
-        for names in fs.batches(self.directories.parts[part]):
-            for name in names:
-                number = item_number(name)
-                if number is None or (part != "free" and number >= W.LAST_SEQ):
-                    self._other(part, name)
-                    continue
-                status = self._status(part, name)
-                if status is not None:
-                    listed.append((number, status.st_size))
-                    if part == "items":
-                        self._item(number)
-            self._looked_at(len(names))
-        table = np.array(listed, np.uint64).reshape(-1, 2)
-        return table[:, 0], table[:, 1]
-
-    def _other(self, part: str, name: str) -> None:
-        number = history_number(name)
-        if part != "failed" or number is None:
-            self._note("foreign", f"{part}/{name}", "is none of the spool's names")
-            return
-        self._status(part, name)
-        if not self.visitor.step(is_known, self.directories, number):
-            self._note("orphan", f"{part}/{name}", "is the history of an item that is no more")
-
     def _has_no_file(self, owner: int) -> bool:
         words = self.visitor.snapshot()
         there = fs.exists(self.directories.alive, liveness.token_name(owner))
@@ -288,9 +261,8 @@ class _Look:
         name, size, said = item_name(number), 0, ""
         try:
             with ItemFile(self.directories.items, name) as file:
-                if not fs.lock(
-                    file.fd
-                ):  # so that it is not emptied when it is taken meanwhile: `pool.evict_one`
+                # So that it is not emptied when it is taken meanwhile: `pool.evict_one`.
+                if not fs.lock(file.fd):
                     return  # another fsck reads it
                 file.parse(whole=True)
                 size = file.size
@@ -306,48 +278,34 @@ class _Look:
             self._damaged.add(number)
             self._note("item", f"items/{name}", said)
 
-    def _compare(self, words: Words, part: str, listed: tuple[Rows, Rows], states: tuple[int, ...]) -> None:
-        """Hold the files of a part against the records of its states."""
-        numbers, sizes = listed
-        records = rows(words)
-        records = records[np.isin(records[:, W.STATE], states)]
-        suspects = np.setxor1d(numbers, files_in(records, states))
+    def _compare(self, words: Words, part: str, sizes: dict[int, int], states: tuple[int, ...]) -> None:
+        """Hold the files of a part, by number, against the records of its states."""
+        said = files(words, states)
+        suspects = sorted(sizes.keys() ^ said.keys())
         for start in range(0, len(suspects), _SLICE):
-            self.visitor.step(self._disagreement, part, suspects[start : start + _SLICE], states)
-        for number, said, size in _wrong_sizes(records, files_in(records, states), numbers, sizes):
-            if number not in self._damaged:
-                what = f"has {size} bytes, the index says {said}"
+            self._disagree(part, suspects[start : start + _SLICE], states)
+        for number in sorted(sizes.keys() & said.keys() - self._damaged):
+            if sizes[number] != said[number]:
+                what = f"has {sizes[number]} bytes, the index says {said[number]}"
                 self._note("size", f"{part}/{item_name(number)}", what)
 
-    def _disagreement(self, part: str, suspects: Rows, states: tuple[int, ...]) -> None:
-        """Note which of `suspects` are files that no record stands for, and records that have no file: a step."""
-        words = self.visitor.snapshot()
+    def _disagree(self, part: str, suspects: list[int], states: tuple[int, ...]) -> None:
+        """Note which of `suspects` are files that no record stands for, and records that have no file."""
+        words, there = self.visitor.step(self._look_again, part, suspects)
         if words is None:
             return
-        recorded = np.isin(suspects, files_in(rows(words), states))
-        for number, known in zip(suspects.tolist(), recorded.tolist(), strict=True):
-            name = item_name(number)
-            where, there = f"{part}/{name}", fs.exists(self.directories.parts[part], name)
-            if known and not there:
+        recorded = files(words, states)
+        for number in suspects:
+            where = f"{part}/{item_name(number)}"
+            if number in recorded and number not in there:
                 self._note("missing", where, "is in the index, but not there")
-            elif there and not known and part == "items":
-                self._note("unknown", where, "is an item that the index does not know")
-            elif there and not known:
-                self._note("orphan", where, "is a file that no item and no process needs")
+            elif number in there and number not in recorded:
+                if part == "items":
+                    self._note("unknown", where, "is an item that the index does not know")
+                else:
+                    self._note("orphan", where, "is a file that no item and no process needs")
 
-
-def _wrong_sizes(records: Rows, files: Rows, numbers: Rows, sizes: Rows) -> list[tuple[int, int, int]]:
-    """The files whose records have another size: (number, size in the record, size of the file).
-
-    files: their numbers, one for each record. numbers, sizes: of the files listed, in any order.
-    """
-    if not len(numbers):
-        return []
-    order = np.argsort(numbers)
-    place = np.searchsorted(numbers, files, sorter=order)
-    found = order[np.minimum(place, len(numbers) - 1)]
-    wrong = (numbers[found] == files) & (sizes[found] != records[:, W.BYTES])
-    return [
-        (int(file), int(record[W.BYTES]), int(size))
-        for file, record, size in zip(files[wrong], records[wrong], sizes[found][wrong], strict=True)
-    ]
+    def _look_again(self, part: str, numbers: list[int]) -> tuple[Words | None, set[int]]:
+        """The table, and which of these files are there. A step."""
+        directory = self.directories.parts[part]
+        return self.visitor.snapshot(), {n for n in numbers if fs.exists(directory, item_name(n))}

@@ -42,8 +42,8 @@ def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> Re
 
     def retry(session: Session, number: int) -> None:
         try:
-            directory, _, name = letter_at(session.directories, number)
-            with ItemFile(directory, name) as file:
+            part, name = letter_at(session.directories, number)
+            with ItemFile(session.directories.places[part], name) as file:
                 _, tail = file.parse()
         except FileNotFoundError:
             return  # somebody else was first
@@ -99,7 +99,8 @@ def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
 
 def _letter(directories: Directories, number: int) -> DeadLetter | None:
     """A dead letter as the files tell it; None when it is gone."""
-    directory, part, name = letter_at(directories, number)
+    part, name = letter_at(directories, number)
+    directory = directories.places[part]
     try:
         size = fs.stat_at(name, dir_fd=directory).st_size
         failures = read_history(directories, number)
@@ -138,8 +139,8 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     journal, directories = session.journal, session.directories
     if journal.words[W.SHUTDOWN]:
         raise ShutDown(f"{session.path}: was shut down; SpoolWriter(path, reopen=True) opens it again")
-    directory, part, name = letter_at(directories, number)
-    if not fs.exists(directory, name):
+    part, name = letter_at(directories, number)
+    if not fs.exists(directories.places[part], name):
         return None, 0, 0
     record = journal.unused_record()
     words = journal.words
@@ -156,9 +157,9 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
 def drop_letter(session: Session, number: int) -> tuple[bool, int, int]:
     """Remove a dead letter; false when it is gone already. A step."""
     journal, directories = session.journal, session.directories
-    directory, part, name = letter_at(directories, number)
+    part, name = letter_at(directories, number)
     try:
-        mode = fs.stat_at(name, dir_fd=directory).st_mode
+        mode = fs.stat_at(name, dir_fd=directories.places[part]).st_mode
     except FileNotFoundError:
         return False, 0, 0
     if stat.S_ISDIR(mode):

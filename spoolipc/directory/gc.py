@@ -12,8 +12,8 @@ import logging
 import os
 import stat
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple
 
@@ -23,7 +23,7 @@ from . import fs, liveness, pool
 from . import table as W
 from .housekeeping import discard_if_shut_down, put_right
 from .journal import Journal
-from .layout import FILES, PARTS, Directories, item_name, item_number, temporary_owner
+from .layout import FILES, PARTS, item_name, item_number, temporary_owner
 from .quarantine import aside_number, history_number, is_known
 from .session import Session
 from .table import Rows, owned, owners, rows
@@ -91,11 +91,18 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progres
         return _Sweep(session, progress).run(damaged)
 
 
-def foreign_at_top(directories: Directories) -> list[str]:
-    """Names at the top of the spool that are none of its own."""
-    ours = {*PARTS, *FILES}
-    names = [name for names in fs.batches(directories.root) for name in names if name not in ours]
-    return sorted(name for name in names if aside_number(name) is None)
+def is_ours(part: str, name: str) -> bool:
+    """Whether a name in a part of the spool, "." for its top, is one of its own."""
+    if part == ".":
+        return name in PARTS or name in FILES or aside_number(name) is not None
+    if part == "tmp":
+        return temporary_owner(name) != 0
+    if part == "alive":
+        return liveness.token_of(name) != 0
+    number = item_number(name)
+    if number is None:
+        return part == "failed" and history_number(name) is not None
+    return part == "free" or number < W.LAST_SEQ
 
 
 class _Sweep:
@@ -115,14 +122,23 @@ class _Sweep:
         self._claims()
         self._discarded()
         self._step(self._half_written)
-        self._temporary_files()
-        self._free_files()
-        self._histories()
-        self._sessions()
-        self._pool()
-        self.counts["foreign_files"] += len(foreign_at_top(self.spool.directories))
-        for names in fs.batches(self.spool.directories.items):
-            self._looked_at(names, sum(item_number(name) is None for name in names))
+        for names in self._names("tmp"):
+            crashed = self._crashed(set(map(temporary_owner, names)))
+            for name in names:
+                if temporary_owner(name) in crashed:
+                    self._remove("tmp", name, "temporary_files")
+        for names in self._names("free", _FREE_BATCH):
+            for number in self._orphans(np.array([*map(item_number, names)], np.uint64)).tolist():
+                self._remove("free", item_name(number), "orphaned_files")
+        for names in self._names("failed"):
+            self._step(self._histories, names)
+        for names in self._names("alive"):
+            for token in self._crashed(set(map(liveness.token_of, names))):
+                self._remove("alive", liveness.token_name(token), "crashed_sessions")
+        while self._step(self._evict_some):  # who crashed last has left what nobody writes again
+            pass
+        for part in (".", "items"):
+            deque(self._names(part), 0)  # for the foreign files
         left = tuple(self.not_removed)
         return GcReport(
             self.spool.path, self.session is None, index_rebuilt=damaged, not_removed=left, **self.counts
@@ -134,16 +150,22 @@ class _Sweep:
             return self.spool.step(work, *args)
         return self.spool.step(lambda: (work(*args), 0, 0))
 
-    def _looked_at(self, names: list[str], foreign: int) -> None:
-        self.counts["foreign_files"] += foreign
-        self._seen += len(names)
+    def _names(self, part: str, most: int = 256) -> Iterator[list[str]]:
+        """The names in a part that are the spool's own, some at a time; the others are counted."""
+        for names in fs.batches(self.spool.directories.places[part], most):
+            ours = [name for name in names if is_ours(part, name)]
+            yield ours
+            self.counts["foreign_files"] += len(names) - len(ours)
+            self._looked_at(len(names))
+
+    def _looked_at(self, count: int) -> None:
+        self._seen += count
         if self.progress is not None:
             self.progress(self._seen, None)
 
     def _remove(self, part: str, name: str, kind: str) -> None:
-        """Remove one file and count it; what is no regular file was planted and stays. part: "" for the top."""
-        directories = self.spool.directories
-        directory = directories.parts[part] if part else directories.root
+        """Remove one file and count it; what is no regular file was planted and stays."""
+        directory = self.spool.directories.places[part]
         try:
             status = fs.stat_at(name, dir_fd=directory)
             if not stat.S_ISREG(status.st_mode):
@@ -154,7 +176,7 @@ class _Sweep:
         except FileNotFoundError:
             return  # another gc was first
         except OSError as error:
-            self.not_removed.append(f"{os.path.join(part, name)}: {error.strerror}")
+            self.not_removed.append(f"{os.path.normpath(os.path.join(part, name))}: {error.strerror}")
             return
         self.counts[kind] += 1
         if status.st_nlink == 1:
@@ -163,7 +185,7 @@ class _Sweep:
     def _half_written(self) -> None:
         """A step, as only the holder of the lock may be making these files."""
         for name in ("index.new", "spool.json.new"):
-            self._remove("", name, "half_written")
+            self._remove(".", name, "half_written")
 
     def _crashed(self, tokens: set[int]) -> set[int]:
         """Which of `tokens` are of sessions that have crashed, and not since one was found alive: its file would be
@@ -188,7 +210,7 @@ class _Sweep:
                 for record, _ in abandoned:
                     self._count(journal, record)
                 return
-            self._looked_at([], 0)
+            self._looked_at(0)
 
     def _abandoned(self) -> tuple[Journal | None, list[tuple[int, int]]]:
         """In which table, and where in it, is what crashed sessions had; and whose it was. A step."""
@@ -249,22 +271,6 @@ class _Sweep:
         self.counts["bytes_freed"] += size - words[W.ITEM_BYTES]
         return count, 0, 0
 
-    def _temporary_files(self) -> None:
-        for names in fs.batches(self.spool.directories.tmp):
-            owners = {name: temporary_owner(name) for name in names}
-            crashed = self._crashed(set(owners.values()) - {0})
-            for name, owner in owners.items():
-                if owner in crashed:
-                    self._remove("tmp", name, "temporary_files")
-            self._looked_at(names, sum(not owner for owner in owners.values()))
-
-    def _free_files(self) -> None:
-        for names in fs.batches(self.spool.directories.free, _FREE_BATCH):
-            found = [number for number in map(item_number, names) if number is not None]
-            for number in self._orphans(np.array(found, np.uint64)).tolist():
-                self._remove("free", item_name(number), "orphaned_files")
-            self._looked_at(names, len(names) - len(found))
-
     def _orphans(self, listed: Rows) -> Rows:
         """Which files of `free/`, listed before, no record stands for.
 
@@ -286,31 +292,12 @@ class _Sweep:
             if self.spool.journal is journal:
                 return orphans
 
-    def _histories(self) -> None:
-        directories = self.spool.directories
-
-        def remove(histories: dict[str, int]) -> None:
-            for name, number in histories.items():
-                if not is_known(directories, number):
-                    self._remove("failed", name, "orphaned_histories")
-
-        for names in fs.batches(directories.failed):
-            histories = {name: number for name in names if (number := history_number(name)) is not None}
-            self._step(remove, histories)
-            known = sum(item_number(name) is not None for name in names) + len(histories)
-            self._looked_at(names, len(names) - known)
-
-    def _sessions(self) -> None:
-        for names in fs.batches(self.spool.directories.alive):
-            tokens = set(map(liveness.token_of, names)) - {0}
-            for token in self._crashed(tokens):
-                self._remove("alive", liveness.token_name(token), "crashed_sessions")
-            self._looked_at(names, len(names) - len(tokens))
-
-    def _pool(self) -> None:
-        """Who crashed last has left what nobody writes again."""
-        while self._step(self._evict_some):
-            pass
+    def _histories(self, names: list[str]) -> None:
+        """A step."""
+        for name in names:
+            number = history_number(name)
+            if number is not None and not is_known(self.spool.directories, number):
+                self._remove("failed", name, "orphaned_histories")
 
     def _evict_some(self) -> int:
         journal, session = self.spool.journal, self.session

@@ -76,8 +76,6 @@ class Journal:
         """Map the index. Raises IndexDamaged, UnknownVersion, UnsafeSpool."""
         self._writable = writable
         self._directories = directories
-        self._parts = {**directories.parts, ".": directories.root}
-        self._root = directories.root
         self._known = False  # seen to belong to this spool
         self._guard = b""  # the first words as they are in a whole index with no transition under way
         self.identity = object()
@@ -192,7 +190,7 @@ class Journal:
         # A crash until here leaves stores that recovery forgets, as the file is where it was.
         if move is not None:
             source, name, target, new_name = move
-            parts = self._parts
+            parts = self._directories.places
             try:
                 if target:
                     fs.rename(name, new_name, src_dir_fd=parts[source], dst_dir_fd=parts[target])

@@ -91,6 +91,7 @@ def temporary_owner(name: str) -> int:
 class Directories:
     """Open descriptors of one spool's directories, `root` among them; close() lets them go.
 
+    parts: the descriptors by name. places: likewise, and that of the spool itself as ".".
     restore: make a part again that somebody removed. Whoever has the spool open shares the lock on its own directory,
     which keeps cleaners of old files away that honour it, as systemd-tmpfiles does; nobody takes that for himself.
     """
@@ -115,6 +116,7 @@ class Directories:
                 fs.close(fd)
             raise
         self.items, self.free, self.tmp, self.failed, self.alive = (self.parts[name] for name in PARTS)
+        self.places = {**self.parts, ".": root}
 
     def _make_missing(self) -> None:
         """For who opens the spool: make the parts again that somebody removed, items/ first, as that bears the lock

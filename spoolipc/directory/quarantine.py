@@ -109,12 +109,10 @@ def aside_number(name: str) -> int | None:
     return item_number(name.removesuffix(_ASIDE) + ".npy") if name.endswith(_ASIDE) else None
 
 
-def letter_at(directories: Directories, number: int) -> tuple[int, str, str]:
-    """Where the dead letter of a number is: its directory, that one's name, and its own."""
+def letter_at(directories: Directories, number: int) -> tuple[str, str]:
+    """Where the dead letter of a number is: the part of the spool, and its name there."""
     aside = f"{number:020d}{_ASIDE}"
-    if fs.exists(directories.root, aside):
-        return directories.root, _TOP, aside
-    return directories.failed, "failed", item_name(number)
+    return (_TOP, aside) if fs.exists(directories.root, aside) else ("failed", item_name(number))
 
 
 def failed_numbers(directories: Directories) -> list[int]:
@@ -128,8 +126,8 @@ def is_known(directories: Directories, number: int) -> bool:
     """Whether there is an item, or a dead letter, of a number: looked for in the order in which it moves."""
     if fs.exists(directories.items, item_name(number)):
         return True
-    directory, _, name = letter_at(directories, number)
-    return fs.exists(directory, name)
+    part, name = letter_at(directories, number)
+    return fs.exists(directories.places[part], name)
 
 
 def attempts_of(directories: Directories, numbers: set[int]) -> dict[int, int]:
@@ -178,10 +176,10 @@ def set_aside(directories: Directories, journal: Journal, record: int, who: str,
 def set_file_aside(directories: Directories, number: int, who: str, why: str) -> None:
     """Make a dead letter of the file of an item that no record stands for, or whose record is to be built again."""
     note_failure(directories, None, number, 0, who, why)
-    places = {**directories.parts, _TOP: directories.root}
 
     def move(part: str, name: str) -> None:
-        fs.rename(item_name(number), name, src_dir_fd=directories.items, dst_dir_fd=places[part])
+        place = directories.places[part]
+        fs.rename(item_name(number), name, src_dir_fd=directories.items, dst_dir_fd=place)
 
     said = _moved(number, move)
     directories.say(logging.ERROR, "%s: item %d %s: %s", directories.path, number, said, why)

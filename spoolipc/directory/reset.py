@@ -21,10 +21,10 @@ from ..message import Limits
 from . import fs, housekeeping, liveness, transitions
 from . import table as W
 from .dead_letters import drop_letter
-from .gc import foreign_at_top
-from .layout import FILES, PARTS, item_number, open_root, stage_limits, temporary_owner
+from .gc import is_ours
+from .layout import FILES, PARTS, open_root, stage_limits
 from .lock import exclusively
-from .quarantine import failed_numbers, history_number
+from .quarantine import failed_numbers
 from .session import MEMBERS, Session
 from .table import active
 from .visitor import administration
@@ -122,7 +122,7 @@ def _remove_names(root: int) -> None:
 def _remove_part(root: int, part: str) -> None:
     fd = fs.open_directory(part, root)
     try:
-        for name in filter(partial(_is_ours, part), fs.list_names(fd)):
+        for name in filter(partial(is_ours, part), fs.list_names(fd)):
             fs.unlink_missing_ok(fd, name)
     finally:
         fs.close(fd)
@@ -145,20 +145,15 @@ def _finish_removal(place: Path) -> bool:
     return False
 
 
-def _is_ours(part: str, name: str) -> bool:
-    """Whether a name in a part of the spool is one of its own."""
-    if part == "tmp":
-        return temporary_owner(name) != 0
-    if part == "alive":
-        return liveness.token_of(name) != 0
-    return item_number(name) is not None or (part == "failed" and history_number(name) is not None)
-
-
 def _refuse_foreign(session: Session) -> None:
     """Raise StorageError where a directory of the spool holds what is none of its own."""
-    found = foreign_at_top(session.directories)
-    for part, fd in session.directories.parts.items():
-        found += [f"{part}/{name}" for name in fs.list_names(fd) if not _is_ours(part, name)]
+    places = session.directories.places.items()
+    found = [
+        os.path.normpath(f"{part}/{name}")
+        for part, fd in places
+        for name in fs.list_names(fd)
+        if not is_ours(part, name)
+    ]
     if found:
         what = f"holds {found[0]!r}, which is not the spool's; move it away first"
         raise StorageError(errno.ENOTEMPTY, what, session.path)

@@ -288,10 +288,13 @@ def owners(words: Words) -> set[int]:
     return set(np.unique(records[np.isin(records[:, STATE], OWNED), OWNER]).tolist())
 
 
-def files_in(records: Rows, states: tuple[int, ...]) -> Rows:
-    """The numbers in the names of the files whose records are in one of `states`, all of `items/` or all of `free/`."""
-    files: Rows = records[np.isin(records[:, STATE], states), SEQ if states[0] in IN_ITEMS else FILE]
-    return files
+def files(words: Words, states: tuple[int, ...]) -> dict[int, int]:
+    """The sizes of the files whose records are in one of `states`, all of `items/` or all of `free/`, by the numbers in
+    their names."""
+    records = rows(words)
+    records = records[np.isin(records[:, STATE], states)]
+    numbers = records[:, SEQ if states[0] in IN_ITEMS else FILE]
+    return dict(zip(numbers.tolist(), records[:, BYTES].tolist(), strict=True))
 
 
 def violations(words: Words) -> list[str]:

@@ -50,7 +50,7 @@ class Spool:
     items, free, tmp, failed, alive = "items", "free", "tmp", "failed", "alive"
 
     def __init__(self) -> None:
-        self.parts = {name: name for name in (".", "items", "free", "tmp", "failed", "alive")}
+        self.places = {name: name for name in (".", "items", "free", "tmp", "failed", "alive")}
         self.names: set[tuple[str, str]] = set()
         self.marker = W.OPEN
         self.limits = self.next_limits = Limits()  # in spool.json, and in spool.json.new
@@ -62,9 +62,7 @@ class Spool:
         self.words[W.NEXT_SEQ], self.words[W.NEXT_SEQ_CHECK] = 1, 1 ^ W.ALL_BITS
         self.words[W.MAX_BYTES] = 0
         self.journal = Journal.__new__(Journal)
-        vars(self.journal).update(
-            _directories=self, _parts=self.parts, _root=self.root, map=self.map, words=self.words
-        )
+        vars(self.journal).update(_directories=self, map=self.map, words=self.words)
 
     # The calls
 
@@ -90,7 +88,7 @@ class Spool:
 
     def remove(self, part: str, name: str) -> None:
         with suppress(OSError):
-            fs.unlink_missing_ok(self.parts[part], name)  # type: ignore[arg-type]
+            fs.unlink_missing_ok(self.places[part], name)  # type: ignore[arg-type]
 
     def write_shutdown(self, _: object, state: int, __: int) -> None:
         self.marker = state
@@ -129,9 +127,8 @@ class Spool:
     def check(self) -> None:
         """The table is as the schema says, and the directories hold what it knows."""
         assert W.violations(self.words) == []
-        records = W.rows(self.words)
         for part, states in (("items", W.IN_ITEMS), ("free", W.IN_FREE)):
-            known = {item_name(number) for number in W.files_in(records, states).tolist()}
+            known = set(map(item_name, W.files(self.words, states)))
             assert known == {name for place, name in self.names if place == part}, part
 
 
