@@ -9,18 +9,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import __version__
 from ..admin import failed_drop, failed_list, failed_retry, fsck, gc, purge, remove, set_limits, stat
 from ..connect import connect
-from ..directory.gc import Progress
 from ..directory.temporary import remove_temporary
 from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
 from ..forward import forward
-from ..message import DeadLetter
 from . import text
 
 DONE, PROBLEM, WRONG_USE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -144,6 +141,7 @@ examples:
   %(prog)s /data --json > bench.json
 
 exit codes: 0 done, 1 a carrier could not be measured, 2 wrong use"""
+_AS_IT_IS = argparse.RawDescriptionHelpFormatter
 _LIMITS = ("maxsize", "max_bytes", "recycle_bytes", "max_attempts")
 _ACTIONS = {
     "list": "one line for each dead letter: number, size, attempts, the reason",
@@ -180,7 +178,7 @@ def _complain(error: BaseException, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "spoolipc", description=_SUMMARY, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "spoolipc", description=_SUMMARY, epilog=_EPILOG, formatter_class=_AS_IT_IS
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -244,13 +242,8 @@ def _limit(text: str) -> tuple[str, int]:
 
 
 def _described(commands: Any, name: str, help: str, about: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help,
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    said = {"help": help, "description": about, "epilog": examples, "formatter_class": _AS_IT_IS}
+    parser: argparse.ArgumentParser = commands.add_parser(name, **said)
     return parser
 
 
@@ -299,28 +292,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Progress]:
-    """A bar of names looked at, on a terminal, from the first second on."""
+def _bar(what: str, unit: str) -> Any:
+    """A bar, on a terminal, from the first second on."""
     from tqdm import tqdm
 
     off = True if sys.stderr is None else None
-    with tqdm(desc=what, unit=" names", unit_scale=True, delay=1.0, disable=off, leave=False) as bar:
-
-        def show(done: int, total: int | None) -> None:
-            bar.update(done - bar.n)
-
-        yield show
+    return tqdm(desc=what, unit=unit, unit_scale=True, delay=1.0, disable=off, leave=False)
 
 
 def _run_gc(options: argparse.Namespace) -> int:
     if options.temporary:
         removed = remove_temporary(dry_run=options.dry_run)
-        said = "\n".join(removed) or "no temporary spool that nobody uses"
-        _print(options, removed, said)
-        return 0
-    with _progress("gc") as progress:
-        done = gc(options.path, dry_run=options.dry_run, progress=progress)
+        _print(options, removed, "\n".join(removed) or "no temporary spool that nobody uses")
+        return DONE
+    with _bar("gc", " names") as bar:
+        done = gc(options.path, dry_run=options.dry_run, progress=lambda seen, _: bar.update(seen - bar.n))
     _print(options, done, text.gc_text(done))
     return PROBLEM if done.not_removed else DONE
 
@@ -351,27 +337,20 @@ def _run_set(options: argparse.Namespace) -> int:
 
 
 def _run_fsck(options: argparse.Namespace) -> int:
-    with _progress("fsck") as progress:
-        found = fsck(options.path, repair=options.repair, progress=progress)
+    with _bar("fsck", " names") as bar:
+        found = fsck(options.path, repair=options.repair, progress=lambda seen, _: bar.update(seen - bar.n))
     _print(options, found, text.fsck_text(found))
     return DONE if found.clean else PROBLEM
 
 
 def _run_forward(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    off = True if sys.stderr is None else None
-    with tqdm(desc="forward", unit="B", unit_scale=True, delay=1.0, disable=off) as bar:
-
-        def moved(items: int, nbytes: int) -> None:
-            bar.update(nbytes)
-
+    with _bar("forward", "B") as bar:
         count = forward(
             options.path,
             options.destination,
             rate=options.rate,
             until_empty=options.until_empty,
-            moved=moved,
+            moved=lambda _, nbytes: bar.update(nbytes),
         )
     _print(options, count, f"moved {text.count(count, 'item')}")
     return DONE
@@ -390,18 +369,14 @@ def _run_bench(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _letters(options: argparse.Namespace) -> list[DeadLetter]:
-    return failed_list(options.path, options.seqs or None)
-
-
 def _run_list(options: argparse.Namespace) -> int:
-    letters = _letters(options)
+    letters = failed_list(options.path, options.seqs or None)
     _print(options, letters, text.list_text(letters))
     return DONE
 
 
 def _run_show(options: argparse.Namespace) -> int:
-    letters = _letters(options)
+    letters = failed_list(options.path, options.seqs or None)
     _print(options, letters, "\n\n".join(map(text.letter_text, letters)) or text.NO_LETTERS)
     return DONE
 

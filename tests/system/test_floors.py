@@ -78,7 +78,7 @@ FLOORS: Final = {
     "spoolipc": "admin forward item queue mp workers temporary check gc repair",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
-    "cli.main": "spoolipc admin connect forward gc temporary cli.bench cli.text",
+    "cli.main": "spoolipc admin connect forward temporary cli.bench cli.text",
     "__main__": "cli.main",
 }
 """From the ground up: a module, and which others it may import. Those of `directory/` are named without it."""
