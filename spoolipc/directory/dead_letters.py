@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ..errors import BadItem, NoSuchItem, ShutDown, StorageError
 from ..format.footer import Footer
@@ -39,50 +39,33 @@ def failed_retry(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> Re
     """Requeue dead letters at the end of the queue. Raises NoSuchItem, ShutDown."""
     done: dict[int, int] = {}
     damaged: dict[int, str] = {}
-
-    def retry(session: Session, number: int) -> None:
-        try:
-            part, name = letter_at(session.directories, number)
-            with ItemFile(session.directories.places[part], name) as file:
-                _, tail = file.parse()
-        except FileNotFoundError:
-            return  # somebody else was first
-        except BadItem as error:
-            damaged[number] = str(error)
-            _log.warning("%s: item %d stays a dead letter: %s", session.path, number, error)
-            return
-        seq = session.step(_requeue, session, number, file.size, tail)
-        if seq is not None:
-            done[number] = seq
-
-    _each(path, seqs, retry, lambda session: fs.sync(session.directories.items) if done else None)
+    with administration(path) as session:
+        directories = session.directories
+        for number in _wanted(directories, seqs):
+            part, name = letter_at(directories, number)
+            try:
+                with ItemFile(directories.places[part], name) as file:
+                    _, tail = file.parse()
+            except FileNotFoundError:
+                continue  # somebody else was first
+            except BadItem as error:
+                damaged[number] = str(error)
+                _log.warning("%s: item %d stays a dead letter: %s", session.path, number, error)
+                continue
+            seq = session.step(_requeue, session, number, file.size, tail)
+            if seq is not None:
+                done[number] = seq
+        if done:
+            fs.sync(directories.items)
     return Retried(done, damaged)
 
 
 def failed_drop(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> list[int]:
     """Remove dead letters and their histories for good; returns their numbers. Raises NoSuchItem, and StorageError for
     a directory that somebody has planted."""
-    done: list[int] = []
-
-    def drop(session: Session, number: int) -> None:
-        if session.step(drop_letter, session, number):
-            done.append(number)
-
-    _each(path, seqs, drop, lambda _: None)
-    return done
-
-
-def _each(
-    path: str | os.PathLike[str],
-    seqs: Iterable[int] | None,
-    work: Callable[[Session, int], None],
-    last: Callable[[Session], None],
-) -> None:
-    """Do `work` for each of `seqs` that are all there, or for every dead letter, and then `last`."""
     with administration(path) as session:
-        for number in _wanted(session.directories, seqs):
-            work(session, number)
-        last(session)
+        wanted = _wanted(session.directories, seqs)
+        return [number for number in wanted if session.step(drop_letter, session, number)]
 
 
 def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
