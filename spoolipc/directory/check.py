@@ -124,7 +124,7 @@ def _check_directories(place: Path, repair: bool) -> list[Problem]:
     except OSError:
         open_directories(place, Limits(), create=False, as_found=True).close()  # it says best what is wrong
         raise
-    try:
+    with fs.Closing(root):
         if not fs.exists(root, "spool.json") and not fs.exists(root, "index"):
             raise NotASpool(errno.EINVAL, "is not a spool: it has no spool.json", str(place))
         mode = _mode(place, root)
@@ -138,8 +138,6 @@ def _check_directories(place: Path, repair: bool) -> list[Problem]:
             left = set(map(_key, wrong_at_top(root, mode)))
             found = [replace(problem, repaired=_key(problem) not in left) for problem in found]
         return found
-    finally:
-        fs.close(root)
 
 
 def _mode(place: Path, root: int) -> int:

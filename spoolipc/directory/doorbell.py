@@ -293,12 +293,8 @@ class Doorbell:
     def ring_oneself(self) -> None:
         """Write to our own file. Raises OSError, and UnsafeSpool for what was planted in its place."""
         alive, name = os.path.split(self.file)
-        place = fs.open_directory(alive)
-        try:
-            fd = fs.open_own(place, name, os.O_WRONLY)
-        finally:
-            fs.close(place)
-        try:
+        with (
+            fs.Closing(fs.open_directory(alive)) as place,
+            fs.Closing(fs.open_own(place, name, os.O_WRONLY)) as fd,
+        ):
             fs.pwrite(fd, b"\n", 0)
-        finally:
-            fs.close(fd)

@@ -347,6 +347,16 @@ def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 # What is made of the calls.
 
 
+class Closing(int):
+    """A descriptor, which is closed at the end of its `with` block."""
+
+    def __enter__(self) -> int:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        close(self)
+
+
 def open_own(directory: int, name: str, flags: int, mode: int = 0o600, *, linked: bool = False) -> int:
     """Open a file of the spool's own; with O_CREAT in `flags`, make it where there is none.
 
@@ -379,15 +389,12 @@ def make_own(directory: int, name: str, mode: int = 0o600) -> int:
 
 def read_own(directory: int, name: str, most: int) -> bytes:
     """Up to `most` bytes of a file of the spool's own. Raises UnsafeSpool, FileNotFoundError, OSError."""
-    fd = open_own(directory, name, os.O_RDONLY, linked=True)
-    try:
+    with Closing(open_own(directory, name, os.O_RDONLY, linked=True)) as fd:
         found: list[bytes] = []
         while most and (more := read(fd, min(most, _AT_ONCE))):
             found.append(more)
             most -= len(more)
         return b"".join(found)
-    finally:
-        close(fd)
 
 
 def open_directory(name: str | Path, directory: int | None = None) -> int:
@@ -422,13 +429,9 @@ def batches(directory: int, size: int = 256) -> Iterator[list[str]]:
 
     directory: a descriptor; its own offset is not used, so others may list it meanwhile.
     """
-    fd = open_directory(".", directory)
-    try:
-        with scan(fd) as entries:
-            while names := [entry.name for entry in islice(entries, size)]:
-                yield names
-    finally:
-        close(fd)
+    with Closing(open_directory(".", directory)) as fd, scan(fd) as entries:
+        while names := [entry.name for entry in islice(entries, size)]:
+            yield names
 
 
 def room(directory: int) -> tuple[int, int]:
@@ -451,12 +454,10 @@ def sync_way(directory: int, place: Path) -> None:
                 fd = open_at(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except PermissionError:
                 continue  # not of our making
-            try:
+            with Closing(fd):
                 if fstat(fd).st_dev != fstat(directory).st_dev:
                     return
                 sync(fd)
-            finally:
-                close(fd)
     except OSError as error:
         raise storage_error(error, str(place)) from error
 

@@ -301,13 +301,10 @@ def happened(directories: Directories, kind: int, subject: int, *, finish: bool)
 def holder(directories: Directories) -> str:
     """The last to take the lock, for messages. Needs no mapping and no lock."""
     try:
-        fd = fs.open_own(directories.root, NAME, os.O_RDONLY)
+        with fs.Closing(fs.open_own(directories.root, NAME, os.O_RDONLY)) as fd:
+            token = int.from_bytes(fs.pread(fd, W.WORD, W.HOLDER * W.WORD), "little")
     except OSError:
         return "an unknown process"
-    try:
-        token = int.from_bytes(fs.pread(fd, W.WORD, W.HOLDER * W.WORD), "little")
-    finally:
-        fs.close(fd)
     return f"process {process_of(directories.alive, token)} (alive/{token_name(token)})"
 
 
@@ -317,14 +314,12 @@ def create(directories: Directories, records: int) -> Journal:
     Every block is allocated, so that no store can meet a full file system.
     """
     capacity = W.HEADER + max(records, FIRST_RECORDS) * W.RECORD
-    fd = fs.make_own(directories.root, NEW, directories.file_mode)
-    try:
-        fs.allocate(fd, 0, capacity * W.WORD)
-    except BaseException:
-        fs.unlink_missing_ok(directories.root, NEW)
-        raise
-    finally:
-        fs.close(fd)
+    with fs.Closing(fs.make_own(directories.root, NEW, directories.file_mode)) as fd:
+        try:
+            fs.allocate(fd, 0, capacity * W.WORD)
+        except BaseException:
+            fs.unlink_missing_ok(directories.root, NEW)
+            raise
     journal = Journal(directories, NEW)
     journal._known = True
     words = journal.words
@@ -347,14 +342,11 @@ def install(directories: Directories, journal: Journal) -> None:
 def _retire(directories: Directories) -> None:
     """Take the magic number from an old index that a backup by hard links has too: who maps it would not see by its
     count of links that it is the spool's no more."""
-    with contextlib.suppress(OSError):  # missing, or something planted, which nobody maps
-        fd = fs.open_own(directories.root, NAME, os.O_RDWR, linked=True)
-        try:
-            at = W.MAGIC * W.WORD
-            if (
-                fs.fstat(fd).st_nlink > 1
-                and int.from_bytes(fs.pread(fd, W.WORD, at), "little") == W.MAGIC_VALUE
-            ):
-                fs.pwrite(fd, bytes(W.WORD), at)
-        finally:
-            fs.close(fd)
+    with (
+        contextlib.suppress(OSError),  # missing, or something planted, which nobody maps
+        fs.Closing(fs.open_own(directories.root, NAME, os.O_RDWR, linked=True)) as fd,
+    ):
+        at = W.MAGIC * W.WORD
+        magic = int.from_bytes(fs.pread(fd, W.WORD, at), "little")
+        if fs.fstat(fd).st_nlink > 1 and magic == W.MAGIC_VALUE:
+            fs.pwrite(fd, bytes(W.WORD), at)

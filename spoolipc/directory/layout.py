@@ -156,11 +156,8 @@ class Directories:
         fs.sleep(_DELETING)
         self.check_there(whole=True)
         if name == "items" and not fs.exists(self.root, name):  # nobody was first
-            fd = fs.open_own(self.root, "index", os.O_WRONLY)
-            try:
+            with fs.Closing(fs.open_own(self.root, "index", os.O_WRONLY)) as fd:
                 fs.pwrite(fd, ALL_BITS.to_bytes(WORD, "little"), CAPACITY * WORD)
-            finally:
-                fs.close(fd)
         make_part(self.root, name, self.mode)
 
     def check_there(self, *, whole: bool = False) -> None:
@@ -415,14 +412,12 @@ def _make_spool(place: Path, root: int, asked: Limits) -> Limits:
 def permit(directory: int, name: str, mode: int) -> None:
     """Give a directory or file of the spool its mode, following no link; a shared directory also the group of the one
     it is in, which all that is made in it then has."""
-    fd = fs.open_at(name, fs.DIRECTORY if mode & 0o100 else os.O_RDONLY | fs.CAREFUL, dir_fd=directory)
-    try:
+    flags = fs.DIRECTORY if mode & 0o100 else os.O_RDONLY | fs.CAREFUL
+    with fs.Closing(fs.open_at(name, flags, dir_fd=directory)) as fd:
         if mode == SHARED:
             fs.fchown(fd, -1, fs.fstat(directory).st_gid)
             mode |= stat.S_ISGID
         fs.fchmod(fd, mode)
-    finally:
-        fs.close(fd)
 
 
 def write_limits(root: int, limits: Limits) -> None:
@@ -433,12 +428,9 @@ def write_limits(root: int, limits: Limits) -> None:
 
 
 def _stage(root: int, limits: Limits) -> None:
-    fd = fs.make_own(root, "spool.json.new", (limits.mode or PRIVATE) & 0o666)
-    try:
+    with fs.Closing(fs.make_own(root, "spool.json.new", (limits.mode or PRIVATE) & 0o666)) as fd:
         fs.write_whole(fd, json.dumps({"format": FORMAT, **asdict(limits)}).encode("ascii"))
         fs.sync(fd)
-    finally:
-        fs.close(fd)
 
 
 def make_part(root: int, name: str, mode: int) -> None:
@@ -487,12 +479,9 @@ def write_shutdown(root: int, state: int, mode: int) -> None:
     if state == OPEN:
         fs.unlink_missing_ok(root, "shutdown")
         return
-    fd = fs.open_own(root, "shutdown", os.O_WRONLY | os.O_CREAT, mode)
-    try:
+    with fs.Closing(fs.open_own(root, "shutdown", os.O_WRONLY | os.O_CREAT, mode)) as fd:
         fs.truncate(fd, 0)
         fs.write(fd, _MARKS[state])
-    finally:
-        fs.close(fd)
 
 
 def _refuse_network(path: Path) -> None:

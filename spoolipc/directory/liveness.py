@@ -86,10 +86,8 @@ def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
         if fs.is_own_limit(error):
             raise
         return error.errno in _PLANTED  # no session has such a file
-    try:
+    with fs.Closing(fd):
         return fs.lock(fd)
-    finally:
-        fs.close(fd)
 
 
 def is_alone(alive: int, token: int) -> bool:
@@ -106,13 +104,10 @@ def crashed_among(alive: int, tokens: set[int]) -> set[int]:
 def has_writer(root: int) -> bool:
     """Whether there is a writer, or that cannot be known; the caller holds the index lock."""
     try:
-        fd = fs.open_directory("tmp", root)
+        with fs.Closing(fs.open_directory("tmp", root)) as fd:
+            return not fs.lock(fd)
     except OSError:
         return True
-    try:
-        return not fs.lock(fd)
-    finally:
-        fs.close(fd)
 
 
 def leave_writers(root: int, tmp: int) -> bool:
@@ -128,18 +123,13 @@ def leave_writers(root: int, tmp: int) -> bool:
 def ring(alive: int, token: int) -> bool:
     """Wake the session of `token`; false when it has crashed or its file is gone, so that another can be woken."""
     try:
-        fd = fs.open_own(alive, token_name(token), os.O_RDWR)
+        with fs.Closing(fs.open_own(alive, token_name(token), os.O_RDWR)) as fd:
+            if fs.lock(fd):
+                return False
+            fs.pwrite(fd, b"\n", 0)  # over the same byte: no block is needed, even on a full file system
+            return True
     except OSError:
         return False
-    try:
-        if fs.lock(fd):
-            return False
-        fs.pwrite(fd, b"\n", 0)  # over the same byte: no block is needed, even on a full file system
-        return True
-    except OSError:
-        return False
-    finally:
-        fs.close(fd)
 
 
 def process_of(alive: int, token: int) -> str:
@@ -150,14 +140,9 @@ def process_of(alive: int, token: int) -> str:
 def said_by(alive: int, token: int) -> tuple[str, str]:
     """The pid and the role written by the session of `token`; "unknown" and "session" where there are none."""
     try:
-        fd = fs.open_at(token_name(token), os.O_RDONLY | fs.CAREFUL, dir_fd=alive)
-    except OSError:
-        return _UNKNOWN
-    try:
-        said: Any = json.loads(fs.read(fd, 256))
+        with fs.Closing(fs.open_at(token_name(token), os.O_RDONLY | fs.CAREFUL, dir_fd=alive)) as fd:
+            said: Any = json.loads(fs.read(fd, 256))
         role = said["role"]
         return str(int(said["pid"])), role if role in get_args(Role) else _UNKNOWN[1]
     except (OSError, ValueError, TypeError, KeyError):
         return _UNKNOWN
-    finally:
-        fs.close(fd)

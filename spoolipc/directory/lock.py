@@ -197,9 +197,8 @@ class IndexLock:
 @contextmanager
 def exclusively(root: int, path: str) -> Iterator[None]:
     """Hold the lock of the spool at descriptor `root`, opening it for this one use."""
-    fd = fs.open_directory("items", root)
-    try:
-        with IndexLock(fd, path, lambda: "another process").held():
-            yield
-    finally:
-        fs.close(fd)
+    with (
+        fs.Closing(fs.open_directory("items", root)) as fd,
+        IndexLock(fd, path, lambda: "another process").held(),
+    ):
+        yield

@@ -58,14 +58,12 @@ def note_failure(
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
 
     def append() -> None:
-        fd = fs.open_own(directories.failed, history_name(number), flags, directories.file_mode)
-        try:
+        name, mode = history_name(number), directories.file_mode
+        with fs.Closing(fs.open_own(directories.failed, name, flags, mode)) as fd:
             # A crash or a full disk may have ended the last line early: it must not spoil this one.
             end = fs.fstat(fd).st_size
             is_cut = end > 0 and fs.pread(fd, 1, end - 1) != b"\n"
             fs.write_whole(fd, (b"\n" if is_cut else b"") + line.encode() + b"\n")
-        finally:
-            fs.close(fd)
 
     try:
         if journal is None:

@@ -120,28 +120,23 @@ def _remove_names(root: int) -> None:
 
 
 def _remove_part(root: int, part: str) -> None:
-    fd = fs.open_directory(part, root)
-    try:
+    with fs.Closing(fs.open_directory(part, root)) as fd:
         for name in filter(partial(is_ours, part), fs.list_names(fd)):
             fs.unlink_missing_ok(fd, name)
-    finally:
-        fs.close(fd)
     fs.rmdir(part, dir_fd=root)
 
 
 def _finish_removal(place: Path) -> bool:
     """Finish a removal that ended early: where there is neither spool.json nor an index, but items/ and no name that
     is not the spool's. Whether that was so."""
-    with contextlib.suppress(NotASpool, FileNotFoundError):
-        root = open_root(place)
-        try:
-            with exclusively(root, str(place)):
-                names = set(fs.list_names(root))
-                if names <= {*PARTS, *FILES} - {"spool.json", "index"}:
-                    _remove_names(root)
-                    return True
-        finally:
-            fs.close(root)
+    with (
+        contextlib.suppress(NotASpool, FileNotFoundError),
+        fs.Closing(open_root(place)) as root,
+        exclusively(root, str(place)),
+    ):
+        if set(fs.list_names(root)) <= {*PARTS, *FILES} - {"spool.json", "index"}:
+            _remove_names(root)
+            return True
     return False
 
 

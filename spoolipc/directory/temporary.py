@@ -38,11 +38,8 @@ def _on_disk() -> Path:
 def _places() -> list[str]:
     """Where a temporary spool is made, the best first."""
     with contextlib.suppress(OSError):
-        fd = fs.open_directory(IN_MEMORY)
-        try:
+        with fs.Closing(fs.open_directory(IN_MEMORY)) as fd:
             size, files = fs.room(fd)
-        finally:
-            fs.close(fd)
         if size >= ENOUGH and files:
             return [str(IN_MEMORY), fs.nearest(_on_disk())]
     return [fs.nearest(_on_disk())]
@@ -110,18 +107,17 @@ def _remove_if_unused(path: str, dry_run: bool = False) -> bool:
         fd = fs.open_directory(Path(path))
     except OSError:  # gone, or another user's
         return False
-    try:
-        if fs.user() not in (0, fs.fstat(fd).st_uid) or not fs.lock(fd):
+    with fs.Closing(fd):
+        try:
+            if fs.user() not in (0, fs.fstat(fd).st_uid) or not fs.lock(fd):
+                return False
+            if not dry_run:
+                _empty(fd)
+                fs.rmdir(path)
+            return True
+        except OSError as error:
+            _log.warning("%s: cannot be removed: %s", path, error.strerror)
             return False
-        if not dry_run:
-            _empty(fd)
-            fs.rmdir(path)
-        return True
-    except OSError as error:
-        _log.warning("%s: cannot be removed: %s", path, error.strerror)
-        return False
-    finally:
-        fs.close(fd)
 
 
 def _empty(directory: int) -> None:
@@ -131,9 +127,6 @@ def _empty(directory: int) -> None:
             try:
                 fs.unlink(name, dir_fd=directory)
             except IsADirectoryError:
-                inner = fs.open_directory(name, directory)
-                try:
+                with fs.Closing(fs.open_directory(name, directory)) as inner:
                     _empty(inner)
-                finally:
-                    fs.close(inner)
                 fs.rmdir(name, dir_fd=directory)
