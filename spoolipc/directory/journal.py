@@ -31,7 +31,7 @@ from . import table as W
 from .layout import Directories, agree, item_name, read_shutdown, write_shutdown
 from .liveness import is_alone, process_of, token_name
 from .table import IndexDamaged, Words, known, record_in, violations
-from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, UNLINK, Stores, Transition, limit_stores
+from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, UNLINK, Stores, Transition, limit_stores, make
 
 NAME: Final = "index"
 NEW: Final = "index.new"
@@ -40,8 +40,8 @@ FIRST_RECORDS: Final = 240
 _JOURNAL_AT: Final = W.SUBJECT * W.WORD  # then STORES, then the stores
 VERIFY: Final = os.environ.get("SPOOLIPC_VERIFY") == "1"
 """Check the whole table after every commit: for tests."""
-_ROWS: Final = tuple(struct.Struct(f"={2 * count + 2}Q") for count in range(W.JOURNAL_ROOM + 1))
-"""SUBJECT, STORES, and so many positions and values."""
+_ROWS: Final = tuple(struct.Struct(f"={count + 2}Q") for count in range(2 * W.JOURNAL_ROOM + 1))
+"""SUBJECT, STORES, and so many words of stores."""
 _MOST_VERIFIED: Final = 512  # records, so that a long backlog is not checked in quadratic time
 
 
@@ -180,10 +180,10 @@ class Journal:
         kind, subject, stores, move = transition
         words = self.words
         count = len(stores)
-        if max(stores) >= len(words):
+        if max(stores[::2]) >= len(words):
             raise IndexDamaged("the index links to no record")
         try:
-            _ROWS[count].pack_into(self.map, _JOURNAL_AT, subject, count, *stores, *stores.values())
+            _ROWS[count].pack_into(self.map, _JOURNAL_AT, subject, count >> 1, *stores)
         except struct.error:  # a sum of damaged words
             raise IndexDamaged("a number of the index is beyond 64 bits") from None
         words[W.MARK] = kind
@@ -206,7 +206,8 @@ class Journal:
         elif kind == FOLLOW:
             write_shutdown(self._directories.root, subject, self._directories.file_mode)
         # A crash from here on leaves stores that recovery makes again.
-        for position, value in stores.items():
+        each = iter(stores)  # as `make`, whose call would be one more for every put and get
+        for position, value in zip(each, each, strict=False):
             words[position] = value
         words[W.MARK] = CLEAN
         if VERIFY:
@@ -229,11 +230,10 @@ class Journal:
             follow(words, self._directories)
         elif kind != CLEAN:
             stores = journalled(words)
-            if any(position >= words[W.CAPACITY] for position in stores):
+            if max(stores[::2], default=0) >= words[W.CAPACITY]:
                 raise IndexDamaged("the journal is damaged")
             if happened(self._directories, kind, subject, finish=True):
-                for position, value in stores.items():
-                    words[position] = value
+                make(words, stores)
         words[W.MARK] = CLEAN
 
     def unused_record(self) -> int:
@@ -272,16 +272,12 @@ def follow(words: Words, directories: Directories) -> None:
 
 def set_limits(words: Words, limits: Limits) -> None:
     """Tell the table the limits in force; the caller holds the lock."""
-    for position, value in limit_stores(limits).items():
-        words[position] = value
+    make(words, limit_stores(limits))
 
 
 def journalled(words: Words) -> Stores:
-    """The stores of the transition under way, by position."""
-    count = min(words[W.STORES], W.JOURNAL_ROOM)
-    positions = words[W.JOURNAL : W.JOURNAL + count].tolist()
-    values = words[W.JOURNAL + count : W.JOURNAL + 2 * count].tolist()
-    return dict(zip(positions, values, strict=True))
+    """The stores of the transition under way."""
+    return words[W.JOURNAL : W.JOURNAL + 2 * min(words[W.STORES], W.JOURNAL_ROOM)].tolist()
 
 
 def happened(directories: Directories, kind: int, subject: int, *, finish: bool) -> bool:

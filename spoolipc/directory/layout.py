@@ -68,7 +68,7 @@ MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 
 def item_name(number: int) -> str:
     """The file name of an item (or of a consumed file) by its number."""
-    return f"{number:020d}.npy"
+    return str(number).zfill(20) + ".npy"  # in less than half the time that a format takes
 
 
 free_name: Final = lru_cache(1024)(item_name)

@@ -152,7 +152,11 @@ class Receiver(Side):
     def open(self, words: Words, record: int, seq: int, writable: bool = False) -> Opened:
         """Map or read an item's file; writable: so that the arrays may be written, which nobody else sees. Raises
         BadItem, UnknownVersion, OSError."""
-        name, items, mappings = f"{seq:020d}.npy", self.session.directories.items, self.recycler.mappings
+        name, items, mappings = (
+            str(seq).zfill(20) + ".npy",
+            self.session.directories.items,
+            self.recycler.mappings,
+        )
         try:
             status = fs.stat_at(name, dir_fd=items)
         except FileNotFoundError:

@@ -10,10 +10,10 @@ A file's record goes round:
     PINNED, RESERVED --drop--> NOTHING <--evict-- POOLED
 
 A transition is a value: its kind, which says how to tell after a crash whether it happened; the number of the file it
-moves; its stores, new values by word position; and the move. `Journal.commit` makes it. The stores are computed from
-the words before it; where two list operations of one transition touch the same word, the later wins, and they are
-ordered so that this is right. Sums are not checked here: one that a damaged word makes negative or too large does not
-fit into the journal, and the commit refuses it before anything is stored.
+moves; its stores, a position and its new value in turn; and the move. `Journal.commit` makes it. The stores are
+computed from the words before it; where two list operations of one transition touch the same word, the later wins, and
+they are ordered so that this is right. Sums are not checked here: one that a damaged word makes negative or too large
+does not fit into the journal, and the commit refuses it before anything is stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from . import table as W
 from .layout import free_name, item_name
 from .table import IndexDamaged, Queue, Words, bucket, record_in
 
-Stores: TypeAlias = dict[int, int]
+Stores: TypeAlias = list[int]
+"""Positions and values in turn, as the journal holds them: a dict takes twice as long to make and to store."""
 
 # Kinds: how to tell, after a crash, whether the transition happened
 CLEAN: Final = 0  # there is none
@@ -44,85 +45,78 @@ Transition: TypeAlias = tuple[int, int, Stores, Move | None]
 """Kind, number of the file moved, stores, move. Plain, as a named tuple costs a call each on the path of every put."""
 
 
+def make(words: Words, stores: Stores) -> None:
+    """Make stores, in their order."""
+    each = iter(stores)
+    for position, value in zip(each, each, strict=True):
+        words[position] = value
+
+
 # Lists
 
 
 def _append(words: Words, stores: Stores, queue: Queue, record: int) -> None:
     tail = words[queue.tail]
-    stores[tail + W.NEXT if tail else queue.head] = record
-    stores[queue.tail] = record
-    stores[queue.length] = words[queue.length] + 1
-    stores[record + W.NEXT] = 0
+    stores += (tail + W.NEXT if tail else queue.head, record, queue.tail, record)
+    stores += (queue.length, words[queue.length] + 1, record + W.NEXT, 0)
 
 
 def _prepend(words: Words, stores: Stores, queue: Queue, record: int) -> None:
     head = words[queue.head]
-    stores[queue.head] = record
+    stores += (queue.head, record, queue.length, words[queue.length] + 1, record + W.NEXT, head)
     if not head:
-        stores[queue.tail] = record
-    stores[queue.length] = words[queue.length] + 1
-    stores[record + W.NEXT] = head
+        stores += (queue.tail, record)
 
 
 def _pop(words: Words, stores: Stores, record: int) -> None:
     """Take a record off the queue that it heads."""
     queue = W.REDELIVERY if words[W.REDELIVERY_HEAD] == record else W.READY
     following = words[record + W.NEXT]
-    stores[queue.head] = following
+    stores += (queue.head, following, queue.length, words[queue.length] - 1)
     if not following:
-        stores[queue.tail] = 0
-    stores[queue.length] = words[queue.length] - 1
+        stores += (queue.tail, 0)
 
 
 def _activate(words: Words, stores: Stores, record: int) -> None:
     head = words[W.ACTIVE]
-    stores[record + W.NEXT] = head
-    stores[record + W.PREV] = 0
+    stores += (W.ACTIVE, record, record + W.NEXT, head, record + W.PREV, 0)
     if head:
-        stores[head + W.PREV] = record
-    stores[W.ACTIVE] = record
+        stores += (head + W.PREV, record)
 
 
 def _deactivate(words: Words, stores: Stores, record: int) -> None:
     following, previous = words[record + W.NEXT], words[record + W.PREV]
-    stores[previous + W.NEXT if previous else W.ACTIVE] = following
+    stores += (previous + W.NEXT if previous else W.ACTIVE, following, record + W.DUE, 0)
     if following:
-        stores[following + W.PREV] = previous
-    stores[record + W.DUE] = 0
+        stores += (following + W.PREV, previous)
 
 
 def _pool(words: Words, stores: Stores, record: int, size: int) -> None:
     head = bucket(size)
-    stores[record + W.STATE] = W.POOLED
-    stores[record + W.NEXT] = words[head]
-    stores[head] = record
-    stores[W.POOL_BYTES] = words[W.POOL_BYTES] + size
-    stores[W.POOL_COUNT] = words[W.POOL_COUNT] + 1
+    stores += (record + W.STATE, W.POOLED, record + W.NEXT, words[head], head, record)
+    stores += (W.POOL_BYTES, words[W.POOL_BYTES] + size, W.POOL_COUNT, words[W.POOL_COUNT] + 1)
 
 
 def _unpool(words: Words, stores: Stores, record: int, link: int) -> None:
-    stores[link] = words[record + W.NEXT]
-    stores[W.POOL_BYTES] = words[W.POOL_BYTES] - words[record + W.BYTES]
-    stores[W.POOL_COUNT] = words[W.POOL_COUNT] - 1
+    stores += (link, words[record + W.NEXT], W.POOL_COUNT, words[W.POOL_COUNT] - 1)
+    stores += (W.POOL_BYTES, words[W.POOL_BYTES] - words[record + W.BYTES])
 
 
 def _forget(words: Words, stores: Stores, record: int) -> None:
-    stores[record + W.STATE] = W.NOTHING
-    stores[record + W.NEXT] = words[W.UNUSED]
-    stores[record + W.FILE] = 0
-    stores[W.UNUSED] = record
+    stores += (record + W.STATE, W.NOTHING, record + W.NEXT, words[W.UNUSED])
+    stores += (record + W.FILE, 0, W.UNUSED, record)
 
 
 def _take_unused(words: Words, record: int) -> Stores:
     """The stores that take a record given by `Journal.unused_record`."""
     if words[W.UNUSED] == record:
-        return {W.UNUSED: words[record + W.NEXT]}
-    return {W.EDGE: record + W.RECORD}
+        return [W.UNUSED, words[record + W.NEXT]]
+    return [W.EDGE, record + W.RECORD]
 
 
 def _due_no_later(words: Words, stores: Stores, due: int) -> None:
     if not words[W.NEXT_DUE] or due < words[W.NEXT_DUE]:
-        stores[W.NEXT_DUE] = due
+        stores += (W.NEXT_DUE, due)
 
 
 # Putting
@@ -143,23 +137,15 @@ def put(words: Words, record: int, seq: int, name: str, successor: int, link: in
     RESERVED in its stead, or zeros.
     """
     tail = words[W.READY_TAIL]
-    stores = {
-        tail + W.NEXT if tail else W.READY_HEAD: record,
-        W.READY_TAIL: record,
-        W.READY_LENGTH: words[W.READY_LENGTH] + 1,
-        W.NEXT_SEQ: seq + 1,
-        W.NEXT_SEQ_CHECK: seq + 1 ^ W.ALL_BITS,
-        W.ITEM_BYTES: words[W.ITEM_BYTES] + words[record + W.BYTES],
-        record + W.STATE: W.WAITING,
-        record + W.NEXT: 0,
-    }
+    stores = [tail + W.NEXT if tail else W.READY_HEAD, record, W.READY_TAIL, record]
+    stores += (W.READY_LENGTH, words[W.READY_LENGTH] + 1, record + W.STATE, W.WAITING, record + W.NEXT, 0)
+    stores += (W.NEXT_SEQ, seq + 1, W.NEXT_SEQ_CHECK, seq + 1 ^ W.ALL_BITS)
+    stores += (W.ITEM_BYTES, words[W.ITEM_BYTES] + words[record + W.BYTES])
     if successor:
-        stores[link] = words[successor + W.NEXT]
-        stores[successor + W.STATE] = W.RESERVED
-        stores[successor + W.OWNER] = words[record + W.OWNER]
-        stores[W.POOL_BYTES] = words[W.POOL_BYTES] - words[successor + W.BYTES]
-        stores[W.POOL_COUNT] = words[W.POOL_COUNT] - 1
-    return (ARRIVE, seq, stores, ("free", name, "items", f"{seq:020d}.npy"))
+        stores += (link, words[successor + W.NEXT], successor + W.STATE, W.RESERVED)
+        stores += (successor + W.OWNER, words[record + W.OWNER], W.POOL_COUNT, words[W.POOL_COUNT] - 1)
+        stores += (W.POOL_BYTES, words[W.POOL_BYTES] - words[successor + W.BYTES])
+    return (ARRIVE, seq, stores, ("free", name, "items", str(seq).zfill(20) + ".npy"))
 
 
 def put_new(words: Words, record: int, size: int, source: str, name: str) -> Transition:
@@ -167,16 +153,12 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
     letter; the caller has described the item in its record."""
     seq = next_seq(words)
     stores = _take_unused(words, record)
-    stores[record + W.STATE] = W.WAITING
-    stores[record + W.FILE] = seq
-    stores[record + W.BYTES] = size
-    stores[record + W.DUE] = 0
+    stores += (record + W.STATE, W.WAITING, record + W.FILE, seq, record + W.BYTES, size, record + W.DUE, 0)
     _append(words, stores, W.READY, record)
-    stores[W.NEXT_SEQ] = seq + 1
-    stores[W.NEXT_SEQ_CHECK] = seq + 1 ^ W.ALL_BITS
-    stores[W.ITEM_BYTES] = words[W.ITEM_BYTES] + size
+    stores += (W.NEXT_SEQ, seq + 1, W.NEXT_SEQ_CHECK, seq + 1 ^ W.ALL_BITS)
+    stores += (W.ITEM_BYTES, words[W.ITEM_BYTES] + size)
     if source != "tmp":
-        stores[W.FAILED_COUNT] = max(0, words[W.FAILED_COUNT] - 1)
+        stores += (W.FAILED_COUNT, max(0, words[W.FAILED_COUNT] - 1))
     return (ARRIVE, seq, stores, (source, name, "items", item_name(seq)))
 
 
@@ -195,14 +177,12 @@ def first(words: Words) -> int:
 
 def claim(words: Words, record: int, owner: int, due: int) -> Transition:
     """WAITING, the first, becomes IN_FLIGHT at `owner`, until `due` (monotonic ns, 0 for no lease)."""
-    stores: Stores = {}
+    stores: Stores = []
     _pop(words, stores, record)
     _activate(words, stores, record)
-    stores[record + W.STATE] = W.IN_FLIGHT
-    stores[record + W.OWNER] = owner
-    stores[record + W.DUE] = due
-    stores[record + W.ATTEMPT] = words[record + W.ATTEMPT] + 1
-    stores[W.IN_FLIGHT_COUNT] = words[W.IN_FLIGHT_COUNT] + 1
+    stores += (record + W.STATE, W.IN_FLIGHT, record + W.OWNER, owner, record + W.DUE, due)
+    stores += (record + W.ATTEMPT, words[record + W.ATTEMPT] + 1)
+    stores += (W.IN_FLIGHT_COUNT, words[W.IN_FLIGHT_COUNT] + 1)
     if due:
         _due_no_later(words, stores, due)
     return (MEMORY, 0, stores, None)
@@ -215,27 +195,26 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
     released: a PINNED record without a LOAN that becomes POOLED in the same transition.
     """
     seq, size, items = words[record + W.SEQ], words[record + W.BYTES], words[W.ITEM_BYTES]
-    stores: Stores = {W.ITEM_BYTES: items - size, W.DELIVERED_TOTAL: words[W.DELIVERED_TOTAL] + 1}
+    stores = [W.ITEM_BYTES, items - size, W.DELIVERED_TOTAL, words[W.DELIVERED_TOTAL] + 1]
     if items > words[W.PEAK_BYTES]:
-        stores[W.PEAK_BYTES] = items
+        stores += (W.PEAK_BYTES, items)
     if words[record + W.STATE] == W.WAITING:
         _pop(words, stores, record)
     else:
-        stores[W.IN_FLIGHT_COUNT] = words[W.IN_FLIGHT_COUNT] - 1
+        stores += (W.IN_FLIGHT_COUNT, words[W.IN_FLIGHT_COUNT] - 1)
         _deactivate(words, stores, record)
-    name = f"{seq:020d}.npy"
+    name = str(seq).zfill(20) + ".npy"
     if not keep:
         _forget(words, stores, record)
         return (LEAVE, seq, stores, ("items", name, "", ""))
     if owner:
-        stores[record + W.STATE] = W.PINNED
-        stores[record + W.OWNER] = owner
+        stores += (record + W.STATE, W.PINNED, record + W.OWNER, owner)
         if owner == words[record + W.LOAN]:  # the lender itself, who may still have the array
-            stores[record + W.LOAN] = 0
+            stores += (record + W.LOAN, 0)
     else:
         released = record
         if words[record + W.LOAN]:
-            stores[record + W.LOAN] = 0
+            stores += (record + W.LOAN, 0)
     if released:
         _pool(words, stores, released, words[released + W.BYTES])
     return (LEAVE, seq, stores, ("items", name, "free", free_name(words[record + W.FILE])))
@@ -243,21 +222,19 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
 
 def requeue(words: Words, record: int, due: int) -> Transition:
     """IN_FLIGHT or DELAYED becomes WAITING, before all never delivered, or DELAYED until `due` (monotonic ns)."""
-    stores: Stores = {}
+    stores: Stores = []
     if words[record + W.STATE] == W.IN_FLIGHT:
-        stores[W.IN_FLIGHT_COUNT] = words[W.IN_FLIGHT_COUNT] - 1
+        stores += (W.IN_FLIGHT_COUNT, words[W.IN_FLIGHT_COUNT] - 1)
         delayed = words[W.DELAYED_COUNT]
     else:
         delayed = words[W.DELAYED_COUNT] - 1
     if due:
-        stores[record + W.STATE] = W.DELAYED
-        stores[record + W.DUE] = due
-        stores[W.DELAYED_COUNT] = delayed + 1
+        stores += (record + W.STATE, W.DELAYED, record + W.DUE, due, W.DELAYED_COUNT, delayed + 1)
         _due_no_later(words, stores, due)
     else:
-        stores[W.DELAYED_COUNT] = delayed
+        stores += (W.DELAYED_COUNT, delayed)
         _deactivate(words, stores, record)
-        stores[record + W.STATE] = W.WAITING
+        stores += (record + W.STATE, W.WAITING)
         _append(words, stores, W.REDELIVERY, record)
     return (MEMORY, 0, stores, None)
 
@@ -267,13 +244,10 @@ def restore(words: Words, record: int, link: int, counted: int = 0) -> Transitio
     it. The file is not written again, as who was interrupted may show it. SEQ is the item that it holds. counted: 1
     where it was in flight before it was taken, which is no attempt."""
     seq = words[record + W.SEQ]
-    stores: Stores = {
-        W.ITEM_BYTES: words[W.ITEM_BYTES] + words[record + W.BYTES],
-        W.DELIVERED_TOTAL: words[W.DELIVERED_TOTAL] - 1,
-        record + W.STATE: W.WAITING,
-        record + W.ATTEMPT: words[record + W.ATTEMPT] - counted,
-        record + W.FLAGS: words[record + W.FLAGS] | W.NEVER_AGAIN,
-    }
+    stores = [W.ITEM_BYTES, words[W.ITEM_BYTES] + words[record + W.BYTES]]
+    stores += (W.DELIVERED_TOTAL, words[W.DELIVERED_TOTAL] - 1, record + W.STATE, W.WAITING)
+    stores += (record + W.ATTEMPT, words[record + W.ATTEMPT] - counted)
+    stores += (record + W.FLAGS, words[record + W.FLAGS] | W.NEVER_AGAIN)
     if link:
         _unpool(words, stores, record, link)
     _prepend(words, stores, W.REDELIVERY, record)
@@ -282,20 +256,20 @@ def restore(words: Words, record: int, link: int, counted: int = 0) -> Transitio
 
 def extend(words: Words, record: int, due: int) -> Transition:
     """IN_FLIGHT stays so until `due` (monotonic ns)."""
-    stores = {record + W.DUE: due}
+    stores = [record + W.DUE, due]
     _due_no_later(words, stores, due)
     return (MEMORY, 0, stores, None)
 
 
 def _removal(words: Words, record: int) -> Stores:
     """The stores by which WAITING, the first, IN_FLIGHT or DELAYED becomes NOTHING."""
-    stores: Stores = {W.ITEM_BYTES: words[W.ITEM_BYTES] - words[record + W.BYTES]}
+    stores = [W.ITEM_BYTES, words[W.ITEM_BYTES] - words[record + W.BYTES]]
     state = words[record + W.STATE]
     if state == W.WAITING:
         _pop(words, stores, record)
     else:
         counter = W.IN_FLIGHT_COUNT if state == W.IN_FLIGHT else W.DELAYED_COUNT
-        stores[counter] = words[counter] - 1
+        stores += (counter, words[counter] - 1)
         _deactivate(words, stores, record)
     _forget(words, stores, record)
     return stores
@@ -308,7 +282,7 @@ def dead_letter(words: Words, record: int, part: str, name: str) -> Transition:
     stores = _removal(words, record)
     if not part:
         return (MEMORY, 0, stores, None)
-    stores[W.FAILED_COUNT] = words[W.FAILED_COUNT] + 1
+    stores += (W.FAILED_COUNT, words[W.FAILED_COUNT] + 1)
     return (LEAVE, seq, stores, ("items", item_name(seq), part, name))
 
 
@@ -323,30 +297,30 @@ def discard(words: Words, record: int) -> Transition:
 
 def release(words: Words, record: int) -> Transition:
     """PINNED or RESERVED becomes POOLED: no array shows the file and nobody writes it any more."""
-    stores: Stores = {record + W.LOAN: 0}
+    stores = [record + W.LOAN, 0]
     if words[record + W.STATE] == W.RESERVED:  # what it holds is that item no more: see `restore`
-        stores[record + W.SEQ] = 0
+        stores += (record + W.SEQ, 0)
     _pool(words, stores, record, words[record + W.BYTES])
     return (MEMORY, 0, stores, None)
 
 
 def drop(words: Words, record: int) -> Transition:
     """PINNED or RESERVED becomes NOTHING: the file is unlinked."""
-    stores: Stores = {}
+    stores: Stores = []
     _forget(words, stores, record)
     return _unlinking(words, record, stores)
 
 
 def reserve(words: Words, record: int, link: int, owner: int) -> Transition:
     """POOLED becomes RESERVED by the writer `owner`."""
-    stores: Stores = {record + W.STATE: W.RESERVED, record + W.OWNER: owner}
+    stores = [record + W.STATE, W.RESERVED, record + W.OWNER, owner]
     _unpool(words, stores, record, link)
     return (MEMORY, 0, stores, None)
 
 
 def evict(words: Words, record: int, link: int) -> Transition:
     """POOLED becomes NOTHING: the file is unlinked."""
-    stores: Stores = {}
+    stores: Stores = []
     _unpool(words, stores, record, link)
     _forget(words, stores, record)
     return _unlinking(words, record, stores)
@@ -360,9 +334,8 @@ def _unlinking(words: Words, record: int, stores: Stores) -> Transition:
 def donate(words: Words, record: int, number: int, size: int, name: str) -> Transition:
     """NOTHING becomes POOLED: a file of `size` bytes made ahead, `name` in tmp/."""
     stores = _take_unused(words, record)
-    stores[record + W.FILE] = number
-    stores[record + W.BYTES] = size
-    stores[record + W.SEQ] = stores[record + W.LOAN] = stores[record + W.DUE] = 0
+    stores += (record + W.FILE, number, record + W.BYTES, size)
+    stores += (record + W.SEQ, 0, record + W.LOAN, 0, record + W.DUE, 0)
     _pool(words, stores, record, size)
     return (DONATE, number, stores, ("tmp", name, "free", item_name(number)))
 
@@ -370,12 +343,12 @@ def donate(words: Words, record: int, number: int, size: int, name: str) -> Tran
 def end_loan(words: Words, record: int, *, shared: bool) -> Transition:
     """The writer's array over an item's file is gone. shared: a child forked meanwhile may have it for ever."""
     flags = words[record + W.FLAGS] | (W.NEVER_AGAIN if shared else 0)
-    return (MEMORY, 0, {record + W.LOAN: 0, record + W.FLAGS: flags}, None)
+    return (MEMORY, 0, [record + W.LOAN, 0, record + W.FLAGS, flags], None)
 
 
 def pass_to_lender(words: Words, record: int) -> Transition:
     """PINNED by its reader becomes PINNED by the writer that lent its array, and may still have it."""
-    return (MEMORY, 0, {record + W.OWNER: words[record + W.LOAN], record + W.LOAN: 0}, None)
+    return (MEMORY, 0, [record + W.OWNER, words[record + W.LOAN], record + W.LOAN, 0], None)
 
 
 # The spool as a whole
@@ -383,7 +356,7 @@ def pass_to_lender(words: Words, record: int) -> Transition:
 
 def set_shutdown(state: int) -> Transition:
     """The marker file and SHUTDOWN become `state`."""
-    return (FOLLOW, state, {W.SHUTDOWN: state}, None)
+    return (FOLLOW, state, [W.SHUTDOWN, state], None)
 
 
 def set_limits(limits: Limits) -> Transition:
@@ -393,15 +366,12 @@ def set_limits(limits: Limits) -> Transition:
 
 def limit_stores(limits: Limits) -> Stores:
     """The stores that make these the limits of the table."""
-    return {
-        W.MAXSIZE: limits.maxsize or 0,
-        W.MAX_BYTES: limits.max_bytes or 0,
-        W.RECYCLE_BYTES: limits.recycle_bytes or 0,
-        W.MAX_ATTEMPTS: limits.max_attempts or 0,
-    }
+    stores = [W.MAXSIZE, limits.maxsize or 0, W.MAX_BYTES, limits.max_bytes or 0]
+    stores += (W.RECYCLE_BYTES, limits.recycle_bytes or 0, W.MAX_ATTEMPTS, limits.max_attempts or 0)
+    return stores
 
 
 def drop_letter(words: Words, number: int, part: str, name: str) -> Transition:
     """A dead letter's file, `name` in `part`, moves to free/ to be unlinked, no item and no pooled file."""
-    stores = {W.FAILED_COUNT: max(0, words[W.FAILED_COUNT] - 1)}
+    stores = [W.FAILED_COUNT, max(0, words[W.FAILED_COUNT] - 1)]
     return (DONATE, number, stores, (part, name, "free", item_name(number)))

@@ -85,7 +85,8 @@ class Visitor:
         if kind == FOLLOW:
             follow(copy, self.directories)
         elif kind != CLEAN and happened(self.directories, kind, copy[W.SUBJECT], finish=False):
-            for position, value in journalled(copy).items():
+            stores = journalled(copy)
+            for position, value in zip(stores[::2], stores[1::2], strict=True):
                 if position < end:
                     copy[position] = value
         return copy
