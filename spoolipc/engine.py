@@ -6,9 +6,9 @@ second engine stands behind the same faces by keeping these protocols; `spoolipc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Final, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from .errors import Empty, Full
 from .message import (
@@ -170,17 +170,60 @@ class Restorer(Protocol):
         """Let the items of what `take` returned, from the one at `start` on, wait again; harmless when repeated."""
 
 
+class Known(NamedTuple):
+    """The items that came last from another spool: their numbers there, by their ids, in the order in which they came.
+
+    acknowledged: those of which the source is known to know it. put: the others, which it may deliver again.
+    """
+
+    acknowledged: Mapping[str, int] = {}
+    put: Mapping[str, int] = {}
+
+    def after(self, done: Collection[str], new: Mapping[str, int]) -> Known:
+        """The same when those of `done` are acknowledged, and then others were put."""
+        acknowledged = dict(self.acknowledged) | {each: seq for each, seq in self.put.items() if each in done}
+        return Known(_last(acknowledged), _last(dict(self.without(done).put) | dict(new)))
+
+    def without(self, ids: Collection[str]) -> Known:
+        """The same without some that were not put."""
+        return self._replace(put={each: seq for each, seq in self.put.items() if each not in ids})
+
+
+def _last(ids: dict[str, int]) -> dict[str, int]:
+    return dict(list(ids.items())[-REMEMBERED:])
+
+
+REMEMBERED: Final = 2048
+"""Ids of either kind that are kept of one source."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A capability of a consumer: its items can be forwarded."""
+
+    def name(self) -> str:
+        """The name of the spool, which no other has: it stays its own however it is reached."""
+
+    def browse(self, after: int) -> Iterator[Message]:
+        """The items that wait or are in flight and have a number above `after`, in the order of their numbers: copies,
+        the items stay as they are. One that cannot be read is passed over."""
+
+
 @runtime_checkable
 class Destination(Protocol):
     """A capability of a producer: items forwarded from another spool, each of them once, whatever crashes when."""
 
-    def forwarded(self, source: str) -> list[str]:
-        """The ids of what `put_forwarded` put last from that source, of those of its last call at least."""
+    def forwarded(self, source: str) -> Known:
+        """What `put_forwarded` put last from the spool of that name. To be called before it. Raises SpoolInUse while
+        another process forwards from there, where that is known."""
 
-    def put_forwarded(self, source: str, messages: Sequence[Message], until: Deadline) -> int:
-        """Put the first of these messages, as many as can be put as one, and their ids, which are told by `forwarded`
-        from now on: all or nothing. Returns how many. Raises what `put` raises; SpoolInUse when another process has
-        forwarded from the same source meanwhile."""
+    def put_forwarded(
+        self, source: str, messages: Sequence[Message], until: Deadline, done: Collection[str] = ()
+    ) -> int:
+        """Put the first of these messages, as many as can be put at once, and note with them, as one, that they came
+        from that source under their numbers; returns how many. Of the ids in `done` the source knows that they came.
+        Raises what `put` raises, having put none, but for a ServerUnreachable: then `forwarded` tells; SpoolInUse when
+        another process has forwarded from the same source meanwhile."""
 
 
 class Watch(Protocol):

@@ -2,27 +2,56 @@
 
 An item is acknowledged at its source when the destination has it, and the destination keeps, with the items and in one
 with them, the ids of those that came last. So whoever forwards again after a crash knows which of the items that are
-delivered once more are there already: those of the last batch may be, as the next one is put when they are
-acknowledged.
+delivered once more are there already: those that were put and are not known to have been acknowledged. An end that is
+away is opened again, with pauses, until it is there.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from itertools import chain
+from typing import Final, Protocol, cast
 
 from .connect import connect
-from .engine import Consumer, ConsumerOptions, Destination, End, ProducerOptions
-from .errors import BadItem, Empty, LeaseExpired, ShutDown, UnsupportedOperation
-from .message import NOW, Ack, Delivery, Message, duration, one_of, whole
+from .engine import (
+    Consumer,
+    ConsumerOptions,
+    Destination,
+    Durability,
+    End,
+    Known,
+    Producer,
+    ProducerOptions,
+    Source,
+)
+from .errors import (
+    BadItem,
+    Empty,
+    Full,
+    LeaseExpired,
+    LockTimeout,
+    NotASpool,
+    ServerUnreachable,
+    ShutDown,
+    SpoolGone,
+    UnsupportedOperation,
+)
+from .message import NOW, Ack, Delivery, Message, flag, one_of, whole
 
 Place = str | os.PathLike[str]
 Moved = Callable[[int, int], None]
 """Told after each batch: items, bytes."""
-_TOGETHER = 64
+_log = logging.getLogger("spoolipc")
+_TOGETHER: Final = 64
+_LOOK: Final = 2.0
+"""Seconds after which a wait for items or room looks whether to stop."""
+_LONGEST_PAUSE: Final = 15.0
+_AWAY: Final = (ServerUnreachable, SpoolGone, NotASpool, LockTimeout)
 
 
 def forward(
@@ -33,79 +62,217 @@ def forward(
     rate: float | None = None,
     end: End = "shutdown",
     until_empty: bool = False,
+    keep: bool = False,
+    durability: Durability = "none",
+    stop: threading.Event | None = None,
     moved: Moved | None = None,
 ) -> int:
     """Move items from one spool to another, in order, until the source has ended; returns how many.
 
-    destination: a spool on servers; of others none can keep which items it has from where. max_bytes: most bytes that
-    are on their way at once, if it is not one item that is larger. rate: most bytes a second. end: as for SpoolReader.
-    until_empty: end when nothing waits. moved: called after each batch with its items and bytes.
+    source, destination: directories or URLs of servers; a spool in memory is refused with UnsupportedOperation.
+    max_bytes: most bytes that are on their way at once, if it is not one item that is larger. rate: most bytes a
+    second. end: as for SpoolReader. until_empty: end when nothing waits. keep: copy the items, those in flight
+    included, and leave them to the readers of the source; called again with it, go on after the last that was copied.
+    durability: of the destination, as for SpoolWriter. stop: end as soon as it is set, with nothing in doubt. moved:
+    called after each batch with its items and bytes.
 
-    An item that cannot be read is a dead letter of the source. One process forwards from a source to a destination:
-    another that is begun meanwhile raises SpoolInUse, or makes the first one do so. While the destination is full, or
-    its servers are away, this waits.
+    An item that cannot be read is a dead letter of the source; with `keep` it is passed over. One process forwards from
+    a source to a destination: another that is begun meanwhile raises SpoolInUse, or makes the first one do so. While
+    the destination is full, or an end is away, this waits, and the log says so once. Raises NotASpool for a source that
+    was not there when this was called, TooLarge for an item that the destination never takes, and StorageError.
     """
     one_of("end", end, "shutdown", "writers")
-    whole("max_bytes", max_bytes, 1)
-    pace = _Pace(None if rate is None else duration("rate", rate, positive=True))
-    total = 0
-    with (
-        closing(connect(destination).producer(ProducerOptions())) as producer,
-        closing(connect(source).consumer(ConsumerOptions(end=end, values=True, create=False))) as consumer,
-    ):
-        if not isinstance(producer, Destination):
-            what = "cannot keep which items it has from where, as a spool on servers can"
-            raise UnsupportedOperation(f"{producer.path}: {what}")
-        known = set(producer.forwarded(consumer.path))
+    if flag("keep", keep) and end == "writers":
+        raise ValueError('keep=True leaves all items at the source, which end="writers" would wait for')
+    for place in (source, destination):
+        if not connect(place).crosses_processes:
+            what = "is in the memory of one process; a forwarder needs spools that outlive it"
+            raise UnsupportedOperation(f"{os.fsdecode(place)}: {what}")
+    if rate is not None and not rate > 0:
+        raise ValueError(f"rate must be a positive number of bytes a second, not {rate!r}")
+    one = _Forwarder(stop or threading.Event(), moved, rate, whole("max_bytes", max_bytes, 1), until_empty)
+    reading = ConsumerOptions(end=end, values=True, create=False)
+
+    def move() -> None:
+        with ExitStack() as ends:
+            consumer = ends.enter_context(closing(connect(source).consumer(reading)))
+            one.is_known = True
+            writing = ProducerOptions(durability=durability)
+            producer = ends.enter_context(closing(connect(destination).producer(writing)))
+            if consumer.path == producer.path:
+                raise ValueError(f"{consumer.path} is both source and destination")
+            if keep:
+                one.copy(
+                    cast(_From, consumer),
+                    cast(_To, producer),
+                    lambda: connect(source).admin().stat().state != "open",
+                )
+            else:
+                one.move(cast(_From, consumer), cast(_To, producer))
+
+    one.run(move)
+    return one.total
+
+
+class _From(Consumer, Source, Protocol):
+    """A consumer of any spool outside memory."""
+
+
+class _To(Producer, Destination, Protocol):
+    """A producer of any spool outside memory."""
+
+
+class _Forwarder:
+    """What was forwarded, and with what it goes on. is_known: the source has been there."""
+
+    def __init__(
+        self,
+        stop: threading.Event,
+        moved: Moved | None,
+        rate: float | None,
+        max_bytes: int,
+        until_empty: bool,
+    ) -> None:
+        self.total, self.is_known = 0, False
+        self._stop, self._moved, self._rate = stop, moved, rate
+        # No more at once than a second's: else the rate would come in bursts.
+        self._max_bytes = max_bytes if rate is None else min(max_bytes, int(rate) + 1)
+        self._until_empty = until_empty
+        self._free = time.monotonic()
+        self._pause, self._said = 0.0, ""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do it, again and again while one of its ends is away."""
+        while not self._stop.is_set():
+            try:
+                return work()
+            except _AWAY as error:
+                if isinstance(error, NotASpool) and not self.is_known:
+                    raise
+                self._pause = min(2 * self._pause or 0.1, _LONGEST_PAUSE)
+                kind = type(error).__name__
+                if kind != self._said:
+                    _log.warning("%s; forwarding waits for it", error)
+                    self._said = kind
+            self._stop.wait(self._pause)
+
+    # Moving
+
+    def move(self, consumer: _From, producer: _To) -> None:
+        """Until the source has ended, or nothing waits."""
+        source = consumer.name()
+        known = producer.forwarded(source)
+        here = {*known.acknowledged, *known.put}
         waiting: list[Delivery] = []
-        while True:
-            try:
-                waiting = waiting or consumer.claim(_TOGETHER, None, NOW if until_empty else None)
-                batch = _batch(consumer, waiting, known, max_bytes)
-            except (ShutDown, Empty):
-                return total
-            if not batch:
+        done: list[str] = []
+        while producer.full():  # what is claimed and then not put has one attempt more
+            if self._stop.wait(0.2):
+                return
+        while not self._stop.is_set():
+            if not waiting:
+                try:
+                    until = NOW if self._until_empty else time.monotonic() + _LOOK
+                    waiting = consumer.claim(_TOGETHER, None, until)
+                except ShutDown:
+                    return
+                except Empty:
+                    if self._until_empty:
+                        return
+                    continue
+            batch = self._batch(consumer, waiting, here, done)
+            count = self._put(producer, source, [message for _, message in batch], done) if batch else 0
+            if not count:
                 continue
-            count = producer.put_forwarded(consumer.path, [message for _, message in batch], None)
-            try:
-                consumer.settle([delivery for delivery, _ in batch[:count]], Ack())
-            except LeaseExpired:  # they will be delivered again
-                known = set(producer.forwarded(consumer.path))
-            done = {delivery.seq for delivery, _ in batch[:count]}
-            waiting = [delivery for delivery in waiting if delivery.seq not in done]
-            nbytes = sum(message.nbytes for _, message in batch[:count])
-            total += count
-            if moved is not None:
-                moved(count, nbytes)
-            pace.wait(nbytes)
+            batch = batch[:count]
+            done = _acknowledge(consumer, batch)
+            here |= {message.id for _, message in batch} - set(done)  # these will be delivered again
+            settled = {delivery.seq for delivery, _ in batch}
+            waiting = [delivery for delivery in waiting if delivery.seq not in settled]
+            self._count([message for _, message in batch])
 
+    def _batch(
+        self, consumer: _From, waiting: list[Delivery], here: set[str], done: list[str]
+    ) -> list[tuple[Delivery, Message]]:
+        """The first of these items that may be on their way together. Those that the destination has are acknowledged,
+        and with those that cannot be read taken out of `waiting`."""
+        batch: list[tuple[Delivery, Message]] = []
+        total = 0
+        for delivery in list(waiting):
+            if batch and total + delivery.size > self._max_bytes:
+                break
+            with suppress(BadItem, LeaseExpired):
+                message = consumer.load(delivery)
+                if message.id not in here:
+                    batch.append((delivery, message))
+                    total += message.nbytes
+                    continue
+                done += _acknowledge(consumer, [(delivery, message)])
+            waiting.remove(delivery)
+        return batch
 
-def _batch(
-    consumer: Consumer, waiting: list[Delivery], known: set[str], max_bytes: int
-) -> list[tuple[Delivery, Message]]:
-    """The first of these items that may be on their way together. Those that the destination has are acknowledged, and
-    with those that cannot be read taken out of `waiting`."""
-    batch: list[tuple[Delivery, Message]] = []
-    for delivery in list(waiting):
-        if batch and sum(message.nbytes for _, message in batch) + delivery.size > max_bytes:
-            break
-        with suppress(BadItem, LeaseExpired):
-            if not known or consumer.describe(delivery).id not in known:
-                batch.append((delivery, consumer.load(delivery)))
-                continue
-            consumer.settle([delivery], Ack())
-        waiting.remove(delivery)
-    return batch
+    def _put(self, producer: _To, source: str, messages: Sequence[Message], done: Sequence[str]) -> int:
+        """Put the first of them, as soon as there is room; how many: none when this is to stop."""
+        while not self._stop.is_set():
+            with suppress(Full):
+                return producer.put_forwarded(source, messages, time.monotonic() + _LOOK, done)
+        return 0
 
-
-class _Pace:
-    """So many bytes a second at most."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate, self._free = rate, time.monotonic()
-
-    def wait(self, nbytes: int) -> None:
-        """Wait until so many bytes more may be sent."""
+    def _count(self, messages: Sequence[Message]) -> None:
+        """These were forwarded: tell so, and wait as the rate has it."""
+        if not messages:
+            return
+        self._pause, self._said = 0.0, ""
+        nbytes = sum(message.nbytes for message in messages)
+        self.total += len(messages)
+        if self._moved is not None:
+            self._moved(len(messages), nbytes)
         if self._rate is not None:
             self._free = max(self._free, time.monotonic()) + nbytes / self._rate
-            threading.Event().wait(max(0.0, self._free - time.monotonic()))
+            self._stop.wait(max(0.0, self._free - time.monotonic()))
+
+    # Copying
+
+    def copy(self, consumer: _From, producer: _To, has_ended: Callable[[], bool]) -> None:
+        """Until the source was shut down and all is copied, or all that is there."""
+        source = f"{consumer.name()} kept"
+        known = producer.forwarded(source)
+        after = max(chain(known.acknowledged.values(), known.put.values()), default=0)
+        ending = self._until_empty
+        while not self._stop.is_set():
+            before = after
+            for batch in self._batches(consumer.browse(after)):
+                while batch and not self._stop.is_set():
+                    count = self._put(producer, source, batch, [*known.put])
+                    known = Known({}, {message.id: message.seq for message in batch[:count]} or known.put)
+                    after = max(known.put.values())
+                    self._count(batch[:count])
+                    batch = batch[count:]
+            if ending:
+                return
+            if after == before:
+                self._stop.wait(1.0)
+                ending = has_ended()
+
+    def _batches(self, messages: Iterator[Message]) -> Iterator[list[Message]]:
+        """The same, as many together as may be on their way at once."""
+        batch: list[Message] = []
+        total = 0
+        for message in messages:
+            if batch and (total + message.nbytes > self._max_bytes or len(batch) == _TOGETHER):
+                yield batch
+                batch, total = [], 0
+            batch.append(message)
+            total += message.nbytes
+        if batch:
+            yield batch
+
+
+def _acknowledge(consumer: _From, batch: Sequence[tuple[Delivery, Message]]) -> list[str]:
+    """Acknowledge what is in flight still; the ids of these."""
+    try:
+        consumer.settle([delivery for delivery, _ in batch], Ack())
+    except LeaseExpired:
+        if len(batch) == 1:
+            return []
+        return [each for one in batch for each in _acknowledge(consumer, [one])]
+    return [message.id for _, message in batch]

@@ -353,6 +353,17 @@ renewed | doorbell | test_taken_away thread_that_waits | ears.renew(self) ==> ea
 cleaned | layout | test_taken_away cleaner | fs.lock_shared(root) ==> pass
 # spool in the lower layer of an overlay
 overlaid | receiving | test_overlay | tail[0] != words[record + W.PUT_TIME] and ==> False and
+# a forwarder between directories killed, failed or interrupted
+not-put | sources | test_forwarding killed | if fs.exists(directories.tmp, file)} ==> if False}
+put-known | engine | test_forwarding killed | if each not in ids}) ==> if False})
+struck | housekeeping | test_forwarding killed | if not sources.settle( ==> if False and not sources.settle(
+struck-gc | gc | test_forwarding killed | return sources.settle( ==> return True or (
+new-files | forwarding | test_forwarding killed | recycles, self._staging.flags = False, ==> flags =
+unacknowledged | engine | test_forward known_however | dict(self.without(done).put) | ==> {} |
+# a forwarder's ends are away or full
+one-forwards | sources | test_forward second_forwarder | raise SpoolInUse( ==> str(
+full-first | forward | test_forward costs_no_attempts | while producer.full(): ==> while False:
+not-there | forward | test_forward source_that_was_never | not self.is_known: ==> False:
 # a process that uses a temporary spool is killed, or ends
 temporary-used | temporary | test_queues forked_child | or not fs.lock(fd): ==> :
 temporary-new | temporary | test_queues made_anew | fs.lock_shared(fd) and ==> True or

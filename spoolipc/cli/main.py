@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,17 +108,23 @@ examples:
 
 exit codes: 0 clean, or clean now; 1 problems are left; 2 not a spool"""
 _FORWARD = """\
-Move the items of one spool to another, a directory's or a server's to one on a
-server, each once, whatever crashes when: an item is acknowledged at its source
-when the destination has it, and the destination remembers which it has. Runs
-until the source has ended, and waits while the destination is full or away."""
+Move the items of one spool to another, each a directory's or a server's, each
+item once, whatever crashes when: an item is acknowledged at its source when the
+destination has it, and the destination remembers which it has. Runs until the
+source has ended, and waits while the destination is full or an end is away.
+Ctrl-C and SIGTERM end it when what is on its way has arrived.
+
+With --keep the items are copied and stay at the source, in flight or not, for
+its readers; begun again, it goes on after the last that was copied."""
 _FORWARD_EXAMPLES = """\
 examples:
   %(prog)s /dev/shm/frames nats://host:4222/frames
   %(prog)s /data/spool nats://a,b,c/frames?replicas=3 --rate 50e6
-  %(prog)s /data/spool nats://host/frames --until-empty
+  %(prog)s nats://host/frames /data/spool --durability fsync
+  %(prog)s /data/spool /mnt/other/spool --keep --until-empty
 
-exit codes: 0 the source has ended, 1 it could not go on, 2 no spool"""
+exit codes: 0 the source has ended, 1 it could not go on, 2 no spool, 130 and 143
+ended by Ctrl-C and SIGTERM"""
 _FAILED = """\
 Dead letters: items that were rejected, failed in every attempt, or were
 damaged. They lie in failed/, each a plain .npy with its history beside it, and
@@ -201,9 +208,14 @@ def _parser() -> argparse.ArgumentParser:
     one = _command(
         commands, "forward", "move items to another spool", _FORWARD, _FORWARD_EXAMPLES, _run_forward
     )
-    one.add_argument("destination", metavar="URL", type=_directory, help="the spool that gets them")
+    one.add_argument("destination", metavar="TO", type=_directory, help="the spool that gets them")
     one.add_argument("--rate", type=float, metavar="BYTES", help="most bytes a second")
+    one.add_argument(
+        "--max-bytes", type=int, metavar="BYTES", default=64 << 20, help="most on their way at once"
+    )
     one.add_argument("--until-empty", action="store_true", help="end when nothing waits")
+    one.add_argument("--keep", action="store_true", help="copy the items, and leave them at the source")
+    one.add_argument("--durability", choices=("none", "fsync"), default="none", help="of the destination")
     failed = _described(
         commands, "failed", "list, show, retry or drop dead letters", _FAILED, _FAILED_EXAMPLES
     )
@@ -344,16 +356,32 @@ def _run_fsck(options: argparse.Namespace) -> int:
 
 
 def _run_forward(options: argparse.Namespace) -> int:
-    with _bar("forward", "B") as bar:
-        count = forward(
-            options.path,
-            options.destination,
-            rate=options.rate,
-            until_empty=options.until_empty,
-            moved=lambda _, nbytes: bar.update(nbytes),
-        )
-    _print(options, count, f"moved {text.count(count, 'item')}")
-    return DONE
+    stop, got = threading.Event(), list[int]()
+
+    def end(signum: int, _: object) -> None:
+        got.append(signum)
+        stop.set()
+        signal.signal(signum, before[signal.Signals(signum)])  # another one ends it at once
+
+    before = {signum: signal.signal(signum, end) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with _bar("forward", "B") as bar:
+            count = forward(
+                options.path,
+                options.destination,
+                max_bytes=options.max_bytes,
+                rate=options.rate,
+                until_empty=options.until_empty,
+                keep=options.keep,
+                durability=options.durability,
+                stop=stop,
+                moved=lambda _, nbytes: bar.update(nbytes),
+            )
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    _print(options, count, f"{'copied' if options.keep else 'moved'} {text.count(count, 'item')}")
+    return 128 + got[0] if got else DONE
 
 
 def _run_bench(options: argparse.Namespace) -> int:

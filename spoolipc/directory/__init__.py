@@ -14,7 +14,7 @@ byte, `docs/design.md` the reasons.
 
     in items/:  waiting -- claim --> in flight -- nack, crash, lease ended --> waiting, or delayed for a while
 
-Six ways in. "The lock" is the flock on `items/`, held for microseconds and never around array bytes; "a step" is
+Seven ways in. "The lock" is the flock on `items/`, held for microseconds and never around array bytes; "a step" is
 `Session.step`, which takes it and makes sure of the table first.
 
 put (`producer.put`). Room is looked at without the lock. A reserved file, or a new one in `tmp/`, is written without
@@ -37,6 +37,10 @@ what crashed sessions and ended leases had, ends delays, removes their files in 
 open, rebuild (`session.Session`, `rebuild.rebuild`). Opening makes what is missing, `spool.json` last, then one step:
 agree on limits, lock `alive/TOKEN`. A step that finds the table missing, damaged or of an earlier boot builds it again
 from the listing of `items/`, all under the lock, and renames it into place: a crash leaves the old one, or none.
+
+forward (`forwarding.put_forwarded`). As put, always to a new file; in the step of the commits, and before them, these
+files are noted in `sources.json`. A crash leaves files that are there and were not put, and files that are gone and
+were: whoever finds it strikes out the former (`sources.settle`), the others are known when they are delivered again.
 
 A crash within a step: MARK in the table names the transition under way. The next holder of the lock asks the directory
 whether its file was moved, and finishes or forgets it (`journal.recover`).
@@ -68,10 +72,9 @@ from collections.abc import Iterable
 
 from ..engine import ConsumerOptions, ProducerOptions
 from ..message import DeadLetter, Limits, Retried, SpoolStat
-from .consumer import DirectoryConsumer
 from .dead_letters import failed_drop, failed_list, failed_retry
+from .forwarding import DirectoryDestination, DirectorySource
 from .pair import DirectoryPair
-from .producer import DirectoryProducer
 from .reset import purge, remove, set_limits
 from .stat import stat
 
@@ -84,13 +87,13 @@ class DirectoryEngine:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
 
-    def producer(self, options: ProducerOptions) -> DirectoryProducer:
+    def producer(self, options: ProducerOptions) -> DirectoryDestination:
         """Open it for putting, making it where there is none unless asked not to."""
-        return DirectoryProducer(self.path, options)
+        return DirectoryDestination(self.path, options)
 
-    def consumer(self, options: ConsumerOptions) -> DirectoryConsumer:
+    def consumer(self, options: ConsumerOptions) -> DirectorySource:
         """Open it for getting, making it where there is none unless asked not to."""
-        return DirectoryConsumer(self.path, options)
+        return DirectorySource(self.path, options)
 
     def pair(self, limits: Limits) -> DirectoryPair:
         """Open it for both through one session, making it where there is none."""

@@ -19,7 +19,7 @@ from typing import Final, TypeAlias, TypeVar, TypeVarTuple
 
 import numpy as np
 
-from . import fs, liveness, pool
+from . import fs, liveness, pool, sources
 from . import table as W
 from .housekeeping import discard_if_shut_down, put_right
 from .journal import Journal
@@ -124,6 +124,8 @@ class _Sweep:
         self._step(self._half_written)
         for names in self._names("tmp"):
             crashed = self._crashed(set(map(temporary_owner, names)))
+            if crashed and self.session and not self._step(self._settle_sources, self.session, crashed):
+                continue
             for name in names:
                 if temporary_owner(name) in crashed:
                     self._remove("tmp", name, "temporary_files")
@@ -184,7 +186,7 @@ class _Sweep:
 
     def _half_written(self) -> None:
         """A step, as only the holder of the lock may be making these files."""
-        for name in ("index.new", "spool.json.new"):
+        for name in ("index.new", "spool.json.new", sources.NEW):
             self._remove(".", name, "half_written")
 
     def _crashed(self, tokens: set[int]) -> set[int]:
@@ -250,6 +252,11 @@ class _Sweep:
                 items, space = items + more, space + room
             del abandoned[0]
         return None, items, space
+
+    def _settle_sources(self, session: Session, crashed: set[int]) -> bool:
+        """What they were about to put, forwarded from elsewhere, did not come; false where that cannot be noted. A
+        step."""
+        return sources.settle(session.directories, session.journal, crashed)
 
     def _discarded(self) -> None:
         if self.session is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from ..message import Deadline
-from . import fs, liveness, pool, transitions
+from . import fs, liveness, pool, sources, transitions
 from . import table as W
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
@@ -223,6 +223,8 @@ def end_loans(session: Session, lenders: Collection[int]) -> bool:
 def _remove_temporary(session: Session, crashed: set[int]) -> bool:
     """Remove temporary files of crashed sessions; whether some may be left. A step."""
     directories, removed = session.directories, 0
+    if not sources.settle(directories, session.journal, crashed):
+        return True
     with fs.scan(directories.tmp) as entries:
         for entry in itertools.islice(entries, _NAMES):
             if temporary_owner(entry.name) in crashed:

@@ -11,7 +11,7 @@
       alive/         one locked file per session (`liveness.py`)
       spare          what the next session's file is where no more files can be made
       shutdown       there once the spool was shut down
-      sources.json   the last item id taken from each spool that forwards to this one
+      sources.json   the items that came last from each spool that forwards to this one (`sources.py`)
 
 Everything is opened relative to the spool's descriptor and without following links, so nothing planted at a name can
 lead out of the directory.
@@ -48,7 +48,10 @@ from .table import ALL_BITS, CAPACITY, DISCARDED, DRAINING, OPEN, WORD, IndexDam
 _log = logging.getLogger("spoolipc")
 FORMAT: Final = 2
 PARTS: Final = ("items", "free", "tmp", "failed", "alive")
-FILES: Final = ("spool.json", "spool.json.new", "index", "index.new", "shutdown", "spare", "sources.json")
+FILES: Final = (
+    *("spool.json", "spool.json.new", "index", "index.new", "shutdown", "spare"),
+    *("sources.json", "sources.json.new"),
+)
 NUMBERS: Final = 2**64
 """Numbers of files are below this, as the table holds them in 64 bits."""
 _ITEM: Final = re.compile(r"(\d{20})\.npy")

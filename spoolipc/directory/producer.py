@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from .staging import Staged, Staging
 from .table import Words, bucket, owned
 from .watch import SessionWatch
 
+Commit: TypeAlias = Callable[[list[Staged], list[int]], tuple[bool, int, int]]
 RETRY_AFTER: Final = 1.0
 """Seconds after which a write that the file system refused is tried again."""
 
@@ -96,12 +97,12 @@ class DirectoryProducer(Side):
                     self._put_some(messages, staged, seqs)
             except Full:
                 if until == NOW:
-                    self._refuse_impossible(_need(messages[len(seqs)]))
+                    self._refuse_impossible(need_of(messages[len(seqs)]))
                     raise
             while len(seqs) < len(messages):
                 retry(
                     lambda: self._put_some(messages, staged, seqs),
-                    lambda until: self._wait_for_room(_need(messages[len(seqs)]), until),
+                    lambda until: self._wait_for_room(need_of(messages[len(seqs)]), until),
                     until,
                 )
         except BaseException as error:
@@ -114,7 +115,9 @@ class DirectoryProducer(Side):
                 self._staging.unstage(left)
         return seqs
 
-    def _put_some(self, messages: Sequence[Message], staged: list[Staged], seqs: list[int]) -> None:
+    def _put_some(
+        self, messages: Sequence[Message], staged: list[Staged], seqs: list[int], commit: Commit | None = None
+    ) -> None:
         """Put as many of the messages not yet in `seqs` as there is room for, at most 64; `staged` are the next of
         them already. Raises Full when there is room for none, ShutDown, TooLarge, UnsupportedArray."""
         start = len(seqs)
@@ -124,12 +127,12 @@ class DirectoryProducer(Side):
             if self._recycler.has_strays:
                 self.session.step(self._recycler.release_strays)
             if self._places <= 0:
-                self._look_for_room(_need(messages[start]))
+                self._look_for_room(need_of(messages[start]))
             batch = messages
             if len(messages) > 1:
                 batch = messages[start : start + min(MOST_RESERVED, self._places)]
-            if len(batch) > 1 and not self._durable:
-                needs = [_need(message) for message in batch]
+            if len(batch) > 1 and self._staging.recycles:
+                needs = [need_of(message) for message in batch]
                 self._recycler.stock_up([(need, self._staging.most(need)) for need in needs])
             try:
                 for message in batch:
@@ -138,7 +141,7 @@ class DirectoryProducer(Side):
                 if not staged:
                     raise  # else what is staged goes first: nobody could make room by taking it otherwise
         lost: Staged | None = None
-        while self.session.step(self._commit_all, staged, seqs):
+        while self.session.step(commit or self._commit_all, staged, seqs):
             if staged[0] is lost or self.session.is_leaving:
                 raise self._staging.lost()
             lost = staged[0]
@@ -312,7 +315,7 @@ class DirectoryProducer(Side):
         """A wait of an event loop for room for a message, or until none of the items up to a number is left."""
         if isinstance(lacking, int):
             return SessionWatch(self.session, "end", news, *housekeeping.end_of(self.session, lacking + 1))
-        need = _need(lacking) if lacking else 0
+        need = need_of(lacking) if lacking else 0
         return SessionWatch(self.session, "space", news, *self._room_for(need))
 
     # Loans
@@ -437,9 +440,8 @@ class DirectoryProducer(Side):
         while self.session.step(self._set_state, W.DISCARDED if immediate else W.DRAINING):
             pass
         self.session.doorbell.ring_all()
-        if immediate:
-            while self.session.step(housekeeping.discard_if_shut_down, self.session):
-                pass
+        while immediate and self.session.step(housekeeping.discard_if_shut_down, self.session):
+            pass
 
     def _set_state(self, state: int) -> tuple[int, int, int]:
         """DISCARDED is taken back by OPEN alone, when nothing is left of it; how much was removed. A step."""
@@ -513,6 +515,6 @@ class DirectoryLoan:
         del self.array  # the producer writes the file again when nobody has it any more
 
 
-def _need(message: Message) -> int:
+def need_of(message: Message) -> int:
     """Bytes that a message takes."""
     return layout_of(message.arrays).end + footer.SIZE + footer.json_size(message.names, message.meta)

@@ -27,7 +27,7 @@ from .table import IndexDamaged, rows
 from .visitor import administration
 
 _WHO: Final = "spoolipc fsck"
-_REPLACEABLE: Final = ("index", "index.new", "spool.json.new", "shutdown")
+_REPLACEABLE: Final = ("index", "index.new", "spool.json.new", "shutdown", "sources.json", "sources.json.new")
 _REBUILT: Final = ("index", "limits", "unknown", "missing", "size")
 """Kinds that building the table again puts right."""
 

@@ -73,8 +73,8 @@ class Staged:
 class Staging:
     """Where one writer stages its messages.
 
-    durable: every file is synced, and no consumed file is written again, as `flags` say. checksum: stored with every
-    item.
+    durable: every file is synced. recycles: consumed files are written again, and with `flags` these will be; not where
+    an older name could show the new bytes after a loss of power. checksum: stored with every item.
     limits_bytes: whether `max_bytes` is set. no_space: what the spool was like when the file system refused a write.
     """
 
@@ -82,6 +82,7 @@ class Staging:
         self.session = session
         self.recycler = recycler
         self.durable = durable
+        self.recycles = not durable
         self.flags = NEVER_AGAIN if durable else 0
         self.checksum = checksum
         self.limits_bytes = False
@@ -134,7 +135,7 @@ class Staging:
         """Write a message to a file that nobody sees yet. Raises Full when the file system is full."""
         said = bytes.fromhex(message.id) if message.id else self.new_id()
         staged = Staged(message, layout_of(message[0]), said, self.flags)
-        if not self.durable:
+        if self.recycles:
             most = self.most(staged.need)
             while (file := self.recycler.pick(staged.need, most)) is not None:
                 if self._fill(file, staged):

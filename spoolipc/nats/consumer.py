@@ -18,7 +18,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -373,6 +373,26 @@ class NatsConsumer(Session):
                 await self._check_end()
                 if until == NOW or not await self.wait(news, until):
                     raise errors.Empty(f"{self.path}: no item waits")
+
+    def name(self) -> str:
+        stream = f"STREAM.INFO.{self.spool.items}"
+        return f"{self.spool.items} {self.do(self.link.api(stream))['created']}"
+
+    def browse(self, after: int) -> Iterator[Message]:
+        while some := self.do(self._above(after)):
+            for msg in some:
+                after = int(header(msg, "Nats-Sequence"))
+                with suppress(errors.BadItem, errors.UnknownVersion):
+                    yield self.do(self.spool.message(msg, (after, 0)))
+
+    async def _above(self, after: int) -> list[Msg]:
+        """Some items with numbers above that one."""
+        found: list[Msg] = []
+        async for msg in self.link.read(self.spool.items, self.spool.subject("item", "*"), after + 1, 16):
+            found.append(msg)
+            if len(found) == 16:
+                break
+        return found
 
     async def _pass_over(self, seq: int) -> None:
         """Dead-letter the damaged item that is next."""

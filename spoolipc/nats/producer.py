@@ -15,14 +15,14 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import nats.errors
 from nats.aio.msg import Msg
 
 from .. import errors
-from ..engine import ProducerOptions
+from ..engine import Known, ProducerOptions
 from ..format import footer as footers
 from ..format import item as items
 from ..message import NOW, Deadline, Message
@@ -34,7 +34,6 @@ _TOGETHER: Final = 64
 _MAX_BATCH: Final = 1000
 _BATCH_BYTES: Final = 16 << 20
 _AT_ONCE: Final = 16
-_REMEMBERED: Final = 1024
 _OVERHEAD: Final = 256
 _ANOTHER, _DUPLICATE = 10071, 10201
 
@@ -113,27 +112,31 @@ class NatsProducer(Session):
 
     # Forwarding
 
-    def forwarded(self, source: str) -> list[str]:
+    def forwarded(self, source: str) -> Known:
         return self.do(self._forwarded(source))[1]
 
-    async def _forwarded(self, source: str) -> tuple[int, list[str]]:
-        """The number of the record of that source, and the ids in it."""
+    async def _forwarded(self, source: str) -> tuple[int, Known]:
+        """The number of the record of that source, and what it says."""
         seq, data = await self.spool.last(self.spool.items, "source", _key(source))
-        return seq, list(json.loads(data)) if seq else []
+        return seq, Known(*json.loads(data)) if seq else Known()
 
-    def put_forwarded(self, source: str, messages: Sequence[Message], until: Deadline) -> int:
+    def put_forwarded(
+        self, source: str, messages: Sequence[Message], until: Deadline, done: Collection[str] = ()
+    ) -> int:
         packed = [self._packed(message) for message in messages]
-        return self.do(within(until, self._put_forwarded, source, packed, until))
+        return self.do(within(until, self._put_forwarded, source, packed, until, done))
 
-    async def _put_forwarded(self, source: str, packed: list[_Packed], until: Deadline) -> int:
-        """One batch of items and of the record of their ids, which nobody else has written meanwhile."""
-        before, ids = await self._forwarded(source)
-        if packed[0].id in ids:  # an earlier try was not answered
-            return sum(each.id in ids for each in packed)
+    async def _put_forwarded(
+        self, source: str, packed: list[_Packed], until: Deadline, done: Collection[str]
+    ) -> int:
+        """One batch of items and of the record that they came, which nobody else has written meanwhile."""
+        before, known = await self._forwarded(source)
+        if packed[0].id in known.put:  # an earlier try was not answered
+            return sum(each.id in known.put for each in packed)
         subject = self.spool.subject("source", _key(source))
 
         def record(group: list[_Packed]) -> _Sent:
-            written = json.dumps([*ids, *(each.id for each in group)][-_REMEMBERED:]).encode()
+            written = json.dumps(known.after(done, {each.id: each.message.seq for each in group})).encode()
             return _Sent(subject, written, {"Nats-Expected-Last-Subject-Sequence": str(before)})
 
         while True:

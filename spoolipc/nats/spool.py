@@ -4,7 +4,7 @@ Two streams, of `spoolipc.NAME.` subjects:
 
     spoolipc-NAME-items   item.ID    an item: the bytes of its file; of a large one its footer, with its size as header
                           chunk.ID   what comes before that footer, in pieces of `max_payload`
-                          source.KEY   JSON: the ids of what was forwarded last from another spool
+                          source.KEY   JSON: ids and numbers of what was forwarded last from another spool
     spoolipc-NAME-notes   control    JSON: state, limits, writers that ever came; changed by compare-and-swap
                           session.ROLE.TOKEN   who has the spool open; forgotten when not renewed for some seconds
                           failed.SEQ   JSON: deliveries, failures, whether it waits again or is a dead letter

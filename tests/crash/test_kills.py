@@ -15,17 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support.faults import STORE, Event, Hook, Injector, at, forked, kill, partly
+from support.faults import STORE, Event, Hook, Injector, at, forked, is_look, kill, partly
 from support.scenarios import ALONE, SCENARIOS, Log, Run, Stage, verify
 
 from spoolipc import SpoolReader
 
 WRITES = ("save", "write", "pwrite")
-LOOKS = frozenset(
-    "close stat_at fstat statvfs read pread seek sync list_names scan map_file lock lock_shared unlock nearest"
-    " read_text poll sleep yield_core watch_open watch_add replace".split()
-)
-"""The calls that change nothing that a process leaves behind; nor does an open that makes nothing."""
 
 
 def changes(place: Path, name: str) -> tuple[list[tuple[int, str]], int]:
@@ -33,8 +28,7 @@ def changes(place: Path, name: str) -> tuple[list[tuple[int, str]], int]:
     found: list[tuple[int, str]] = []
 
     def note(event: Event) -> None:
-        is_look = event.name in LOOKS or (event.name == "open_at" and not event.args[1] & os.O_CREAT)
-        if not is_look:
+        if not is_look(event):
             found.append((event.number, event.name))
 
     with Run(place / "dry", name) as run:

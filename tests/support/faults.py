@@ -30,6 +30,13 @@ PATIENCE: Final = 30
 """Seconds after which a child counts as hung."""
 
 
+LOOKS: Final = frozenset(
+    "close stat_at fstat statvfs read pread seek sync list_names scan map_file lock lock_shared unlock nearest"
+    " read_text poll sleep yield_core watch_open watch_add replace".split()
+)
+"""The calls that change nothing that a process leaves behind; nor does an open that makes nothing."""
+
+
 class Event(NamedTuple):
     """One call, or one store. number: from 1."""
 
@@ -37,6 +44,11 @@ class Event(NamedTuple):
     name: str
     args: tuple[Any, ...] = ()
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+def is_look(event: Event) -> bool:
+    """Whether a call changes nothing that a process leaves behind."""
+    return event.name in LOOKS or (event.name == "open_at" and not event.args[1] & os.O_CREAT)
 
 
 Hook = Callable[[Event], object]

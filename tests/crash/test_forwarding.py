@@ -1,0 +1,148 @@
+"""A forwarder killed, failed or interrupted at any system call, and begun again, loses and doubles nothing.
+
+Both spools are directories. It is begun again at once, or after a reader of the destination has taken what was there,
+or after that and with the destination's index lost as well: the account by id is exact, and in order.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from support.account import check_spool
+from support.faults import STORE, Event, Hook, Injector, at, fail, forked, interrupt, is_look, kill, partly
+from support.forwards import drained, fill
+
+from spoolipc import SpoolError, forward, fsck, gc, stat
+
+COUNT: Final = 3
+BATCH: Final = 9000
+"""Bytes at once: two of the small items."""
+
+
+def leave(_: Path) -> list[str]:
+    """Nobody does anything meanwhile."""
+    return []
+
+
+def take(path: Path) -> list[str]:
+    """A reader takes what is there."""
+    return drained(path) if (path / "spool.json").exists() else []
+
+
+def take_and_lose(path: Path) -> list[str]:
+    """And then the index is lost, with all that it could tell."""
+    found = take(path)
+    (path / "index").unlink(missing_ok=True)
+    return found
+
+
+def tidy(path: Path) -> list[str]:
+    """Another session removes what the crashed one left."""
+    if (path / "spool.json").exists():
+        gc(path)
+        assert os.listdir(path / "tmp") == []
+    return []
+
+
+MEANWHILE: Final = (leave, take, take_and_lose, tidy)
+
+
+class Spools:
+    """A source with items, and a destination."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.source, self.destination = place / "source", place / "destination"
+        self.ids = fill(self.source, COUNT)
+
+    def forward(self, **options: Any) -> int:
+        return forward(self.source, self.destination, until_empty=True, max_bytes=BATCH, **options)
+
+    def verify(self, before: list[str]) -> None:
+        """Forward the rest; all there is came once and in order. before: what was taken at the destination."""
+        self.forward()
+        assert before + drained(self.destination) == self.ids
+        for path in (self.source, self.destination):
+            assert stat(path).depth + stat(path).in_flight + stat(path).failed == 0
+            gc(path)
+            check_spool(path, checked=False)
+            assert fsck(path).problems == ()
+        assert os.listdir(self.destination / "tmp") == []
+        shutil.rmtree(self.place)
+
+
+def events(place: Path, stores: bool = True) -> list[tuple[int, str]]:
+    """The calls and stores of a forwarder that change something; of stores one after another, the first."""
+    found: list[tuple[int, str]] = []
+
+    def note(event: Event) -> None:
+        if not is_look(event) and not (
+            found and found[-1] == (event.number - 1, STORE) == (event.number - 1, event.name)
+        ):
+            found.append((event.number, event.name))
+
+    spools = Spools(place)
+    with Injector(note, stores=stores):
+        spools.forward()
+    spools.verify([])
+    assert len(found) > 50
+    return found
+
+
+def each_kill(found: list[tuple[int, str]]) -> Iterator[tuple[int, Hook]]:
+    for number, name in found:
+        yield number, at(number, kill)
+        if name in ("write", "pwrite", "save"):
+            yield number, at(number, partly(0.6, kill))
+
+
+@pytest.mark.parametrize(
+    "turn", [0, *(pytest.param(turn, marks=pytest.mark.exhaustive) for turn in (1, 2, 3))]
+)
+def test_forwarder_killed_at_every_system_call_loses_and_doubles_nothing(place: Path, turn: int) -> None:
+    for count, (number, fault) in enumerate(each_kill(events(place / "dry"))):
+        spools = Spools(place / "both")
+
+        def work(spools: Spools = spools, fault: Hook = fault) -> None:
+            with Injector(fault, stores=True):
+                spools.forward()
+            kill()
+
+        assert forked(work) < 0
+        meanwhile = MEANWHILE[(count + turn) % len(MEANWHILE)]
+        try:
+            spools.verify(meanwhile(spools.destination))
+        except BaseException as failure:
+            failure.add_note(f"killed at event {number}, then {meanwhile.__name__}")
+            raise
+
+
+def faulty(place: Path, act: Hook, error: type[BaseException] | tuple[type[BaseException], ...]) -> None:
+    """A fault at each call, in this process."""
+    for number, _ in events(place / "dry", stores=False):
+        spools = Spools(place / "both")
+        try:
+            with Injector(at(number, act)):
+                spools.forward()
+        except error:
+            pass
+        try:
+            spools.verify(take(spools.destination))
+        except BaseException as failure:
+            failure.add_note(f"at event {number}")
+            raise
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
+def test_error_at_every_system_call_is_told_and_loses_and_doubles_nothing(place: Path, number: int) -> None:
+    faulty(place, fail(number), SpoolError)
+
+
+def test_interrupt_at_every_system_call_loses_and_doubles_nothing(place: Path) -> None:
+    faulty(place, interrupt, KeyboardInterrupt)
