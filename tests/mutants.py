@@ -216,9 +216,9 @@ sync-retried | dead_letters | test_failed synced | if done: ==> if False:
 never-again | staging | test_recycling power | NEVER_AGAIN if durable else 0 ==> 0
 never-rebuilt | rebuild | test_recycling power | = W.NEVER_AGAIN ==> = 0
 # inotify's limits used up
-said-once | hearing | test_inotify_limits says_so | _warned = True ==> _warned = False
-unheard | hearing | test_inotify_limits reported | while not fs.poll(ears.fd, 0) and ==> while False and
-polled | doorbell | test_wakeups polling | ears is None or self.number < 0 or not armed: ==> False:
+said-once | doorbell | test_inotify_limits says_so | = self._has_warned = True ==> = True
+unheard | doorbell | test_inotify_limits reported | while not fs.poll(self.fd, 0) and ==> while False and
+polled | doorbell | test_wakeups polling | self.number < 0 or not armed: ==> False:
 # a waiting session crashes, or its time is up, as it is woken
 ring-crashed | liveness | test_wakeups in_the_place | if fs.lock(fd): ==> if False:
 ring-stale | doorbell | test_wakeups in_the_place | and since > fresh: ==> :
@@ -240,7 +240,7 @@ fork-crash | housekeeping | test_fork views_got | transitions.drop(journal.words
 fork-lock | session | test_fork crash_of | in {*self._held} - kept: ==> in ():
 fork-session | session | test_fork of_its_own | self.is_forked = True ==> pass
 fork-opening | session | test_fork announces | no_fork: ==> contextlib.nullcontext():
-fork-ears | hearing | test_fork that_waits | _ears, _ears_lock, _deaf = None, threading.RLock(), False ==> pass
+fork-ears | doorbell | test_fork that_waits | (after_in_child=ears.forked) ==> ()
 # Ctrl-C, or an exception of a signal handler, amid `get_many`
 put-back | consumer | test_interrupts interrupted_at_any_call | if got.places: ==> if False:
 put-back-amid | consumer | test_interrupts interrupted_at_any_call | if words[W.MARK]: ==> if False:

@@ -15,12 +15,18 @@ is nobody's who sleeps: a session that was stopped, or went on to other work. It
 other's wake-up, and neither does that of a crashed session, whose file says that it is one. A session that finds no
 place among the 32 looks at intervals.
 
-No thread is started: of the threads of a process that wait, one reads the descriptor of inotify for all.
+No thread is started. All sessions of a process share one descriptor of inotify: of the threads that wait, one reads it
+for all, and so does an event loop that finds it readable. Where inotify cannot be had (its limits are used up, the file
+system reports nothing, or SPOOLIPC_WATCH=polling is set in the environment) who waits looks at intervals, and the log
+says so once.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import struct
 import threading
 import time
 import weakref
@@ -29,11 +35,13 @@ from contextlib import suppress
 from typing import Final, Literal, Protocol
 
 from ..errors import SpoolError
-from . import fs, hearing
+from . import fs
 from . import table as W
 from .liveness import crashed_among, ring, token_name
+from .lock import no_fork
 from .table import Token, Waiter, Words
 
+_log = logging.getLogger("spoolipc")
 Kind = Literal["items", "space", "end"]
 LOOK_EVERY: Final = {"items": 1.0, "space": 0.05, "end": 1.0}
 """Seconds a sleeper waits before it looks again unasked; for space less, as not every single place is rung for."""
@@ -42,6 +50,10 @@ SHORT_LOOK: Final = (5e-6, 200e-6)  # seconds of looking before sleeping: least 
 CROWDED: Final = 50e-6  # seconds: a look that takes longer gave the core to somebody with work to do
 SOON: Final = 1e-3  # seconds: a sleep that ends within it would better have been a longer look
 POLL: Final = (0.5e-3, 20e-3)  # seconds between looks where nothing can be heard: first and longest
+_TRIAL: Final = 0.1  # seconds within which a new watch must hear its own ring
+_PAUSE: Final = 0.5e-3  # seconds between two looks whether it did
+_EVENT: Final = struct.Struct("iIII")
+_BUFFER: Final = 4096
 _CODES: Final[dict[Kind, int]] = {"items": W.FOR_ITEMS, "space": W.FOR_SPACE, "end": W.FOR_END}
 
 
@@ -105,8 +117,7 @@ class Doorbell:
 
     def renew_watch(self) -> None:
         """The file is another one: listen to that."""
-        ears = hearing.ears()
-        if ears is not None and self.number >= 0:
+        if self.number >= 0:
             ears.renew(self)
 
     @property
@@ -187,7 +198,7 @@ class Doorbell:
         self._leave(kind, look)
 
     def _sleep_until(self, kind: Kind, look: Callable[[], bool], until: float) -> bool:
-        ears = hearing.listen(self)
+        ears.listen(self)
         pause = POLL[0]
         while True:
             ticket = self.tickets
@@ -195,12 +206,12 @@ class Doorbell:
             if look():
                 return True
             nap = LOOK_EVERY[kind]
-            if ears is None or self.number < 0 or not armed:
+            if self.number < 0 or not armed:
                 nap, pause = min(nap, pause), min(2 * pause, POLL[1])
             now = time.monotonic()
             if now >= until:
                 return False
-            if ears is None or self.number < 0:
+            if self.number < 0:
                 fs.sleep(min(nap, until - now))
             else:
                 ears.sleep(self, ticket, min(now + nap, until))
@@ -284,8 +295,7 @@ class Doorbell:
         """Wait no more: whoever still does wakes and finds the session closed."""
         self.closed = True
         self.heard()
-        ears = hearing.ears()
-        if ears is not None and self.number >= 0:
+        if self.number >= 0:
             with suppress(OSError):
                 self.ring_oneself()  # one of our threads may be the one that reads
             ears.remove(self)
@@ -298,3 +308,164 @@ class Doorbell:
             fs.Closing(fs.open_own(place, name, os.O_WRONLY)) as fd,
         ):
             fs.pwrite(fd, b"\n", 0)
+
+
+class Ears:
+    """What this process hears. fd: of inotify, -1 where nobody listens; read by one of those who wait, for all."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.fd = -1
+        self._is_deaf = False  # the last attempt to listen failed
+        self._lock = threading.RLock()  # for a few stores; a signal handler may wait amid them
+        self._doorbells: dict[int, weakref.ref[Doorbell]] = {}
+        self._sleepers: dict[threading.Lock, Doorbell] = {}
+        self._is_read = False
+
+    def listen(self, doorbell: Doorbell) -> None:
+        """Hear a doorbell; where that cannot be it has no number, and the log says so once."""
+        if _is_forced():
+            return
+        try:
+            with no_fork, self._lock:
+                is_new = doorbell.number < 0
+                if is_new:
+                    self._add(doorbell)
+            if is_new:
+                self._try_out(doorbell)
+            self._is_deaf = False
+        except FileNotFoundError:
+            pass  # the spool is gone, which says nothing about inotify
+        except OSError as error:
+            if not self._has_warned:
+                _log.warning("inotify is unavailable (%s): waiting falls back to polling", error)
+            self._is_deaf = self._has_warned = True
+
+    def _add(self, doorbell: Doorbell) -> None:
+        """The caller holds the lock."""
+        if self.fd < 0:
+            self.fd = fs.watch_open()
+        number = fs.watch_add(self.fd, doorbell.file)
+        # One dropped without a close is forgotten at any moment, also where this thread has the lock.
+        self._doorbells[number] = weakref.ref(doorbell, functools.partial(self._doorbells.pop, number))
+        doorbell.number = number
+
+    def _try_out(self, doorbell: Doorbell) -> None:
+        """Ring ourselves: a local file system has the event ready when the write returns. Raises OSError."""
+        heard = doorbell.tickets
+        doorbell.ring_oneself()
+        until = time.monotonic() + _TRIAL
+        while not fs.poll(self.fd, 0) and doorbell.tickets == heard:  # another thread may have read it
+            if time.monotonic() > until:
+                self.remove(doorbell)
+                raise OSError(f"no event arrived from {doorbell.file}")
+            fs.sleep(_PAUSE)
+
+    def renew(self, doorbell: Doorbell) -> None:
+        """Listen to the file that took the place of its own; who sleeps sleeps on."""
+        with self._lock:
+            before = doorbell.number
+            try:
+                self._add(doorbell)
+            except OSError:
+                self.remove(doorbell)
+            self._doorbells.pop(before, None)
+
+    def remove(self, doorbell: Doorbell) -> None:
+        """Listen for it no more, and wake its threads. The watch itself goes with the file."""
+        with self._lock:
+            self._doorbells.pop(doorbell.number, None)
+            doorbell.number = -1
+            self._wake(lambda other: other is doorbell)
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if not self._doorbells and not self._is_read and self.fd >= 0:
+            fs.close(self.fd)
+            self.fd = -1
+
+    def sleep(self, doorbell: Doorbell, ticket: int, until: float) -> None:
+        """Sleep until a ring later than `ticket` is heard, or until then (monotonic seconds)."""
+        while doorbell.tickets == ticket and doorbell.number >= 0 and not doorbell.closed:
+            seconds = until - time.monotonic()
+            if seconds <= 0:
+                return
+            with self._lock:
+                reads = not self._is_read
+                sleeper = threading.Lock()
+                if reads:
+                    self._is_read = True
+                else:
+                    sleeper.acquire()
+                    self._sleepers[sleeper] = doorbell
+            try:
+                if reads:
+                    self._read(seconds)
+                else:
+                    sleeper.acquire(timeout=seconds)
+            finally:
+                with self._lock:
+                    self._sleepers.pop(sleeper, None)
+                    if reads:
+                        self._is_read = False
+                        self._close_if_unused()
+                        for other in list(self._sleepers)[:1]:  # it reads now
+                            del self._sleepers[other]
+                            other.release()
+
+    def drain(self) -> None:
+        """Read what is there, for all: an event loop found the descriptor readable."""
+        with self._lock:  # nobody closes it meanwhile
+            if self.fd >= 0:
+                self._read(0)
+
+    def _read(self, seconds: float) -> None:
+        if not fs.poll(self.fd, seconds):
+            return
+        try:
+            events = fs.read(self.fd, _BUFFER)
+        except BlockingIOError:
+            return
+        numbers = {number for number, _, _, _ in _EVENT.iter_unpack(events[: len(events) // 16 * 16])}
+        with self._lock:
+            for number, ref in list(self._doorbells.items()):
+                doorbell = ref()
+                # -1: the kernel's queue overflowed.
+                if doorbell is not None and (number in numbers or -1 in numbers):
+                    doorbell.heard()
+            self._wake(lambda other: other.number in numbers or -1 in numbers)
+
+    def _wake(self, concerned: Callable[[Doorbell], bool]) -> None:
+        for sleeper, doorbell in list(self._sleepers.items()):
+            if concerned(doorbell):
+                del self._sleepers[sleeper]
+                sleeper.release()
+
+    def mode(self) -> Literal["inotify", "polling"]:
+        """How this process waits, or would: found out without a ring, which would wake somebody."""
+        if _is_forced() or self._is_deaf:
+            return "polling"
+        if self.fd < 0:
+            try:
+                fs.close(fs.watch_open())
+            except OSError:
+                return "polling"
+        return "inotify"
+
+    def forked(self) -> None:
+        """In a forked child, nobody listens yet."""
+        if self.fd >= 0:
+            with suppress(OSError):
+                fs.close(self.fd)
+        self._reset()
+
+
+def _is_forced() -> bool:
+    return os.environ.get("SPOOLIPC_WATCH") == "polling"
+
+
+ears: Final = Ears()
+os.register_at_fork(after_in_child=ears.forked)

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..errors import LockTimeout
 from ..message import Limits, SpoolStat, State
-from . import fs, hearing, liveness, pool
+from . import fs, liveness, pool
 from . import table as W
+from .doorbell import ears
 from .layout import MEMORY, agree, item_number, read_shutdown
 from .quarantine import failed_numbers
 from .table import Words, rows
@@ -51,7 +52,7 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
             limits=agree(visitor.directories, Limits()),
             file_system=kind,
             in_memory=kind in MEMORY,
-            waiting_mode=hearing.mode(),
+            waiting_mode=ears.mode(),
             index_damage=damage,
             stuck_on=stuck_on,
         )

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import SpoolError
-from . import hearing
-from .doorbell import LOOK_EVERY, POLL, Kind
+from .doorbell import LOOK_EVERY, POLL, Kind, ears
 from .session import Look, Session, Side, operation
 
 
@@ -34,8 +33,7 @@ class SessionWatch(Side):
 
     def fileno(self) -> int:
         """The descriptor of inotify, -1 where there is none."""
-        ears = hearing.ears()
-        return ears.fd if ears is not None else -1
+        return ears.fd
 
     @operation
     def arm(self) -> float:
@@ -45,8 +43,9 @@ class SessionWatch(Side):
         self._glance = glance
         if glance():
             return 0.0
-        heard = hearing.listen(self.session.doorbell) is not None
-        if self.session.doorbell.arm(self._kind) and heard:
+        doorbell = self.session.doorbell
+        ears.listen(doorbell)
+        if doorbell.arm(self._kind) and doorbell.number >= 0:
             nap = LOOK_EVERY[self._kind]
         else:
             nap, self._pause = self._pause, min(2 * self._pause, POLL[1])
@@ -54,9 +53,7 @@ class SessionWatch(Side):
 
     def drain(self) -> None:
         """Hear, for all sessions of the process, what made the descriptor readable."""
-        ears = hearing.ears()
-        if ears is not None:
-            ears.drain()
+        ears.drain()
 
     def close(self) -> None:
         """Wait no more; harmless when repeated."""
