@@ -49,8 +49,8 @@ parts are meant to be used is in the [tutorial](tutorial.md) and in [delivery](d
 ENGINE = """## An engine of one's own
 
 `spoolipc.connect` takes a path or URL to an engine, which keeps the protocols of `spoolipc.engine`: those of both sides
-and of administration, and as many of the capabilities (`Lender`, `Preallocator`, `Watchable`) as it can. The values
-that cross them are in `spoolipc.message`.
+and of administration, and as many of the capabilities (`Lender`, `Preallocator`, `Watchable`, `Restorer`,
+`Collector`) as it can. The values that cross them are in `spoolipc.message`.
 """
 PROTOCOLS = [
     "Engine",
@@ -63,6 +63,8 @@ PROTOCOLS = [
     "Preallocator",
     "Watchable",
     "Watch",
+    "Restorer",
+    "Collector",
 ]
 
 

@@ -9,7 +9,6 @@ from .admin import failed_drop, failed_list, failed_retry, failed_show, fsck, pu
 from .admin import gc as gc
 from .admin import stat as stat
 from .directory.check import FsckReport
-from .directory.gc import GcReport
 from .directory.repair import Problem
 from .directory.temporary import remove_temporary
 from .errors import (
@@ -42,7 +41,7 @@ from .errors import (
 )
 from .forward import forward
 from .item import Item, Loan
-from .message import DeadLetter, Failure, Limits, Peeked, Retried, SpoolStat, StoredArray
+from .message import DeadLetter, Failure, GcReport, Limits, Peeked, Retried, SpoolStat, StoredArray
 from .queue import SpoolReader, SpoolWriter
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 
 from .connect import connect
 from .directory import DirectoryEngine, check
-from .directory import gc as sweep
+from .engine import Collector
 from .errors import NoSuchItem, UnsupportedOperation
-from .message import DeadLetter, Limits, Retried, SpoolStat
+from .message import DeadLetter, GcReport, Limits, Progress, Retried, SpoolStat
 
 Place = str | os.PathLike[str]
 C = TypeVar("C", bound=Callable[..., object])
@@ -99,6 +99,24 @@ def set_limits(
     return connect(path).admin().set_limits(Limits(maxsize, max_bytes, recycle_bytes, max_attempts))
 
 
+def gc(path: Place, *, dry_run: bool = False, progress: Progress | None = None) -> GcReport:
+    """Requeue and remove what crashed sessions left in the spool at `path`; live work is never touched. A session whose
+    file in `alive/` somebody removed counts as crashed here, and nowhere else; the log names it.
+
+    dry_run: only say what would be done; changes nothing. progress: called now and then with the number of
+    names looked at, and None.
+
+    Safe at any time: during traffic, several at once, and when killed, after which another one finishes.
+    Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError; UnsupportedOperation for a
+    spool in memory.
+    """
+    admin = connect(path).admin()
+    if not isinstance(admin, Collector):
+        what = "is in the memory of this process, where a crash leaves nothing to remove"
+        raise UnsupportedOperation(f"{os.fsdecode(path)}: {what}")
+    return admin.gc(dry_run, progress)
+
+
 def _of_files(call: C) -> C:
     """A call for a spool in a directory; UnsupportedOperation for one that has no files."""
 
@@ -106,12 +124,10 @@ def _of_files(call: C) -> C:
     def run(path: Place, **options: Any) -> object:
         if not isinstance(connect(path), DirectoryEngine):
             where = "on a server" if connect(path).crosses_processes else "in the memory of this process"
-            what = f"is {where}, where a crash leaves nothing to remove or repair"
-            raise UnsupportedOperation(f"{os.fsdecode(path)}: {what}")
+            raise UnsupportedOperation(f"{os.fsdecode(path)}: is {where}, which has no files to check")
         return call(path, **options)
 
     return cast(C, run)
 
 
-gc = _of_files(sweep.gc)
 fsck = _of_files(check.fsck)

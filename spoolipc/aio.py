@@ -6,8 +6,8 @@
 
 A call is the step that the blocking faces take without `block`, tried again when there is news. It is done on the event
 loop, and waits about a millisecond for other processes; where that is not enough, or more than 256 KB are to be
-copied, it is done in a thread of the loop's executor. A call that waits has no thread: an engine's `Watch` wakes the
-loop.
+copied, it is done in a thread of the loop's executor, and so is every step of a spool on servers. A call that waits has
+no thread: an engine's `Watch` wakes the loop.
 
 Cancelled, a call ends when what it does in a thread has ended, so nothing of it goes on. What it had got is then put
 back where it was, as if never delivered; what it received is requeued; what it was putting may be put: then it is there
@@ -27,8 +27,9 @@ from functools import partial, wraps
 from threading import get_ident
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar
 
+from . import errors
 from .engine import Watch, Watchable
-from .errors import BadItem, Empty, Full, LockTimeout, ShutDown, SpoolError, UnsupportedOperation
+from .errors import BadItem, Empty, Full, LockTimeout, ShutDown, SpoolError
 from .item import Item, Received, reason_of, taken_item
 from .message import (
     NOW,
@@ -71,7 +72,9 @@ class _AsyncFace(Face):
         session = face._session
         if not isinstance(session, Watchable):
             face.close()
-            raise UnsupportedOperation(f"{face.path}: no event loop can wait for it; use the blocking faces")
+            raise errors.UnsupportedOperation(
+                f"{face.path}: no event loop can wait for it; use the blocking faces"
+            )
         self._face, self._session, self._watchable = face, face._session, session
         self._busy = set[asyncio.Future[None]]()  # one for each call that has something in a thread
         self._turn_began: float | None = None
@@ -101,13 +104,13 @@ class _AsyncFace(Face):
         slow: bool = False,
         lacking: Callable[[], Message | int | None] = lambda: None,
     ) -> T:
-        """What `step` returns, tried until it raises neither Empty nor Full; of `undo` and `slow` see `_step`."""
+        """What `step` returns, tried until it finds an item, or room, and a server; for `undo`, `slow` see `_step`."""
         loop = asyncio.get_running_loop()
         await self._give_others_a_turn(loop)
         try:
             try:
                 return await self._step(step, undo, slow)
-            except (Empty, Full):
+            except (Empty, Full, errors.ServerUnreachable):
                 if until == NOW:
                     raise
             while True:
@@ -116,7 +119,7 @@ class _AsyncFace(Face):
                     in_time = await self._news(loop, watch, woken, until)
                     try:
                         return await self._step(step, undo, slow)
-                    except (Empty, Full):
+                    except (Empty, Full, errors.ServerUnreachable):
                         if not in_time:
                             raise
         except (Empty, Full, ShutDown) as error:
@@ -155,7 +158,7 @@ class _AsyncFace(Face):
         self, step: Callable[[], T], undo: Callable[[], object] | None = None, slow: bool = False
     ) -> T:
         """What `step` returns, done on the loop, or in a thread where it is `slow` or others have the lock."""
-        if not slow:
+        if not slow and not self._watchable.is_remote:
             with suppress(LockTimeout):
                 return self._watchable.briefly(step)
         return await self._in_thread(step, undo)
@@ -270,6 +273,8 @@ class AsyncSpoolWriter(_AsyncFace):
         producer, seqs = self._writer._producer, list[int]()
         durable = self._writer._options.durability == "fsync"
         size = sum(array.nbytes for message in messages for array in message.arrays)
+        if self._watchable.is_remote:  # which knows by its id what an earlier try has put
+            messages = [each._replace(id=each.id or os.urandom(16).hex()) for each in messages]
 
         def step() -> None:
             try:
@@ -403,7 +408,7 @@ class AsyncSpoolReader(_AsyncFace):
 
         acknowledges it at the end, and requeues it when `work` raises or is cancelled. `await reader.receive()` gives
         the `AsyncItem` to be settled by hand. Parameters and errors are those of `SpoolReader.receive`; an item over
-        256 KB that is to be copied or verified is read at once, and a damaged one is passed over.
+        256 KB that is to be copied or verified, and one of a server, is read at once, and a damaged one is passed over.
         """
         on_write(copy)  # or it is a ValueError, before anything is received
         return _Receiving(self._receive(deadline_of(block, timeout), copy))
@@ -421,11 +426,16 @@ class AsyncSpoolReader(_AsyncFace):
         while True:
             await self._until(until, step, undo)
             item = AsyncItem(self, claimed[0], copy)
-            if item.nbytes <= LARGE or not (reader._options.verify or (copy and not on_write(copy))):
+            must_read = reader._options.verify or (copy and not on_write(copy))
+            if not self._watchable.is_remote and (item.nbytes <= LARGE or not must_read):
                 return item
-            with suppress(BadItem):
+            try:
                 await self._in_thread(item._load, undo)
-                return item
+            except BadItem:
+                continue
+            except errors.LeaseExpired:  # as settling it will tell
+                pass
+            return item
 
     async def items(self, *, copy: Copy = False) -> AsyncIterator[AsyncItem]:
         """Receive item after item, as `SpoolReader.items` does; one whose loop body breaks is requeued soon after."""

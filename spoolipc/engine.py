@@ -19,10 +19,12 @@ from .message import (
     DeadLetter,
     Deadline,
     Delivery,
+    GcReport,
     Json,
     Limits,
     Message,
     Peeked,
+    Progress,
     Retried,
     SpoolStat,
     Verdict,
@@ -245,7 +247,10 @@ class Watch(Protocol):
 
 @runtime_checkable
 class Watchable(Protocol):
-    """A capability of a session: an event loop can work with it, and wait for it, without a thread."""
+    """A capability of a session: an event loop can wait for it without a thread, and work with it, if it is not remote:
+    whose every call takes as long as a network does."""
+
+    is_remote: bool
 
     def briefly(self, step: Callable[[], T]) -> T:
         """What `step` returns, which calls this session and does not wait for items or room. Raises LockTimeout when
@@ -312,6 +317,14 @@ class Admin(Protocol):
 
     def set_limits(self, limits: Limits) -> Limits:
         """Let the limits that are not None be in force from now on, for all; returns all limits."""
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """A capability of an admin: what crashed sessions left can be more than the others put right by themselves."""
+
+    def gc(self, dry_run: bool, progress: Progress | None) -> GcReport:
+        """Put right and remove all of it; with `dry_run` only say what that would be."""
 
 
 class Engine(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -38,6 +38,8 @@ written.
 Deadline: TypeAlias = float | None
 """Until when to wait, in seconds of the monotonic clock: None for ever, NOW not at all."""
 NOW: Final = 0.0
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""Told how many names were looked at, and of how many (None: nobody knows)."""
 
 
 def deadline_of(block: bool, timeout: float | None) -> Deadline:
@@ -348,3 +350,39 @@ class Retried:
 
     seqs: dict[int, int]
     damaged: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What `gc` did, or would do where `dry_run` says so.
+
+    temporary_files: removed from `tmp/`, their writer having crashed. requeued_items: taken back from crashed
+    readers, to be delivered again. dead_lettered_items: likewise, but that was their last attempt; they are in
+    `failed/`. abandoned_files: consumed files that a crashed reader showed or a crashed writer was writing.
+    orphaned_files: in `free/` but unknown to the index. orphaned_histories: in `failed/`, of items that are no
+    more. orphaned_pieces: on a server, messages of items that were not put, or not removed, to the end.
+    crashed_sessions: removed from `alive/`. half_written: replacements of `index` and `spool.json` never
+    finished. discarded_items: items of a spool that was shut down at once, which nobody gets. pooled_files:
+    consumed files kept to be written again, where no session is there that would. index_rebuilt: the index was
+    damaged. foreign_files: names that are none of the spool's, left alone. not_removed: files that could not be
+    removed, each with the reason; all else was done. bytes_freed: disk blocks that the files removed had
+    (st_blocks * 512); what another process has open or mapped comes back when it lets go.
+    """
+
+    path: str
+    dry_run: bool
+    temporary_files: int = 0
+    requeued_items: int = 0
+    dead_lettered_items: int = 0
+    abandoned_files: int = 0
+    orphaned_files: int = 0
+    orphaned_histories: int = 0
+    orphaned_pieces: int = 0
+    crashed_sessions: int = 0
+    half_written: int = 0
+    discarded_items: int = 0
+    pooled_files: int = 0
+    index_rebuilt: bool = False
+    foreign_files: int = 0
+    not_removed: tuple[str, ...] = ()
+    bytes_freed: int = 0

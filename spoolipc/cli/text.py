@@ -8,8 +8,7 @@ from dataclasses import asdict
 from typing import Final
 
 from ..directory.check import FsckReport
-from ..directory.gc import GcReport
-from ..message import DeadLetter, Limits, Retried, SpoolStat
+from ..message import DeadLetter, GcReport, Limits, Retried, SpoolStat
 
 NO_LETTERS: Final = "no dead letters"
 _UNITS: Final = ("KB", "MB", "GB", "TB")
@@ -20,6 +19,7 @@ _GC_LINES: Final = (
     ("abandoned_files", "consumed file", "of crashed processes removed"),
     ("orphaned_files", "file", "of no item removed from free/"),
     ("orphaned_histories", "history", "of no item removed from failed/"),
+    ("orphaned_pieces", "piece", "of no item removed"),
     ("crashed_sessions", "crashed session", "forgotten"),
     ("half_written", "half-written replacement", "of index or spool.json removed"),
     ("discarded_items", "item", "removed from a spool that was shut down at once"),
@@ -80,7 +80,9 @@ def gc_text(done: GcReport) -> str:
     ]
     if done.index_rebuilt:
         said.insert(0, "  the damaged index built again from the items")
-    freed = f"; {size(done.bytes_freed)} {'would be ' if done.dry_run else ''}freed" if said else ""
+    freed = (
+        f"; {size(done.bytes_freed)} {'would be ' if done.dry_run else ''}freed" if done.bytes_freed else ""
+    )
     head = "nothing left by crashed processes" if not said else "would be done" if done.dry_run else "done"
     if done.foreign_files:
         is_not = "is a name that is" if done.foreign_files == 1 else "are names that are"

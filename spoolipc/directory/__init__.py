@@ -71,7 +71,8 @@ import os
 from collections.abc import Iterable
 
 from ..engine import ConsumerOptions, ProducerOptions
-from ..message import DeadLetter, Limits, Retried, SpoolStat
+from ..message import DeadLetter, GcReport, Limits, Progress, Retried, SpoolStat
+from . import gc as sweep
 from .dead_letters import failed_drop, failed_list, failed_retry
 from .forwarding import DirectoryDestination, DirectorySource
 from .pair import DirectoryPair
@@ -118,6 +119,10 @@ class DirectoryEngine:
     def failed_drop(self, seqs: Iterable[int] | None) -> list[int]:
         """Remove dead letters for good; None for all. Raises NoSuchItem."""
         return failed_drop(self.path, seqs)
+
+    def gc(self, dry_run: bool, progress: Progress | None) -> GcReport:
+        """Requeue and remove what crashed sessions left, or only count it."""
+        return sweep.gc(self.path, dry_run, progress)
 
     def purge(self) -> int:
         """Remove the items that wait or are delayed; returns how many."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import BadItem, NotASpool, SpoolError, UnknownVersion
-from ..message import Limits
+from ..message import Limits, Progress
 from . import fs, liveness
 from . import table as W
-from .gc import Progress, is_ours
+from .gc import is_ours
 from .itemfile import ItemFile
 from .layout import (
     PARTS,

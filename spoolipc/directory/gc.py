@@ -14,11 +14,11 @@ import stat
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final, TypeAlias, TypeVar, TypeVarTuple
+from typing import Final, TypeVar, TypeVarTuple
 
 import numpy as np
 
+from ..message import GcReport, Progress
 from . import fs, liveness, pool, sources
 from . import table as W
 from .housekeeping import discard_if_shut_down, put_right
@@ -32,56 +32,12 @@ from .visitor import AnySpool, Visitor, administration
 _log = logging.getLogger("spoolipc")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-Progress: TypeAlias = Callable[[int, int | None], None]
-"""Told how many names were looked at, and of how many (None: nobody knows)."""
 _STEP: Final = 0.002  # seconds after which a locked step of gc ends
 _FREE_BATCH: Final = 16384
 
 
-@dataclass(frozen=True, slots=True)
-class GcReport:
-    """What `gc` did, or would do where `dry_run` says so.
-
-    temporary_files: removed from `tmp/`, their writer having crashed. requeued_items: taken back from crashed
-    readers, to be delivered again. dead_lettered_items: likewise, but that was their last attempt; they are in
-    `failed/`. abandoned_files: consumed files that a crashed reader showed or a crashed writer was writing.
-    orphaned_files: in `free/` but unknown to the index. orphaned_histories: in `failed/`, of items that are no
-    more. crashed_sessions: removed from `alive/`. half_written: replacements of `index` and `spool.json` never
-    finished. discarded_items: items of a spool that was shut down at once, which nobody gets. pooled_files:
-    consumed files kept to be written again, where no session is there that would. index_rebuilt: the index was
-    damaged. foreign_files: names that are none of the spool's, left alone. not_removed: files that could not be
-    removed, each with the reason; all else was done. bytes_freed: disk blocks that the files removed had
-    (st_blocks * 512); what another process has open or mapped comes back when it lets go.
-    """
-
-    path: str
-    dry_run: bool
-    temporary_files: int = 0
-    requeued_items: int = 0
-    dead_lettered_items: int = 0
-    abandoned_files: int = 0
-    orphaned_files: int = 0
-    orphaned_histories: int = 0
-    crashed_sessions: int = 0
-    half_written: int = 0
-    discarded_items: int = 0
-    pooled_files: int = 0
-    index_rebuilt: bool = False
-    foreign_files: int = 0
-    not_removed: tuple[str, ...] = ()
-    bytes_freed: int = 0
-
-
-def gc(path: str | os.PathLike[str], *, dry_run: bool = False, progress: Progress | None = None) -> GcReport:
-    """Requeue and remove what crashed sessions left in the spool at `path`; live work is never touched. A session whose
-    file in `alive/` somebody removed counts as crashed here, and nowhere else; the log names it.
-
-    dry_run: only say what would be done; changes nothing. progress: called now and then with the number of
-    names looked at, and None.
-
-    Safe at any time: during traffic, several at once, and when killed, after which another one finishes.
-    Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError.
-    """
+def gc(path: str | os.PathLike[str], dry_run: bool = False, progress: Progress | None = None) -> GcReport:
+    """Requeue and remove what crashed sessions left in the spool at `path`, or with `dry_run` only count it."""
     with fs.as_owner(path), Visitor(path) as visitor:
         visitor.look()
         damaged = visitor.damage != ""

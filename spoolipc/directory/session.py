@@ -496,6 +496,7 @@ class Side:
     """What the two sides of the engine have in common."""
 
     session: Session
+    is_remote = False
     briefly = staticmethod(briefly)
 
     def give_back(self) -> None:

@@ -46,6 +46,7 @@ class _Session:
     """One side of an open spool."""
 
     role: str
+    is_remote = False
     began = math.inf
 
     def __init__(self, spool: Spool, limits: Limits, reopen: bool = False, fresh: bool = False) -> None:

@@ -10,6 +10,7 @@ and NATS_KEY are files for TLS. They are part of no path, log or error.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, TypeVar
@@ -17,9 +18,9 @@ from typing import Any, Final, TypeVar
 from .. import errors
 from .. import message as values
 from ..engine import ConsumerOptions, ProducerOptions
-from ..message import Limits
+from ..message import NOW, Deadline, Limits
 from .consumer import NatsConsumer
-from .link import Address, Link, address, header, loop
+from .link import Address, Link, address, header, loop, within
 from .producer import NatsProducer
 from .session import asked_for
 from .spool import Failed, Spool, msg_id, size_of
@@ -46,8 +47,88 @@ class NatsEngine:
     def consumer(self, options: ConsumerOptions) -> NatsConsumer:
         return NatsConsumer(self._where, options)
 
+    def pair(self, limits: Limits) -> NatsPair:
+        return NatsPair(self._where, limits)
+
     def admin(self) -> NatsAdmin:
         return NatsAdmin(self._where)
+
+
+class NatsPair:
+    """Both sides, each a session of its own, and the count of tasks in work: of items that were taken and are not said
+    to be done. It is raised before an item is acknowledged that was taken, so that `join` never sees too little; what
+    a crash leaves of it is forgotten when nobody has the spool open."""
+
+    def __init__(self, where: Address, limits: Limits) -> None:
+        self._where, self._limits = where, limits
+        self._open(first=True)
+
+    def _open(self, first: bool) -> None:
+        self._process = os.getpid()
+        self._producer = NatsProducer(self._where, ProducerOptions(self._limits))
+        try:
+            self._consumer = NatsConsumer(self._where, ConsumerOptions(values=True))
+            self._consumer.count = self._count
+            if first:
+                self._consumer.do(self._begin())
+        except BaseException:
+            self._producer.close()
+            raise
+
+    async def _begin(self) -> None:
+        spool = self._consumer.spool
+        if len(await spool.sessions()) == 2:
+            await spool.forget(spool.notes, "tasks")
+
+    def _here(self) -> NatsPair:
+        """The same; a forked child has sessions of its own."""
+        if os.getpid() != self._process:
+            self._open(first=False)
+        return self
+
+    @property
+    def producer(self) -> NatsProducer:
+        return self._here()._producer
+
+    @property
+    def consumer(self) -> NatsConsumer:
+        return self._here()._consumer
+
+    def task_done(self) -> bool:
+        return self.consumer.do(self._count(-1))
+
+    async def _count(self, by: int) -> bool:
+        """Add to the count; false where that would make it less than no task."""
+        spool = self._consumer.spool
+        while True:
+            revision, data = await spool.last(spool.notes, "tasks")
+            in_work = int(data or 0)
+            if by < 0 and await self._unfinished(in_work) <= 0:
+                return False
+            if await spool.note("tasks", str(in_work + by).encode(), revision):
+                await spool.tell()
+                return True
+
+    async def _unfinished(self, in_work: int) -> int:
+        counts = await self._consumer.spool.counts()
+        return in_work + counts.waiting + counts.in_flight
+
+    def join(self, until: Deadline) -> bool:
+        return self.consumer.do(within(until, self._join, until))
+
+    async def _join(self, until: Deadline) -> bool:
+        spool = self._consumer.spool
+        while True:
+            news = spool.news
+            _, data = await spool.last(spool.notes, "tasks")
+            if await self._unfinished(int(data or 0)) <= 0:
+                return True
+            if until == NOW or not await self._consumer.wait(news, until):
+                return False
+
+    def close(self) -> None:
+        self._consumer.close()
+        self._producer.close()
 
 
 class NatsAdmin:
@@ -74,6 +155,13 @@ class NatsAdmin:
 
     def purge(self) -> int:
         return self._do(lambda spool: spool.purge())
+
+    def gc(self, dry_run: bool, progress: values.Progress | None) -> values.GcReport:
+        async def collect(spool: Spool) -> values.GcReport:
+            pieces, histories = await spool.remove_orphans(dry_run), await spool.remove_histories(dry_run)
+            return values.GcReport(spool.path, dry_run, orphaned_pieces=pieces, orphaned_histories=histories)
+
+        return self._do(collect)
 
     def set_limits(self, limits: Limits) -> Limits:
         async def change(spool: Spool) -> Limits:
@@ -185,7 +273,7 @@ async def _forget(spool: Spool, seq: int, msg: Any, pieces: bool) -> None:
 
 async def _letter(spool: Spool, seq: int, msg: Any, note: Failed | None) -> values.DeadLetter:
     """What is told of a dead letter."""
-    note = note or Failed(0, "dead", 0.0, [])
+    note = note or Failed()
     stored: tuple[values.StoredArray, ...] = ()
     meta, when, damage = None, None, ""
     try:
@@ -195,6 +283,5 @@ async def _letter(spool: Spool, seq: int, msg: Any, note: Failed | None) -> valu
         when = put_time / 1e9
     except (errors.BadItem, errors.UnknownVersion) as error:
         damage = str(error)
-    history = note.failures()
-    why = history[-1].why if history else ""
-    return values.DeadLetter(seq, "", size_of(msg), why, note.attempt, history, stored, meta, when, damage)
+    told = note.why, note.attempt, note.failures()
+    return values.DeadLetter(seq, "", size_of(msg), *told, stored, meta, when, damage)

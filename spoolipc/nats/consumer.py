@@ -18,7 +18,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -30,7 +30,7 @@ from .. import message as values
 from ..engine import ConsumerOptions
 from ..message import NOW, Deadline, Delivery, Message
 from .link import Address, header, within
-from .session import Session
+from .session import LOOK, Session, Watch
 from .spool import Failed, msg_id, place_of, size_of
 
 T = TypeVar("T")
@@ -40,13 +40,16 @@ _NS: Final = 10**9
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """An item in flight here. due: monotonic seconds when its lease ends. given: tells when nobody can settle it."""
+    """An item in flight here. delivered: how often it was; attempt: how many of these count. due: monotonic seconds
+    when its lease ends. given: tells when nobody can settle it. taken: it is only put back or acknowledged."""
 
     msg: Msg
     seq: int
+    delivered: int
     attempt: int
     due: float = math.inf
     given: weakref.ref[_Handle] | None = None
+    taken: bool = False
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -56,10 +59,23 @@ class _Handle:
     held: _Held
 
 
+class _Taken(list[Message]):
+    """What a take has taken. held: the items that can still be put back, acknowledged when nobody has this any more."""
+
+    def __init__(self, consumer: NatsConsumer) -> None:
+        self.consumer = consumer
+        self.held: list[_Held] = []
+
+    def __del__(self) -> None:
+        if self.held:
+            self.consumer.loop.beside(self.consumer.acknowledge, self.held)
+
+
 class NatsConsumer(Session):
-    """A reader's side."""
+    """A reader's side. count: told how many items are to be acknowledged that were taken."""
 
     role = "reader"
+    count: Callable[[int], Awaitable[object]] | None = None
 
     def __init__(self, where: Address, options: ConsumerOptions) -> None:
         self.held: dict[int, _Held] = {}
@@ -85,10 +101,19 @@ class NatsConsumer(Session):
     # What the faces call
 
     def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> list[Message]:
-        return self._do(self._take(limit, until, writable))
+        return self._do(self._take(limit, until, writable, kept or self._values))
+
+    def put_back(self, taken: list[Message], start: int = 0) -> None:
+        assert isinstance(taken, _Taken)
+        back, taken.held = taken.held[start:], taken.held[:start]
+        with suppress(errors.SpoolError):
+            self._do(self._put_back(back))
+
+    def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> Watch:
+        return Watch(self, self._look, news)
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
-        return [self._delivery(held) for held in self._do(self._claim(limit, lease, until))]
+        return self._do(self._claim(limit, lease, until))
 
     def load(self, delivery: Delivery, writable: bool = False) -> Message:
         return self._do(self._load(delivery, writable))
@@ -142,8 +167,7 @@ class NatsConsumer(Session):
             if not seconds and len(messages) < limit:
                 late = min(limit - len(messages), await self.spool.fresh(await self.spool.consumer()))
                 messages += await self.spool.pull(late, 0.1) if late > 0 else []
-            found = [held for msg in messages if (held := await self._accept(msg))]
-            if found:
+            if found := await self._accepted(messages):
                 return found
             if not self.link.client.is_connected:
                 self.link.check(began, "the connection was lost")
@@ -156,7 +180,10 @@ class NatsConsumer(Session):
 
     async def _check_end(self) -> None:
         """Raise ShutDown when no item can come any more."""
-        ending = (await self.spool.agreed()).state == "draining"
+        state = (await self.spool.agreed()).state
+        ending = state == "draining"
+        if state == "discarded":
+            raise self._ended("was shut down and has no more items")
         if not ending and self._began == math.inf:
             return
         writers = not ending and "writer" in await self.spool.sessions()
@@ -172,61 +199,111 @@ class NatsConsumer(Session):
     def _ended(self, what: str) -> errors.ShutDown:
         return errors.ShutDown(f"{self.path}: {what}; a writer begins again with fresh=True")
 
+    async def _look(self) -> float:
+        """In how many seconds an item may be there."""
+        counts, now = await self.spool.counts(), time.time()
+        due = [note.due for note in counts.requeued.values()]
+        if counts.fresh or min(due, default=math.inf) <= now:
+            return 0.0
+        await self._check_end()
+        return min([LOOK, *(when - now for when in due)])
+
+    async def _accepted(self, messages: list[Msg]) -> list[_Held]:
+        """The items that were delivered, but for those that are dead letters now."""
+        found: list[_Held] = []
+        try:
+            for msg in messages:
+                if held := await self._accept(msg):
+                    found.append(held)
+        except BaseException:
+            self.loop.beside(self._put_back, found)
+            raise
+        return found
+
     async def _accept(self, msg: Msg) -> _Held | None:
         """The item that was delivered; None where it is a dead letter now, as it was delivered too often."""
-        held = _Held(msg, *place_of(msg))
-        if held.attempt > 1:
-            note = await self._note(held, held.attempt - 1)
-            if note.state == "dead":  # its reader died before it told the server
-                await self._forget(held, note)
+        seq, delivered = place_of(msg)
+        held = _Held(msg, seq, delivered, delivered)
+        if delivered > 1:
+            note = await self._note(held)
+            if note.state == "dead":  # its reader died amid making it one
+                held.attempt = note.attempt
+                await self._bury(held, note, note.why)
                 return None
             most = (await self.spool.agreed()).limits.max_attempts
             if most and held.attempt > most:
                 held.attempt -= 1
-                await self._bury(held, note, note.history[-1][3])
+                await self._bury(held, note, note.why)
                 return None
             note.attempt, note.state = held.attempt, "held"
             await self.spool.write_failed(held.seq, note)
         self.held[held.seq] = held
         return held
 
-    async def _note(self, held: _Held, failed: int) -> Failed:
-        """What is known of an item's failures, of which there must have been so many."""
-        note = (await self.spool.failed(held.seq)).get(held.seq) or Failed(0, "held", 0.0, [])
-        while len(note.history) < failed:
-            note.attempt = len(note.history) + 1
-            note.failed("", "its reader is gone, or its lease ended")
+    async def _note(self, held: _Held) -> Failed:
+        """What is known of the failures of an item: one for each attempt before this one."""
+        note = (await self.spool.failed(held.seq)).get(held.seq) or Failed()
+        if note.state != "dead":
+            held.attempt = max(1, held.delivered - note.undone)
+            while len(note.history) < held.attempt - 1:
+                note.attempt = len(note.history) + 1
+                note.failed("", "its reader is gone, or its lease ended")
         return note
 
     # Taking, loading
 
-    async def _take(self, limit: int, until: Deadline, writable: bool) -> list[Message]:
-        while True:
+    async def _take(self, limit: int, until: Deadline, writable: bool, kept: bool) -> _Taken:
+        taken = _Taken(self)
+        while not taken:
             found = await within(until, self._next, limit, until)
-            messages: list[Message] = []
-            for index, held in enumerate(found):
-                try:
-                    messages.append(await self._read(held, writable))
-                except (errors.BadItem, errors.UnknownVersion):
-                    continue
-                except errors.UnsupportedItem as error:
-                    for other in found[index:]:
-                        await self._fail(other, str(error))
-                    if not messages:
-                        raise
-                    break
-            await asyncio.gather(*(self._forget(held) for held in found if held.seq in self.held))
-            await self.spool.tell()
-            if messages:
-                return messages
+            try:
+                for held in found:
+                    with suppress(errors.BadItem, errors.UnknownVersion):
+                        taken.append(await self._read(held, writable))
+                        taken.held.append(held)
+                        held.taken = True
+            except BaseException as error:
+                back = found[found.index(held) :] if isinstance(error, errors.UnsupportedItem) else found
+                self.loop.beside(self._put_back, back)
+                if back is found or not taken:
+                    taken.held = []
+                    raise
+        if not kept:
+            await self.acknowledge(taken.held)
+            taken.held = []
+        return taken
 
-    async def _claim(self, limit: int, lease: float | None, until: Deadline) -> list[_Held]:
+    async def acknowledge(self, taken: list[_Held]) -> None:
+        """Take items off the spool that were taken."""
+        if self.count is not None:
+            await self.count(len(taken))
+        await asyncio.gather(*map(self._forget, taken))
+        await self.spool.tell()
+
+    async def _put_back(self, several: list[_Held]) -> None:
+        """Let items wait again in their place, as if never delivered: before those that were requeued earlier."""
+        now = time.time()
+        ahead = sum(
+            note.state == "waits" and note.due <= now for note in (await self.spool.failed()).values()
+        )
+        others = await self._accepted(await self.spool.pull(ahead)) if ahead and several else []
+        for held in (*several, *others):
+            note = await self._note(held)
+            note.attempt, note.state, note.due = held.attempt - 1, "waits", now
+            note.undone += 1
+            await self.spool.write_failed(held.seq, note)
+            await self.link.call(held.msg.reply, b"-NAK")
+            self._let_go(held)
+        await self.spool.tell()
+
+    async def _claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         found = await within(until, self._next, limit, until)
+        given = [self._delivery(held) for held in found]  # who does not get them drops them
         if lease is not None:
             for held in found:
                 await self._lease(held, lease)
         await self.spool.tell()
-        return found
+        return given
 
     async def _lease(self, held: _Held, seconds: float) -> None:
         """Let the server redeliver it then, and not before."""
@@ -244,7 +321,7 @@ class NatsConsumer(Session):
                 raise errors.UnsupportedItem(f"{self.path}: item {held.seq} {what}")
             return message
         except (errors.BadItem, errors.UnknownVersion) as error:
-            await self._bury(held, await self._note(held, held.attempt - 1), str(error))
+            await self._bury(held, await self._note(held), str(error))
             raise
 
     async def _load(self, delivery: Delivery, writable: bool) -> Message:
@@ -255,7 +332,7 @@ class NatsConsumer(Session):
         try:
             tail = self.spool.contents(held.msg)
         except errors.BadItem as error:
-            await self._bury(held, await self._note(held, held.attempt - 1), str(error))
+            await self._bury(held, await self._note(held), str(error))
             raise
         return values.Contents(tail.names, tail.meta, tail.put_time, tail.id)
 
@@ -278,7 +355,7 @@ class NatsConsumer(Session):
                 case values.Nack(delay, reason):
                     await self._fail(held, reason, delay)
                 case values.Reject(reason):
-                    await self._bury(held, await self._note(held, held.attempt - 1), reason)
+                    await self._bury(held, await self._note(held), reason)
                 case values.Extend(lease):
                     await self._lease(held, lease)
         await self.spool.tell()
@@ -291,7 +368,7 @@ class NatsConsumer(Session):
             return
         if header(held.msg, "Spool-Size"):
             await self.spool.forget(self.spool.items, "chunk", msg_id(held.msg))
-        if held.attempt > 1:
+        if held.delivered > 1:
             await self.spool.forget(self.spool.notes, "failed", held.seq)
 
     def _let_go(self, held: _Held) -> None:
@@ -303,7 +380,7 @@ class NatsConsumer(Session):
         """Requeue an item in flight, or make it a dead letter: when its attempts are used up. expired: the server
         redelivers it already."""
         control = await self.spool.agreed()
-        most, note = control.limits.max_attempts, await self._note(held, held.attempt - 1)
+        most, note = control.limits.max_attempts, await self._note(held)
         if most and held.attempt >= most:
             await self._bury(held, note, f"{why}; that was attempt {held.attempt} of {most}")
         elif control.state == "discarded":
@@ -335,8 +412,11 @@ class NatsConsumer(Session):
     async def _expire(self) -> None:
         """Let the leases end that have."""
         now = time.monotonic()
-        for held in [held for held in self.held.values() if held.due <= now]:
+        ended = [held for held in self.held.values() if held.due <= now]
+        for held in ended:
             await self._fail(held, "its lease ended", expired=True)
+        if ended:
+            await self.spool.tell()
 
     async def renewed(self) -> None:
         await self._expire()
@@ -345,7 +425,7 @@ class NatsConsumer(Session):
 
     async def leave(self) -> None:
         for held in sorted(self.held.values(), key=lambda held: held.seq):
-            await self._fail(held, "its reader left")
+            await (self.acknowledge([held]) if held.taken else self._fail(held, "its reader left"))
 
     # Looking
 

@@ -8,6 +8,7 @@ item's id, by which the server knows it, an acknowledgement may come twice, and 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import json
 import logging
@@ -18,7 +19,7 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -27,7 +28,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from ..errors import ServerUnreachable, StorageError, UnsupportedOperation
+from ..errors import ServerUnreachable, SpoolError, StorageError, UnsupportedOperation
 from ..message import Deadline
 
 T = TypeVar("T")
@@ -122,34 +123,65 @@ async def within(until: Deadline, work: Callable[[*Ts], Awaitable[T]], *args: *T
         _limit.reset(token)
 
 
-class _Loop:
+class Loop:
     """The event loop of this process's clients, in a thread of its own."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="spoolipc-nats", daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        self._beside = set[asyncio.Task[None]]()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="spoolipc-nats", daemon=True)
+        self._thread.start()
+        atexit.register(self.end)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns; it is cancelled when this thread is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        """What `work` returns, after what was begun beside; it is cancelled when this thread is interrupted."""
+        future = asyncio.run_coroutine_threadsafe(self._run(work), self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
 
+    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        with closing(work):
+            if self._beside:
+                await asyncio.wait(self._beside, timeout=TRY)
+            return await work
+
+    def is_this_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def beside(self, work: Callable[[*Ts], Coroutine[Any, Any, None]], *args: *Ts) -> None:
+        """Begin `work`, whose errors are nobody's. At any moment, in any thread: a finalizer may call it."""
+        if os.getpid() == self.process:
+            self._loop.call_soon_threadsafe(self._begin, work, args)
+
+    def _begin(self, work: Callable[..., Coroutine[Any, Any, None]], args: tuple[Any, ...]) -> None:
+        async def run() -> None:
+            with suppress(SpoolError, nats.errors.Error):
+                await work(*args)
+
+        task = self._loop.create_task(run())
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+    def end(self) -> None:
+        """Let what was begun beside end, before the process does."""
+        if os.getpid() == self.process and self._beside:
+            self.run(asyncio.sleep(0))
+
 
 _starting = threading.Lock()
-_loop: _Loop | None = None
+_loop: Loop | None = None
 
 
-def loop() -> _Loop:
+def loop() -> Loop:
     """The loop of this process, which a forked child has not inherited."""
     global _loop
     with _starting:
         if _loop is None or _loop.process != os.getpid():
-            _loop = _Loop()
+            _loop = Loop()
         return _loop
 
 

@@ -27,7 +27,7 @@ from ..format import footer as footers
 from ..format import item as items
 from ..message import NOW, Deadline, Message
 from .link import Address, header, within
-from .session import Session
+from .session import LOOK, Session, Watch
 from .spool import MARGIN, Control
 
 _TOGETHER: Final = 64
@@ -104,8 +104,9 @@ class NatsProducer(Session):
         while len(seqs) < len(waiting):
             news = self.spool.news
             try:
-                room = await self._room(waiting[len(seqs)])
+                room = await self._room(waiting[len(seqs)].size)
                 seqs += await self._store(waiting[len(seqs) : len(seqs) + room], until)
+                await self.spool.tell()
             except errors.Full:
                 if until == NOW or not await self.wait(news, until):
                     raise
@@ -142,7 +143,7 @@ class NatsProducer(Session):
         while True:
             news = self.spool.news
             try:
-                room = await self._room(packed[0])
+                room = await self._room(packed[0].size)
                 put = len(await self._store(packed[:room], until, record))
                 break
             except errors.Full:
@@ -153,8 +154,8 @@ class NatsProducer(Session):
             await self.link.api(f"STREAM.MSG.DELETE.{self.spool.items}", asked, missing=True)
         return put
 
-    async def _room(self, first: _Packed) -> int:
-        """How many items may be put now. Raises ShutDown, TooLarge, Full."""
+    async def _room(self, size: int) -> int:
+        """How many items may be put now, the first of so many bytes. Raises ShutDown, TooLarge, Full."""
         control = await self._open_control()
         room = _TOGETHER
         if control.limits.maxsize:
@@ -165,7 +166,7 @@ class NatsProducer(Session):
             if room <= 0:
                 raise errors.Full(f"{self.path}: full: {counts.waiting} items wait, maxsize={maxsize}")
         if most := control.limits.max_bytes:
-            size = first.size + _OVERHEAD * (2 + first.size // self._most)
+            size += _OVERHEAD * (2 + size // self._most)
             if size > most:
                 raise errors.TooLarge(
                     f"{self.path}: an item of {size} bytes can never fit: max_bytes is {most}"
@@ -308,6 +309,16 @@ class NatsProducer(Session):
                 return 0
             if until == NOW or not await self.wait(news, until):
                 return last
+
+    def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> Watch:
+        async def look() -> float:
+            if isinstance(lacking, int):
+                return LOOK if await self._join(NOW, lacking) else 0.0
+            await self._room(size)
+            return 0.0
+
+        size = self._packed(lacking).size if isinstance(lacking, Message) else 0
+        return Watch(self, look, news)
 
     def shutdown(self, immediate: bool) -> None:
         self.do(self.spool.shutdown(immediate))

@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, Final, TypeVar
@@ -15,7 +15,7 @@ import nats.errors
 
 from .. import errors
 from ..engine import ProducerOptions
-from ..message import Deadline, Limits
+from ..message import NOW, Deadline, Limits
 from .link import Address, Link, loop, within
 from .spool import PRESENCE, Control, Spool
 
@@ -23,24 +23,62 @@ T = TypeVar("T")
 _RENEW: Final = 2.0
 """Seconds between two words of a session that it lives."""
 _OPENING: Final = 10.0
-_LOOK: Final = 1.0
+LOOK: Final = 1.0
 """Seconds for which a session that waits does not look."""
+
+
+class Watch:
+    """One wait of an event loop. look: raises Empty or Full when another try would; in how many seconds it may help."""
+
+    def __init__(
+        self, session: Session, look: Callable[[], Awaitable[float]], news: Callable[[], None]
+    ) -> None:
+        self._session, self._look, self._news = session, look, news
+        self._due = math.inf
+        session.spool.watches.append(news)
+
+    def fileno(self) -> int:
+        return -1
+
+    def arm(self) -> float:
+        """Only another try shows what a server redelivers of crashed sessions, so each second it is time for one."""
+        seconds = 0.0
+        if time.monotonic() < self._due:
+            try:
+                seconds = self._session.do(within(NOW, self._look))
+            except (errors.SpoolClosed, errors.UnsupportedOperation):
+                raise
+            except (errors.Full, errors.ServerUnreachable):
+                seconds = LOOK
+            except errors.SpoolError:
+                pass  # another try meets it as well
+        self._due = min(self._due, time.monotonic() + LOOK) if seconds else math.inf
+        return seconds
+
+    def drain(self) -> None:
+        """There is no descriptor."""
+
+    def close(self) -> None:
+        with suppress(ValueError):
+            self._session.spool.watches.remove(self._news)
 
 
 class Session:
     """One side of an open spool. role: "writer" or "reader"."""
 
     role: str
+    is_remote = True
 
     def __init__(self, where: Address, limits: Limits, create: bool, options: ProducerOptions | None) -> None:
         self.path, self._process = where.path, os.getpid()
         self._closed = False
         self.link = Link(where)
+        self.loop = loop()
         self.spool = Spool(self.link, where.name, where.replicas, where.storage)
         self._token = os.urandom(8).hex()
         self._renewing: asyncio.Task[None] | None = None
         try:
-            loop().run(within(time.monotonic() + _OPENING, self._open, limits, create, options))
+            self.loop.run(within(time.monotonic() + _OPENING, self._open, limits, create, options))
         except BaseException:
             self.close()
             raise
@@ -88,12 +126,15 @@ class Session:
             work.close()
             raise
         try:
-            return loop().run(work)
+            return self.loop.run(work)
         except (errors.ServerUnreachable, nats.errors.Error) as error:
             self.check()  # closed meanwhile
             if isinstance(error, errors.ServerUnreachable):
                 raise
             raise errors.ServerUnreachable(f"{self.path}: {error}") from None
+
+    def briefly(self, step: Callable[[], T]) -> T:
+        return step()
 
     def check(self) -> None:
         """Raise SpoolClosed, UnsupportedOperation after a fork."""
@@ -108,7 +149,7 @@ class Session:
         left = math.inf if until is None else until - time.monotonic()
         if left > 0:
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(left, _LOOK)):
+                async with asyncio.timeout(min(left, LOOK)):
                     await news.wait()
         self.check()
         return max(0.0, left)
@@ -132,7 +173,10 @@ class Session:
             self._closed = True
             return
         self._closed = True
-        loop().run(self._close())
+        if self.loop.is_this_thread():  # which has collected what nobody closed
+            self.loop.beside(self._close)
+        else:
+            self.loop.run(self._close())
 
     async def _close(self) -> None:
         if self._renewing is not None:

@@ -6,6 +6,7 @@ Two streams, of `spoolipc.NAME.` subjects:
                           chunk.ID   what comes before that footer, in pieces of `max_payload`
                           source.KEY   JSON: ids and numbers of what was forwarded last from another spool
     spoolipc-NAME-notes   control    JSON: state, limits, writers that ever came; changed by compare-and-swap
+                          tasks    how many items queues got more than they were told are done; likewise
                           session.ROLE.TOKEN   who has the spool open; forgotten when not renewed for some seconds
                           failed.SEQ   JSON: deliveries, failures, whether it waits again or is a dead letter
                           dead.SEQ.ID.BYTES   a dead letter: its message; bytes of its pieces, which stay
@@ -22,7 +23,7 @@ import json
 import time
 from base64 import b64decode
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -66,25 +67,32 @@ class Control:
 @dataclass(slots=True)
 class Failed:
     """The deliveries of an item that failed. attempt: the last one known. state: "held" while that one is in flight,
-    "waits" until `due` (wall clock) or "dead"."""
+    "waits" until `due` (wall clock) or "dead". undone: deliveries that do not count as attempts."""
 
-    attempt: int
-    state: str
-    due: float
-    history: list[list[Any]]
+    attempt: int = 0
+    state: str = "held"
+    due: float = 0.0
+    history: list[list[Any]] = field(default_factory=list)
+    undone: int = 0
 
     @classmethod
     def read(cls, data: bytes) -> Failed:
         """The note of these bytes, or one that knows of nothing where somebody else wrote them."""
         try:
-            attempt, state, due, history = map(json.loads(data).get, ("attempt", "state", "due", "history"))
-            known = [[int(a), float(when), str(who), str(why)] for a, when, who, why in history]
-            return cls(int(attempt), str(state), float(due), known)
-        except (ValueError, TypeError, AttributeError):
-            return cls(0, "held", 0.0, [])
+            said = json.loads(data)
+            known = [[int(a), float(when), str(who), str(why)] for a, when, who, why in said["history"]]
+            return cls(
+                int(said["attempt"]), str(said["state"]), float(said["due"]), known, int(said["undone"])
+            )
+        except (ValueError, TypeError, KeyError):
+            return cls()
 
     def failed(self, who: str, why: str) -> None:
         self.history.append([self.attempt, time.time(), who, why[:1000]])
+
+    @property
+    def why(self) -> str:
+        return str(self.history[-1][3]) if self.history else ""
 
     def failures(self) -> tuple[values.Failure, ...]:
         return tuple(values.Failure(*each) for each in self.history)
@@ -121,6 +129,7 @@ class Spool:
         self.control: Control | None = None  # None when another session may have changed it
         self._kept = {"num_replicas": replicas, "storage": storage, "allow_direct": True}
         self.news = asyncio.Event()
+        self.watches: list[Callable[[], None]] = []  # told of news as well
         link.lost, link.late = partial(self._heard, b"control"), self.refuse
 
     def subject(self, *parts: object) -> str:
@@ -153,7 +162,9 @@ class Spool:
             asked |= {"ack_policy": "explicit", "ack_wait": int(ACK_WAIT * _NS), "max_ack_pending": -1}
             body = {"stream_name": self.items, "config": asked}
             await self._create(f"CONSUMER.CREATE.{self.items}.{consumer}", body, "")
-        subjects = [self.subject(each) for each in ("control", "session.*.*", "failed.*", "dead.*.*.*")]
+        subjects = [
+            self.subject(each) for each in ("control", "tasks", "session.*.*", "failed.*", "dead.*.*.*")
+        ]
         stream = self._kept | {"name": self.notes, "subjects": subjects, "max_msgs_per_subject": 1}
         stream |= {"allow_msg_ttl": True}
         await self._create(f"STREAM.CREATE.{self.notes}", stream, f"STREAM.INFO.{self.notes}")
@@ -191,6 +202,8 @@ class Spool:
             self.control = None
         self.news.set()
         self.news = asyncio.Event()
+        for tell in list(self.watches):
+            tell()
 
     async def tell(self, what: bytes = b"") -> None:
         """Wake all who wait; of "control", let them look at it again."""
@@ -342,18 +355,33 @@ class Spool:
         await self.tell()
         return removed
 
-    async def remove_orphans(self) -> None:
-        """Remove the pieces that a writer left which died before its item was one, or a reader amid removing it."""
-        pieces = {each.rpartition(".")[2] for each in await self.subjects(self.items, "chunk", "*")}
+    async def remove_orphans(self, dry_run: bool = False) -> int:
+        """Remove the pieces that a writer left which died before its item was one, or a reader amid removing it; how
+        many."""
+        pieces, removed = await self.subjects(self.items, "chunk", "*"), 0
         if not pieces:
-            return
+            return 0
         kept = {number for number, _ in (await self.dead()).values()}
         kept |= {each.rpartition(".")[2] for each in await self.subjects(self.items, "item", "*")}
-        for number in pieces - kept:
-            asked = {"last_by_subj": self.subject("chunk", number)}
+        for subject, count in pieces.items():
+            if (number := subject.rpartition(".")[2]) in kept:
+                continue
+            asked = {"last_by_subj": subject}
             last = await self.link.api(f"STREAM.MSG.GET.{self.items}", asked, missing=True)
             if last and time.time() - _seconds(last["message"]["time"]) > ORPHANED:
-                await self.forget(self.items, "chunk", number)
+                removed += count if dry_run else await self.forget(self.items, "chunk", number)
+        return removed
+
+    async def remove_histories(self, dry_run: bool = False) -> int:
+        """Remove what is known of the failures of items that are no more; how many."""
+        dead, removed = await self.dead(), 0
+        for seq in await self.failed():
+            asked = {"seq": seq}
+            if seq not in dead and not await self.link.api(
+                f"STREAM.MSG.GET.{self.items}", asked, missing=True
+            ):
+                removed += 1 if dry_run else await self.forget(self.notes, "failed", seq)
+        return removed
 
     # Items
 

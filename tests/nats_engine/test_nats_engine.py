@@ -10,7 +10,7 @@ import pytest
 from nats_engine.server import Server
 from spoolipc.engine import Engine
 from spoolipc.nats import NatsEngine
-from spoolipc.testing import EngineSuite, OtherProcess, ProcessSuite, Suite
+from spoolipc.testing import EngineSuite, OtherProcess, ProcessSuite, RestoreSuite, Suite, WatchSuite
 
 
 class OnServer(Suite):
@@ -25,11 +25,11 @@ class OnServer(Suite):
         return NatsEngine(self.server.url(name))
 
 
-class TestNatsEngine(OnServer, EngineSuite, ProcessSuite):
+class TestNatsEngine(OnServer, EngineSuite, RestoreSuite, WatchSuite, ProcessSuite):
     """Items of a message each."""
 
 
-class TestNatsEngineInPieces(OnServer, EngineSuite, ProcessSuite):
+class TestNatsEngineInPieces(OnServer, EngineSuite, RestoreSuite, WatchSuite, ProcessSuite):
     """Large items of several messages."""
 
     @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nats_engine.server import Server
 from torch.utils.data import DataLoader
 
 from spoolipc import SpoolReader, SpoolWriter, UnsupportedArray, stat
@@ -37,6 +38,10 @@ def numbers(samples: Any) -> list[int]:
     return [int(sample.flatten()[0]) for sample in samples]
 
 
+def to_number_in_place(tensor: torch.Tensor) -> int:
+    return int(tensor.add_(1)[-1]) - 1
+
+
 def to_number(tensor: torch.Tensor) -> int:
     return int(tensor[0])
 
@@ -53,6 +58,22 @@ def test_each_item_goes_to_one_worker_and_an_epoch_ends_with_the_writers(spool: 
         fill(spool, 20)
         assert sorted(torch.cat(list(loader)).tolist()) == list(range(20))
         assert stat(spool).live_sessions == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_of_a_server_go_to_one_worker_each_and_may_be_written(tmp_path: Path, workers: int) -> None:
+    server = Server(tmp_path)
+    try:
+        with SpoolWriter(server.url("tensors")) as writer:
+            writer.put_many([np.full(LARGE * (1 + number % 2 * 9), number, "f4") for number in range(20)])
+        data = SpoolDataset(server.url("tensors"), to_number_in_place, unacked=4)
+        context = "spawn" if workers else None
+        loader: Any = DataLoader(data, batch_size=4, num_workers=workers, multiprocessing_context=context)
+        assert sorted(torch.cat(list(loader)).tolist()) == list(range(20))
+        found = stat(server.url("tensors"))
+        assert (found.depth, found.in_flight, found.live_sessions) == (0, 0, 0)
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("size", [10, LARGE])
