@@ -10,6 +10,8 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(RELEASE))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
+# Of the exhaustive tests, those that take half of their time.
+PAIRED := tests/crash/test_interleavings.py tests/crash/test_interrupts.py
 
 .PHONY: help install format lint test faults torch mutants soak demo bench bench-nats docs clean all
 
@@ -51,7 +53,15 @@ else
 endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
+ifdef ARGS
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+else
+	@run() { $(BIN)/python -m pytest -m exhaustive "$$@"; }; \
+	run $(PAIRED) >$(VENV)/paired.log 2>&1 & paired=$$!; \
+	run $(addprefix --ignore=,$(PAIRED)); rest=$$?; \
+	wait $$paired; paired=$$?; \
+	cat $(VENV)/paired.log; exit $$((rest || paired))
+endif
 
 torch: $(VENV)/.torch  ## the tests of spoolipc.torch, with a release of torch that they pass with
 	$(BIN)/python -m pytest tests/tensors $(ARGS)
