@@ -96,8 +96,6 @@ class Journal:
 
     def _map(self, name: str) -> None:
         status = fs.fstat(self._fd)
-        if not status.st_nlink or (status.st_nlink > 1 and self._writable):
-            raise IndexDamaged("the index was deleted, or is linked from elsewhere")
         if status.st_size < W.HEADER * W.WORD:
             raise IndexDamaged("the index is too short")
         self.size = status.st_size // W.WORD * W.WORD

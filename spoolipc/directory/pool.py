@@ -233,8 +233,6 @@ def evict_one(directories: Directories, journal: Journal, record: int, link: int
 def _nobody_looks(directories: Directories, journal: Journal) -> bool:
     """Whether all looks at items that began before this call have ended. A step."""
     words = journal.words
-    if journal.map[W.LOOKS_BYTES] == W.NOBODY:
-        return True
     for place, waiter in enumerate(W.WAITERS):
         patience = _PATIENCE
         while words[W.LOOKS + place]:

@@ -116,7 +116,6 @@ SUBJECT: Final = _at()  # number of the file that the transition moves
 STORES: Final = _at()  # how many stores the journal holds
 JOURNAL: Final = _at(2 * JOURNAL_ROOM)  # the position of each and its value, in turn
 LOOKS: Final = _at(MOST_WAITERS)  # by place: 1 while that reader looks at an item that is not in flight at it
-LOOKS_BYTES: Final = slice(LOOKS * WORD, (LOOKS + MOST_WAITERS) * WORD)
 SHARE_BYTES: Final = (
     _at()
 )  # what the pool may hold of the file system, as of late: half of what is free without it
@@ -124,7 +123,6 @@ SHARE_FILES: Final = _at()
 WANTED: Final = _at(
     MOST_WAITERS
 )  # by place: bytes for which that writer waits, as the file system lacks them
-WANTED_BYTES: Final = slice(WANTED * WORD, (WANTED + MOST_WAITERS) * WORD)
 WRITERS: Final = _at()  # monotonic ns at which a writer last came or left
 ENDING: Final = _at()  # somebody waits until no item of a lower number is left, 0 for nobody
 assert _at.next <= HEADER

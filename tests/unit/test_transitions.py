@@ -369,6 +369,21 @@ def not_moved(spool: Spool, before: Any, table: bytes, transition: Transition) -
         spool.check()
 
 
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [(W.MARK, transitions.FOLLOW + 1), (W.STORES, W.JOURNAL_ROOM + 1), (W.JOURNAL, 2**40)],
+)
+def test_a_journal_that_nobody_wrote_is_damage_and_nothing_is_stored(
+    spool: Spool, word: int, value: int
+) -> None:
+    spool.words[W.MARK], spool.words[W.STORES], spool.words[W.JOURNAL] = transitions.MEMORY, 1, W.READY_HEAD
+    spool.words[word] = value
+    before = bytes(spool.map)
+    with pytest.raises(W.IndexDamaged):
+        spool.journal.recover()
+    assert spool.map == before
+
+
 @pytest.mark.parametrize("size", [8192, LARGE])
 def test_of_large_pooled_files_one_already_mapped_is_found_and_of_small_ones_the_first(
     spool: Spool, size: int
