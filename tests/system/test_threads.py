@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.faults import Injector
 
-from spoolipc import LeaseExpired, ShutDown, SpoolReader, SpoolWriter
+from spoolipc import LeaseExpired, ShutDown, SpoolClosed, SpoolReader, SpoolWriter
+from spoolipc.directory.session import Side
 
 THREADS = 8
 """On each side."""
@@ -103,6 +105,34 @@ def test_array_of_an_item_that_another_thread_uses_at_once_stays_as_it_is(spool:
                 reader.get_many(3)
             assert array is None or (array == line).all()  # None where it was acknowledged before
     assert line > 20
+
+
+class Late(list[None]):
+    """The users of a session that another thread closes when one has seen it open, and is not among them yet."""
+
+    def __init__(self, close: Callable[[], object]) -> None:
+        super().__init__()
+        self._close = close
+
+    def append(self, user: None) -> None:
+        self._close()
+        super().append(user)
+
+
+def test_put_that_begins_as_another_thread_closes_uses_no_descriptor_that_was_closed(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    for _ in range(2):
+        writer.put(np.zeros(10))
+    reader.get()
+    writer.put(np.zeros(10))  # into the one consumed file: the next makes one, and looks at nothing before
+    side = writer._producer
+    assert isinstance(side, Side)
+    side.session.users = Late(side.close)
+    side.session.on_adopt = lambda: None  # the last that a close does; it has not come to that
+    with Injector() as calls, pytest.raises(SpoolClosed):
+        writer.put(np.zeros(10))
+    assert calls.met[-1] == "close"
 
 
 def at_once(call: Callable[[], Any], line: int, other: Callable[[], Any], results: list[Any]) -> bool:
