@@ -265,7 +265,7 @@ not-copied | queue | test_interrupts cannot_all | len(given) if isinstance(error
 amid-step | session | test_reentrance handler_amid_any and put-put | if thread in steps: ==> if False:
 put-off | lock | test_reentrance handler_amid_any and put-close | later.append(partial(act, *args)) ==> pass
 # the interpreter ends with sessions open
-final-use | session | test_ends | or session.is_forked or is_finalizing(): ==> or session.is_forked:
+final-use | session | test_ends | if session.is_forked or is_finalizing(): ==> if session.is_forked:
 # many threads share a writer or reader
 mutex | session | test_threads | with lock.mutex: ==> with contextlib.nullcontext():
 maxsize | producer | test_limits another_took | left <= 0: ==> False:

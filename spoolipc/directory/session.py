@@ -54,7 +54,7 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
     @functools.wraps(method)
     def run(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
         session = self.session
-        if not session.is_open or session.is_forked or is_finalizing():
+        if session.is_forked or is_finalizing():
             session.ready()
         users = session.users
         users.append(None)
@@ -174,7 +174,7 @@ class Session:
         when it finds the index damaged, so it must not do one thing twice.
         Raises LockTimeout, SpoolGone, SpoolClosed, StorageError, OSError, and what `work` raises.
         """
-        if not self.is_open or self.is_forked:
+        if self.is_forked:
             self.ready()
         lock, thread = self.lock, get_ident()
         if thread in steps:
@@ -307,8 +307,6 @@ class Session:
 
         current: not those of an index that another process has built again since, as the next step would find.
         """
-        if not self.is_open or self.is_forked:
-            self.ready()
         journal = self.journal
         if journal is _NONE or not (journal.is_current() if current else journal.is_whole()):
             self.step(_nothing)
