@@ -144,9 +144,6 @@ class Session:
 
     def _hold(self, held: list[int]) -> None:
         """Close these descriptors when this is let go of, or collected."""
-        end = getattr(self, "_end", None)  # `vars` would make all attributes slower to find from then on
-        if end is not None:
-            end.detach()
         self._held = held
         self._end = weakref.finalize(self, _abandon, os.getpid(), held, self.is_open)
         self._end.atexit = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -108,15 +109,19 @@ def test_array_of_an_item_that_another_thread_uses_at_once_stays_as_it_is(spool:
 
 
 class Late(list[None]):
-    """The users of a session that another thread closes when one has seen it open, and is not among them yet."""
+    """The users of a session that another thread closes when one has seen it open, and is not among them yet, or just
+    is."""
 
-    def __init__(self, close: Callable[[], object]) -> None:
+    def __init__(self, close: Callable[[], object], is_in: bool = False) -> None:
         super().__init__()
-        self._close = close
+        self._close, self._is_in = close, is_in
 
     def append(self, user: None) -> None:
+        if self._is_in:
+            super().append(user)
         self._close()
-        super().append(user)
+        if not self._is_in:
+            super().append(user)
 
 
 def test_put_that_begins_as_another_thread_closes_uses_no_descriptor_that_was_closed(
@@ -133,6 +138,18 @@ def test_put_that_begins_as_another_thread_closes_uses_no_descriptor_that_was_cl
     with Injector() as calls, pytest.raises(SpoolClosed):
         writer.put(np.zeros(10))
     assert calls.met[-1] == "close"
+
+
+def test_session_closed_amid_a_call_has_no_descriptor_when_that_has_ended(spool: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    reader = SpoolReader(spool)
+    side = reader._consumer
+    assert isinstance(side, Side)
+    side.session.users = Late(side.close, is_in=True)
+    with Injector() as calls, pytest.raises(SpoolClosed):
+        reader.get()
+    assert calls.met[-7:] == ["close"] * 7
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def at_once(call: Callable[[], Any], line: int, other: Callable[[], Any], results: list[Any]) -> bool:
