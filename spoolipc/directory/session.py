@@ -385,8 +385,6 @@ class Session:
 
         last: a step that gives up some of what the session has; whether more is left. A spool that was deleted
         meanwhile is simply left. When the interpreter ends, the session does as by a crash."""
-        if not self.is_open:
-            return
         if self.is_forked or is_finalizing():
             self.is_open.clear()
             self._end()

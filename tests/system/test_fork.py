@@ -103,6 +103,22 @@ def test_child_is_a_session_of_its_own_once_it_uses_the_spool(
     assert child.ended() == 0
 
 
+def test_child_that_uses_no_spool_keeps_no_file_of_it_mapped(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    """The memory of a file that is removed would be kept with it."""
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(spool))
+
+    def work() -> None:
+        assert mapped() == 0
+
+    traffic(writer, reader)
+    assert mapped() > 0
+    assert Forked(work).ended() == 0
+
+
 @pytest.mark.parametrize("end", ["exit", "close", "crash"])
 @pytest.mark.parametrize("used", [True, False])
 def test_end_of_the_child_is_not_the_parents(
