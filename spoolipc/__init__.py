@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .admin import failed_drop, failed_list, failed_retry, failed_show, fsck, purge, remove, set_limits
 from .admin import gc as gc
 from .admin import stat as stat
-from .directory.check import FsckReport
-from .directory.repair import Problem
+from .directory.check import FsckReport, Problem
 from .directory.temporary import remove_temporary
 from .errors import (
     AlreadySettled,

@@ -44,7 +44,7 @@ unlinked | journal | test_transitions | directories.remove("free", name) ==> pas
 followed | journal | test_kills system and shutdown | words[W.SHUTDOWN] = read_shutdown(directories.root) ==> pass
 staged | housekeeping | test_kills system and put_large | temporary_owner(entry.name) in crashed: ==> False:
 sessions | housekeeping | test_views ends_without | () if left else crashed - _stuck(session): ==> ():
-repair-cut | repair | test_kills system and repair | session.journal.words[W.CAPACITY] = W.ALL_BITS ==> pass
+repair-cut | check | test_kills system and repair | session.journal.words[W.CAPACITY] = W.ALL_BITS ==> pass
 left-new | fs | test_kills system and open_new | unlink_missing_ok(directory, name) ==> pass
 # killed between two stores to the table, holding the lock
 finished | journal | test_gc half_done | subject, finish=True): ==> subject, finish=True) and False:
@@ -385,11 +385,11 @@ join-awaited | housekeeping | test_join woken_by_what | if left:¶        await_
 join-once | housekeeping | test_join woken_once | records += active(words) ==> pass
 join-purge | housekeeping | test_join woken_by_what | words[W.ENDING] = 0  # who ==> pass  # who
 # not in the matrix: fsck
-fsck-size | repair | test_fsck longer | "missing", "size") ==> "missing")
-fsck-in-flight | repair | test_fsck becomes_a | and not _is_in_flight(session, number): ==> :
+fsck-size | check | test_fsck longer | "missing", "size") ==> "missing")
+fsck-in-flight | check | test_fsck becomes_a | and not _is_in_flight(session, number): ==> :
 fsck-torn | quarantine | test_fsck without_a_reason | except (ValueError, ==> except (
-fsck-planted | repair | test_fsck made_anew | problem.kind in ("planted", "link") and name in _REPLACEABLE: ==> False:
-fsck-orphans | repair | test_fsck knows and orphan | any(problem.kind == "orphan" for problem in found): ==> False:
+fsck-planted | check | test_fsck made_anew | problem.kind in ("planted", "link") and name in _REPLACEABLE: ==> False:
+fsck-orphans | check | test_fsck knows and orphan | any(problem.kind == "orphan" for problem in found): ==> False:
 fsck-checksum | check | test_verify one_flipped | file.parse(whole=True) ==> file.parse()
 fsck-lists | table | test_fsck contradicts and lost | unlisted, self.seen.count(0) ==> 0, 0
 fsck-sums | table | test_fsck contradicts and flight | int((states == IN_FLIGHT).sum()) ==> words[IN_FLIGHT_COUNT]

@@ -46,8 +46,7 @@ FLOORS: Final = {
     "gc": "housekeeping journal layout liveness pool quarantine session sources visitor",
     "stat": "doorbell layout liveness pool quarantine session visitor",
     "dead_letters": "format.footer itemfile layout quarantine session transitions visitor",
-    "repair": "gc layout liveness quarantine rebuild session visitor",
-    "check": "gc itemfile layout liveness quarantine repair visitor",
+    "check": "gc itemfile layout liveness quarantine rebuild session visitor",
     "staging": "format.footer format.item itemfile layout liveness pool recycling session",
     "reset": "dead_letters gc housekeeping layout liveness lock quarantine session transitions visitor",
     "producer": "engine format.footer format.item housekeeping itemfile lock pool recycling reset session"
@@ -76,7 +75,7 @@ FLOORS: Final = {
     "mp": "engine format.values temporary connect",
     "workers": "connect mp",
     "forward": "engine connect",
-    "spoolipc": "admin forward item queue mp workers temporary check gc repair",
+    "spoolipc": "admin forward item queue mp workers temporary check gc",
     "cli.text": "check gc",
     "cli.bench": "spoolipc",
     "cli.main": "spoolipc admin connect forward temporary cli.bench cli.text",
