@@ -11,6 +11,7 @@ in flight at sessions that live.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -18,6 +19,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -361,35 +363,36 @@ class _Look:
 
     def _compare(self, words: Words, part: str, sizes: dict[int, int], states: tuple[int, ...]) -> None:
         """Hold the files of a part, by number, against the records of its states."""
-        said = files(words, states)
-        suspects = sorted(sizes.keys() ^ said.keys())
+        suspects = sorted({number for number, _ in sizes.items() ^ files(words, states).items()})
         for start in range(0, len(suspects), _SLICE):
             self._disagree(part, suspects[start : start + _SLICE], states)
-        for number in sorted(sizes.keys() & said.keys() - self._damaged):
-            if sizes[number] != said[number]:
-                what = f"has {sizes[number]} bytes, the index says {said[number]}"
-                self._note("size", f"{part}/{item_name(number)}", what)
 
     def _disagree(self, part: str, suspects: list[int], states: tuple[int, ...]) -> None:
-        """Note which of `suspects` are files that no record stands for, and records that have no file."""
-        words, there = self.visitor.step(self._look_again, part, suspects)
-        if words is None:
+        """Note which of `suspects` are files without a record, records without a file, or differ in size."""
+        again, sizes = self.visitor.step(self._look_again, part, suspects)
+        if again is None:
             return
-        recorded = files(words, states)
+        said = files(again, states)
         for number in suspects:
-            where = f"{part}/{item_name(number)}"
-            if number in recorded and number not in there:
-                self._note("missing", where, "is in the index, but not there")
-            elif number in there and number not in recorded:
-                if part == "items":
+            where, size = f"{part}/{item_name(number)}", sizes.get(number)
+            if number not in said:
+                if size is not None and part == "items":
                     self._note("unknown", where, "is an item that the index does not know")
-                else:
+                elif size is not None:
                     self._note("orphan", where, "is a file that no item and no process needs")
+            elif size is None:
+                self._note("missing", where, "is in the index, but not there")
+            elif size != said[number] and number not in self._damaged:
+                self._note("size", where, f"has {size} bytes, the index says {said[number]}")
 
-    def _look_again(self, part: str, numbers: list[int]) -> tuple[Words | None, set[int]]:
-        """The table, and which of these files are there. A step."""
-        directory = self.directories.parts[part]
-        return self.visitor.snapshot(), {n for n in numbers if fs.exists(directory, item_name(n))}
+    def _look_again(self, part: str, numbers: list[int]) -> tuple[Words | None, dict[int, int]]:
+        """The table, and the sizes of those files that are there. A step."""
+        sizes = {}
+        for number in numbers:
+            with contextlib.suppress(FileNotFoundError):
+                status = fs.stat_at(item_name(number), dir_fd=self.directories.parts[part])
+                sizes[number] = status.st_size
+        return self.visitor.snapshot(), sizes
 
 
 # The verbs of repair
@@ -397,47 +400,38 @@ class _Look:
 
 def _repair_all(place: Path, found: list[Problem]) -> None:
     """Repair what can be; what fails is found again by the next look."""
+    aside = {
+        number: problem.what if problem.kind == "planted" else f"damaged: {problem.what}"
+        for problem in found
+        if problem.kind in ("item", "planted")
+        and (number := item_number(problem.where.removeprefix("items/"))) is not None
+    }
+    sessions = [problem for problem in found if problem.where.startswith("alive/")]
     with administration(place) as session:
-        named = [problem for problem in found if problem.where != "."]
-        aside = [problem for problem in named if _is_bad_file(problem)]
-        for problem in named:
-            if problem.kind == "mode":
+        for problem in found:
+            if problem.kind == "mode" and problem.where != ".":
                 part, _, name = problem.where.partition("/")
                 directory, mode = session.directories.parts[part], session.directories.file_mode
-                _tried(session, problem, permit, directory, name, mode)
-        sessions = [problem for problem in found if problem.where.startswith("alive/")]
+                _tried(session, problem.where, problem.what, permit, directory, name, mode)
         if aside or any(problem.kind in _REBUILT for problem in found if problem not in sessions):
             session.step(_rebuild, session, aside, [])
         if sessions or any(problem.kind == "orphan" for problem in found):
             gc(session.path)
 
 
-def _is_bad_file(problem: Problem) -> bool:
-    name = problem.where.removeprefix("items/")
-    return problem.kind in ("item", "planted") and item_number(name) is not None
-
-
-def _tried(session: Session, problem: Problem, work: Callable[..., object], *args: object) -> None:
-    session.directories.say(
-        logging.WARNING, "%s: repairing %s, which %s", session.path, problem.where, problem.what
-    )
+def _tried(session: Session, where: str, what: str, work: Callable[..., object], *args: object) -> None:
+    say = partial(session.directories.say, logging.WARNING)
+    say("%s: repairing %s, which %s", session.path, where, what)
     try:
         work(*args)
     except OSError as error:
-        session.directories.say(
-            logging.WARNING, "%s: %s was not repaired: %s", session.path, problem.where, error
-        )
+        say("%s: %s was not repaired: %s", session.path, where, error)
 
 
-def _set_aside(session: Session, problem: Problem) -> None:
+def _set_aside(session: Session, number: int, why: str) -> None:
     """Move a bad file to failed/. One that a live session has in flight stays: its reader finds out by itself."""
-    directories = session.directories
-    name = problem.where.removeprefix("items/")
-    number = item_number(name)
-    assert number is not None
-    if fs.exists(directories.items, name) and not _is_in_flight(session, number):
-        why = problem.what if problem.kind == "planted" else f"damaged: {problem.what}"
-        set_file_aside(directories, number, _WHO, why)
+    if fs.exists(session.directories.items, item_name(number)) and not _is_in_flight(session, number):
+        set_file_aside(session.directories, number, _WHO, why)
 
 
 def _is_in_flight(session: Session, number: int) -> bool:
@@ -447,15 +441,24 @@ def _is_in_flight(session: Session, number: int) -> bool:
     return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, W.OWNER])
 
 
-def _rebuild(session: Session, aside: list[Problem], done: list[bool]) -> tuple[None, int, int]:
-    """Set bad files aside and build the table again. A step, which is begun again with the new one.
+def _rebuild(session: Session, aside: dict[int, str], done: list[bool]) -> tuple[None, int, int]:
+    """Set bad files aside, each with its reason, and build the table again. A step, which is begun again with the new
+    one.
 
     The old table is made one that does not hold first: after a crash in between, whoever comes next builds it again.
     """
     if not done:
         done.append(True)
         session.journal.words[W.CAPACITY] = W.ALL_BITS
-        for problem in aside:
-            _tried(session, problem, _set_aside, session, problem)
+        for number, why in aside.items():
+            _tried(
+                session,
+                f"items/{item_name(number)}",
+                f"goes to failed/: {why}",
+                _set_aside,
+                session,
+                number,
+                why,
+            )
         raise IndexDamaged("fsck found that it is not as the directories are")
     return None, 0, 0
