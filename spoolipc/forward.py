@@ -47,7 +47,9 @@ Place = str | os.PathLike[str]
 Moved = Callable[[int, int], None]
 """Told after each batch: items, bytes."""
 _log = logging.getLogger("spoolipc")
-_TOGETHER: Final = 64
+_AT_ONCE: Final = 64
+_TOGETHER: Final = 256
+"""Items on their way at once: what servers store together takes some milliseconds, however little it is."""
 _LOOK: Final = 2.0
 """Seconds after which a wait for items or room looks whether to stop."""
 _LONGEST_PAUSE: Final = 15.0
@@ -169,32 +171,40 @@ class _Forwarder:
             if self._stop.wait(0.2):
                 return
         while not self._stop.is_set():
-            if not waiting:
-                try:
-                    until = NOW if self._until_empty else time.monotonic() + _LOOK
-                    waiting = consumer.claim(_TOGETHER, None, until)
-                except ShutDown:
+            try:
+                waiting = waiting or self._claim(consumer)
+            except ShutDown:
+                return
+            except Empty:
+                if self._until_empty:
                     return
-                except Empty:
-                    if self._until_empty:
-                        return
-                    continue
-            batch = self._batch(consumer, waiting, here, done)
-            count = self._put(producer, source, [message for _, message in batch], done) if batch else 0
-            if not count:
                 continue
-            batch = batch[:count]
-            done = _acknowledge(consumer, batch)
-            here |= {message.id for _, message in batch} - set(done)  # these will be delivered again
-            settled = {delivery.seq for delivery, _ in batch}
-            waiting = [delivery for delivery in waiting if delivery.seq not in settled]
-            self._count([message for _, message in batch])
+            batch = self._batch(consumer, waiting, here, done)
+            while batch:
+                count = self._put(producer, source, [message for _, message in batch], done)
+                if not count:
+                    return
+                arrived, batch = batch[:count], batch[count:]
+                done = _acknowledge(consumer, arrived)
+                here |= {message.id for _, message in arrived} - set(done)  # these will be delivered again
+                self._count([message for _, message in arrived])
+
+    def _claim(self, consumer: _From) -> list[Delivery]:
+        """Some items, as many as may be on their way together. Raises Empty, ShutDown."""
+        found = consumer.claim(_AT_ONCE, None, NOW if self._until_empty else time.monotonic() + _LOOK)
+        with suppress(Empty, ShutDown):
+            while (
+                len(found) in range(_AT_ONCE, _TOGETHER)
+                and sum(each.size for each in found) < self._max_bytes
+            ):
+                found += consumer.claim(min(_AT_ONCE, _TOGETHER - len(found)), None, NOW)
+        return found
 
     def _batch(
         self, consumer: _From, waiting: list[Delivery], here: set[str], done: list[str]
     ) -> list[tuple[Delivery, Message]]:
-        """The first of these items that may be on their way together. Those that the destination has are acknowledged,
-        and with those that cannot be read taken out of `waiting`."""
+        """Take out of `waiting` the first items that may be on their way together; those that the destination has are
+        acknowledged, and those that cannot be read passed over."""
         batch: list[tuple[Delivery, Message]] = []
         total = 0
         for delivery in list(waiting):
@@ -202,11 +212,11 @@ class _Forwarder:
                 break
             with suppress(BadItem, LeaseExpired):
                 message = consumer.load(delivery)
-                if message.id not in here:
+                if message.id in here:
+                    done += _acknowledge(consumer, [(delivery, message)])
+                else:
                     batch.append((delivery, message))
                     total += message.nbytes
-                    continue
-                done += _acknowledge(consumer, [(delivery, message)])
             waiting.remove(delivery)
         return batch
 

@@ -296,11 +296,13 @@ class Link:
         await self.client.subscribe(inbox, cb=hear, pending_msgs_limit=-1, pending_bytes_limit=-1)
         return inbox, queue
 
-    async def ask(self, subject: str, payload: Any = b"", headers: dict[str, str] | None = None) -> Msg | str:
-        """What is answered, or why nothing is."""
+    async def ask(
+        self, subject: str, payload: Any = b"", headers: dict[str, str] | None = None, seconds: float = TRY
+    ) -> Msg | str:
+        """What is answered, or why nothing is within so many seconds."""
         with self.replies() as (inbox, queue):
             try:
-                async with asyncio.timeout(TRY):
+                async with asyncio.timeout(seconds):
                     await self.client.publish(subject, payload, inbox, headers)
                     reply = await queue.get()
             except (TimeoutError, nats.errors.Error) as error:

@@ -15,6 +15,7 @@ import json
 import os
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -28,13 +29,19 @@ from ..format import item as items
 from ..message import NOW, Deadline, Message
 from .link import Address, header, within
 from .session import LOOK, Session, Watch
-from .spool import MARGIN, Control
+from .spool import MARGIN, ORPHANED, Control
 
 _TOGETHER: Final = 64
 _MAX_BATCH: Final = 1000
 _BATCH_BYTES: Final = 16 << 20
 _AT_ONCE: Final = 16
 _OVERHEAD: Final = 256
+_FORWARDED: Final = 256
+_AHEAD: Final = 65536
+"""Bytes of a forwarded item from which on it goes piece by piece, as what is in a batch is written twice."""
+_SLOW: Final = 20.0
+"""Seconds in which what is on its way at once arrives over a slow line."""
+_EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 _ANOTHER, _DUPLICATE = 10071, 10201
 
 
@@ -66,6 +73,7 @@ class NatsProducer(Session):
             what = "what survives the loss of power is for the server to say: replicas, and its sync_interval"
             raise ValueError(f"{where.path}: durability can only be 'none'; {what}")
         self._checksum = options.checksum
+        self._records: dict[str, tuple[int, Known]] = {}  # those we wrote last, by source
         super().__init__(where, options.limits, options.create, options)
         self.do(self.spool.remove_orphans())
 
@@ -114,6 +122,7 @@ class NatsProducer(Session):
     # Forwarding
 
     def forwarded(self, source: str) -> Known:
+        self._records.clear()
         return self.do(self._forwarded(source))[1]
 
     async def _forwarded(self, source: str) -> tuple[int, Known]:
@@ -131,33 +140,45 @@ class NatsProducer(Session):
         self, source: str, packed: list[_Packed], until: Deadline, done: Collection[str]
     ) -> int:
         """One batch of items and of the record that they came, which nobody else has written meanwhile."""
-        before, known = await self._forwarded(source)
-        if packed[0].id in known.put:  # an earlier try was not answered
-            return sum(each.id in known.put for each in packed)
-        subject = self.spool.subject("source", _key(source))
-
-        def record(group: list[_Packed]) -> _Sent:
-            written = json.dumps(known.after(done, {each.id: each.message.seq for each in group})).encode()
-            return _Sent(subject, written, {"Nats-Expected-Last-Subject-Sequence": str(before)})
-
+        subject, began = self.spool.subject("source", _key(source)), time.monotonic()
         while True:
+            ours = self._records.pop(source) if source in self._records else None
+            before, known = ours or await self._forwarded(source)
+            if packed[0].id in known.put:  # an earlier try was not answered
+                return sum(each.id in known.put for each in packed)
             news = self.spool.news
             try:
-                room = await self._room(packed[0].size)
-                put = len(await self._store(packed[:room], until, record))
-                break
+                group = packed[: await self._room(packed[0].size, _FORWARDED)]
             except errors.Full:
                 if until == NOW or not await self.wait(news, until):
                     raise
-        if before:
-            asked = {"seq": before, "no_erase": True}
-            await self.link.api(f"STREAM.MSG.DELETE.{self.spool.items}", asked, missing=True)
-        return put
+                continue
+            sent, reply = await self._send_pieces(group, _AHEAD)
+            if reply is None:
+                group = group[:sent]
+                then = known.after(done, {each.id: each.message.seq for each in group})
+                unchanged = {_EXPECTED: str(before)}
+                own = [self._own(each, _AHEAD, {}) for each in group]
+                reply = await self._batch([*own, _Sent(subject, json.dumps(then).encode(), unchanged)])
+            if isinstance(reply, str):
+                await self._again(began, reply)
+                continue
+            if error := reply.get("error"):
+                if error["err_code"] == _ANOTHER:
+                    raise errors.SpoolInUse(
+                        0, f"{self.path}: another process forwards from the same spool to it"
+                    )
+                raise self._refused(error)
+            self._records[source] = int(reply["seq"]), then
+            if before:
+                asked = {"seq": before, "no_erase": True}
+                await self.link.api(f"STREAM.MSG.DELETE.{self.spool.items}", asked, missing=True)
+            return len(group)
 
-    async def _room(self, size: int) -> int:
-        """How many items may be put now, the first of so many bytes. Raises ShutDown, TooLarge, Full."""
+    async def _room(self, size: int, room: int = _TOGETHER) -> int:
+        """How many items may be put now, `room` at most, the first of so many bytes. Raises ShutDown, TooLarge,
+        Full."""
         control = await self._open_control()
-        room = _TOGETHER
         if control.limits.maxsize:
             counts = await self.spool.counts()
             control = await self._open_control()  # news may have come meanwhile
@@ -185,51 +206,45 @@ class NatsProducer(Session):
             )
         return control
 
-    def _messages(self, packed: _Packed) -> Iterator[_Sent]:
-        """The messages of an item, its own last."""
-        message, layout, footer, number, size = packed
-        subject, headers = self.spool.subject("item", number), {"Nats-Msg-Id": number}
-        parts = items.parts(layout, message.arrays)
-        if size <= self._most:
-            yield _Sent(subject, b"".join((*parts, footer)), headers)
-            return
-        for piece in _pieces(parts, self._most):
-            yield _Sent(self.spool.subject("chunk", number), piece, {})
-        yield _Sent(subject, footer, headers | {"Spool-Size": str(size)})
+    def _pieces(self, packed: _Packed, most: int) -> Iterator[_Sent]:
+        """The messages that come before an item's own: none where that can have up to `most` bytes."""
+        if packed.size > most:
+            subject, headers = self.spool.subject("chunk", packed.id), {_EXPECTED: "0"}
+            for piece in _pieces(items.parts(packed.layout, packed.message.arrays), self._most):
+                yield _Sent(subject, piece, headers)
+                headers = {}
+
+    def _own(self, packed: _Packed, most: int, headers: dict[str, str]) -> _Sent:
+        """The message that makes an item one: of what has up to `most` bytes, all of it."""
+        subject, parts = (
+            self.spool.subject("item", packed.id),
+            items.parts(packed.layout, packed.message.arrays),
+        )
+        if packed.size <= most:
+            return _Sent(subject, b"".join((*parts, packed.footer)), headers)
+        return _Sent(subject, packed.footer, headers | {"Spool-Size": str(packed.size)})
 
     def _count(self, packed: _Packed) -> int:
         return 1 if packed.size <= self._most else 1 - -packed.layout.end // self._most
 
-    async def _store(
-        self, several: list[_Packed], until: Deadline, beside: Callable[[list[_Packed]], _Sent] | None = None
-    ) -> list[int]:
-        """Store the first of these items, as many as one batch can have; returns their numbers.
-
-        beside: makes a message that is stored with them or not at all, after them.
-        """
+    async def _store(self, several: list[_Packed], until: Deadline) -> list[int]:
+        """Store the first of these items, as many as one batch can have; returns their numbers."""
         group = [several[0]]
         while len(group) < len(several) and self._is_batch(several[: len(group) + 1]):
             group = several[: len(group) + 1]
         counts = [self._count(each) for each in group]
         began, whole = time.monotonic(), sum(counts) == 1 or self._is_batch(group)
         while True:
-            last = [] if beside is None else [beside(group)]
             if whole:
-                reply = await self._batch([sent for each in group for sent in self._messages(each)] + last)
+                reply = await self._batch([sent for each in group for sent in self._messages(each)])
             else:
-                reply = await self._piece_by_piece(group[0], last)
+                reply = await self._piece_by_piece(group[0])
             if isinstance(reply, str):
-                self.spool.control = None
-                await self._open_control()
-                self.link.check(began, reply)
-                await asyncio.sleep(0.1)
+                await self._again(began, reply)
                 continue
             error = reply.get("error")
             if error is None:
-                seq = int(reply["seq"]) - len(last)
-                return [seq - sum(counts[index + 1 :]) for index in range(len(counts))]
-            if error["err_code"] == _ANOTHER:
-                raise errors.SpoolInUse(0, f"{self.path}: another process forwards from the same spool to it")
+                return [int(reply["seq"]) - sum(counts[index + 1 :]) for index in range(len(counts))]
             if len(group) > 1:  # the batch may be what is refused: each by itself
                 group, counts = group[:1], counts[:1]
             elif error["err_code"] == _DUPLICATE:
@@ -237,12 +252,26 @@ class NatsProducer(Session):
             elif whole and counts[0] > 1:
                 whole = False
             else:
-                what = f"the server refuses the item: {error['description']}"
-                raise errors.StorageError(0, f"{self.path}: {what}")
+                raise self._refused(error)
+
+    def _messages(self, packed: _Packed) -> list[_Sent]:
+        """The messages of an item, its own last."""
+        own = self._own(packed, self._most, {"Nats-Msg-Id": packed.id})
+        return [*self._pieces(packed, self._most), own]
+
+    async def _again(self, began: float, why: str) -> None:
+        """Before what was begun then is sent once more. Raises ServerUnreachable, ShutDown."""
+        self.spool.control = None
+        await self._open_control()
+        self.link.check(began, why)
+        await asyncio.sleep(0.1)
+
+    def _refused(self, error: dict[str, Any]) -> errors.StorageError:
+        return errors.StorageError(0, f"{self.path}: the server refuses the item: {error['description']}")
 
     def _is_batch(self, group: list[_Packed]) -> bool:
-        """Whether one batch can have them, and a message beside."""
-        return sum(map(self._count, group)) < _MAX_BATCH and sum(each.size for each in group) <= _BATCH_BYTES
+        """Whether one batch can have them."""
+        return sum(map(self._count, group)) <= _MAX_BATCH and sum(each.size for each in group) <= _BATCH_BYTES
 
     async def _batch(self, messages: list[_Sent]) -> dict[str, Any] | str:
         """Send a message, or an atomic batch of them; returns what is said of the last."""
@@ -260,25 +289,46 @@ class NatsProducer(Session):
             headers["Nats-Batch-Commit"] = "1"
         return _answer(await self.link.ask(sent.subject, sent.payload, headers))
 
-    async def _piece_by_piece(self, packed: _Packed, last: list[_Sent]) -> dict[str, Any] | str:
-        """Send the pieces, `_AT_ONCE` at a time, and the item's own message when all are stored."""
+    async def _piece_by_piece(self, packed: _Packed) -> dict[str, Any] | str:
+        """Send the pieces, and the item's own message when all are stored."""
         if await self._known(packed):  # an earlier try was not answered
             return {"error": {"err_code": _DUPLICATE}}
-        await self.spool.forget(self.spool.items, "chunk", packed.id)  # of an earlier try
-        *pieces, own = self._messages(packed)
-        sending: list[asyncio.Task[Msg | str]] = []
+        _, reply = await self._send_pieces([packed], self._most)
+        return reply or await self._batch([self._own(packed, self._most, {"Nats-Msg-Id": packed.id})])
+
+    async def _send_pieces(self, group: list[_Packed], most: int) -> tuple[int, dict[str, Any] | str | None]:
+        """Send the pieces of these items, `_AT_ONCE` at a time, but no more items when that takes long: of how many,
+        and why it failed, None where all that were sent are stored."""
+        began, count = time.monotonic(), 0
+        sending: deque[tuple[_Packed, asyncio.Task[Msg | str]]] = deque()
+
+        async def stored() -> dict[str, Any] | str | None:
+            packed, task = sending.popleft()
+            said = _answer(await task)
+            if isinstance(said, str) or "error" not in said:
+                return said if isinstance(said, str) else None
+            if said["error"]["err_code"] != _ANOTHER:
+                return said
+            await self.spool.forget(self.spool.items, "chunk", packed.id)
+            return "there were pieces of an earlier try"
+
         try:
-            while pieces or sending:
-                while pieces and len(sending) < _AT_ONCE:
-                    sending.append(asyncio.create_task(self.link.ask(*pieces.pop(0))))
+            for packed in group:
+                if time.monotonic() - began > ORPHANED / 3:
+                    break
+                for piece in self._pieces(packed, most):
+                    sending.append((packed, asyncio.create_task(self.link.ask(*piece, seconds=_SLOW))))
                     await asyncio.sleep(0)  # they go in order
-                said = _answer(await sending.pop(0))
-                if isinstance(said, str) or "error" in said:
-                    return said
+                    if len(sending) == _AT_ONCE and (failed := await stored()):
+                        return count, failed
+                count += 1
+            while sending:
+                if failed := await stored():
+                    return count, failed
+            return count, None
         finally:
-            for task in sending:
+            for _, task in sending:
                 task.cancel()
-        return await self._batch([own, *last])
 
     async def _known(self, packed: _Packed) -> int:
         """The number of an item that is stored already; 0 when it was taken since."""
