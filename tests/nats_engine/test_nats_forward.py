@@ -73,7 +73,6 @@ def test_forwarder_killed_at_random_loses_and_doubles_nothing(
         assert time.monotonic() < deadline
     found += drained(destination)
     assert sorted(found) == ids
-    assert origin == "server" or found == ids
 
 
 def test_item_that_was_put_and_not_acknowledged_is_not_put_again(server: Server, tmp_path: Path) -> None:
