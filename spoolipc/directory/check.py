@@ -17,9 +17,8 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -168,10 +167,8 @@ def _check_directories(place: Path, repair: bool) -> list[Problem]:
         found = _wrong_at_top(root, mode)
         if repair:
             for problem in found:
-                try:
+                with _trying(place, problem.where, _log.log):
                     _put_right(root, problem, mode)
-                except OSError as error:
-                    _log.warning("%s: %s was not repaired: %s", place, problem.where, error)
             left = set(map(_key, _wrong_at_top(root, mode)))
             found = [replace(problem, repaired=_key(problem) not in left) for problem in found]
         return found
@@ -411,21 +408,21 @@ def _repair_all(place: Path, found: list[Problem]) -> None:
         for problem in found:
             if problem.kind == "mode" and problem.where != ".":
                 part, _, name = problem.where.partition("/")
-                directory, mode = session.directories.parts[part], session.directories.file_mode
-                _tried(session, problem.where, problem.what, permit, directory, name, mode)
+                with _trying(place, problem.where, _log.log):
+                    permit(session.directories.parts[part], name, session.directories.file_mode)
         if aside or any(problem.kind in _REBUILT for problem in found if problem not in sessions):
             session.step(_rebuild, session, aside, [])
         if sessions or any(problem.kind == "orphan" for problem in found):
             gc(session.path)
 
 
-def _tried(session: Session, where: str, what: str, work: Callable[..., object], *args: object) -> None:
-    say = partial(session.directories.say, logging.WARNING)
-    say("%s: repairing %s, which %s", session.path, where, what)
+@contextlib.contextmanager
+def _trying(place: Path, where: str, say: Callable[..., None]) -> Iterator[None]:
+    """In the block, what cannot be repaired is told: the next look finds it again."""
     try:
-        work(*args)
+        yield
     except OSError as error:
-        say("%s: %s was not repaired: %s", session.path, where, error)
+        say(logging.WARNING, "%s: %s was not repaired: %s", place, where, error)
 
 
 def _set_aside(session: Session, number: int, why: str) -> None:
@@ -449,16 +446,10 @@ def _rebuild(session: Session, aside: dict[int, str], done: list[bool]) -> tuple
     """
     if not done:
         done.append(True)
+        directories = session.directories
         session.journal.words[W.CAPACITY] = W.ALL_BITS
         for number, why in aside.items():
-            _tried(
-                session,
-                f"items/{item_name(number)}",
-                f"goes to failed/: {why}",
-                _set_aside,
-                session,
-                number,
-                why,
-            )
+            with _trying(directories.path, f"items/{item_name(number)}", directories.say):
+                _set_aside(session, number, why)
         raise IndexDamaged("fsck found that it is not as the directories are")
     return None, 0, 0

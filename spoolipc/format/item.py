@@ -48,7 +48,7 @@ ALIGN = 64
 MAX_BLOCKS = 1024
 """The most arrays in one item."""
 
-_CHUNK = 4 * 2**20
+_CHUNK = 2 * 2**20
 _NOTHING = bytearray(ALIGN)
 _NO_PREFIX = b"", 0, 0, 0
 
@@ -213,7 +213,10 @@ def parts(
         if array.flags.c_contiguous or block.fortran or not block.nbytes:
             yield _raw(array)
         else:
-            yield from map(_raw, _chunks(_opaque(array)))
+            size = max(1, _CHUNK // array.itemsize)
+            how: Any = {"flags": ["external_loop", "buffered"], "op_flags": ["readonly", "contig"]}
+            for chunk in np.nditer(_opaque(array), order="C", buffersize=size, **how):
+                yield np.asarray(chunk).tobytes()
 
 
 def savable(layout: Layout, arrays: Sequence[Array]) -> bool:
@@ -462,15 +465,3 @@ def _raw(array: Array) -> memoryview:
         return memoryview(b"")
     flat = array if array.flags.c_contiguous else array.T
     return flat.reshape(-1).view(np.uint8).data
-
-
-def _chunks(array: Array) -> Iterator[Array]:
-    """Contiguous copies of the parts of an array that is not, in C order, each of a few MiB or of one element."""
-    rows = _CHUNK * len(array) // array.nbytes
-    if rows == 0 and array.ndim > 1:
-        for part in array:
-            yield from _chunks(part)
-        return
-    step = max(rows, 1)
-    for start in range(0, len(array), step):
-        yield np.ascontiguousarray(array[start : start + step])
