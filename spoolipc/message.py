@@ -9,7 +9,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -140,12 +140,21 @@ class Limits:
             if value is not None:
                 object.__setattr__(self, name, whole(name, value))
         if self.mode not in (None, 0o700, 0o770):
-            how = (
-                f"{self.mode:#o}"
-                if str(self.mode) not in ("700", "770")
-                else f"{self.mode}; write 0o{self.mode}"
-            )
+            is_decimal = str(self.mode) in ("700", "770")
+            how = f"{self.mode}; write 0o{self.mode}" if is_decimal else f"{self.mode:#o}"
             raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {how}")
+
+    def over(self, others: Limits) -> Limits:
+        """These limits, and the others where these have none."""
+        pairs = zip(astuple(self), astuple(others), strict=True)
+        return Limits(*(one if one is not None else other for one, other in pairs))
+
+    def unlike(self, others: Limits) -> dict[str, tuple[int, int]]:
+        """The limits that both have and that differ, by name."""
+        pairs = zip(asdict(self).items(), astuple(others), strict=True)
+        return {
+            name: (one, other) for (name, one), other in pairs if None not in (one, other) and one != other
+        }
 
 
 DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_attempts=5, mode=0o700)
@@ -156,14 +165,10 @@ def joined(limits: Limits | None, beside: Limits) -> Limits:
     """The limits given in either way. Raises ValueError for one that is no limit, or that is given twice."""
     if limits is not None and not isinstance(limits, Limits):
         raise ValueError(f"limits must be as Limits(maxsize=5), not {limits!r}")
-    asked = asdict(limits or Limits())
-    for name, value in asdict(beside).items():
-        if value is None:
-            continue
-        if asked[name] not in (None, value):
-            raise ValueError(f"{name} is given twice: {asked[name]!r} in limits and {value!r} beside it")
-        asked[name] = value
-    return Limits(**asked)
+    given = limits or Limits()
+    for name, (one, other) in given.unlike(beside).items():
+        raise ValueError(f"{name} is given twice: {one!r} in limits and {other!r} beside it")
+    return given.over(beside)
 
 
 class Message(NamedTuple):

@@ -296,10 +296,10 @@ def agree(directories: Directories, asked: Limits) -> Limits:
     """
     found = _limits_of(directories)
     _compare(directories.path, found, asked)
-    decided = _merged(found, asked)
+    decided = found.over(asked)
     if decided != found:
         write_limits(directories.root, decided)
-    return _merged(decided, DEFAULTS)
+    return decided.over(DEFAULTS)
 
 
 def stage_limits(directories: Directories, asked: Limits) -> Limits:
@@ -309,9 +309,9 @@ def stage_limits(directories: Directories, asked: Limits) -> Limits:
     """
     found = _limits_of(directories)
     _compare(directories.path, Limits(mode=found.mode), Limits(mode=asked.mode))
-    changed = _merged(asked, found)
+    changed = asked.over(found)
     _stage(directories.root, changed)
-    return _merged(changed, DEFAULTS)
+    return changed.over(DEFAULTS)
 
 
 def _limits_of(directories: Directories) -> Limits:
@@ -325,13 +325,6 @@ def _limits_of(directories: Directories) -> Limits:
 def _lost_limits(place: Path) -> NotASpool:
     what = f"has lost its spool.json; run: spoolipc fsck --repair {place}"
     return NotASpool(errno.ENOENT, what, str(place))
-
-
-def _merged(first: Limits, second: Limits) -> Limits:
-    """The limits of `first`, and those of `second` where the first has none."""
-    return replace(
-        first, **{name: value for name, value in asdict(second).items() if getattr(first, name) is None}
-    )
 
 
 def _make_root(place: Path) -> None:
@@ -455,14 +448,12 @@ def _check_private(spool: Path, place: Path, status: os.stat_result, mode: int, 
 
 
 def _compare(place: Path, found: Limits, asked: Limits) -> None:
-    for name, value in asdict(asked).items():
-        there = getattr(found, name)
-        if value is not None and there is not None and there != value:
-            remedy = f"change it (spoolipc set {place} {name}={value})"
-            if name == "mode":
-                there, value, remedy = f"{there:#o}", f"{value:#o}", "use another path"
-            what = f"has {name}={there}, not {value}; leave {name} out to take what is there, or {remedy}"
-            raise LimitMismatch(f"{place}: {what}")
+    for name, (there, value) in found.unlike(asked).items():
+        said, remedy = f"{there}, not {value}", f"change it (spoolipc set {place} {name}={value})"
+        if name == "mode":
+            said, remedy = f"{there:#o}, not {value:#o}", "use another path"
+        what = f"has {name}={said}; leave {name} out to take what is there, or {remedy}"
+        raise LimitMismatch(f"{place}: {what}")
 
 
 # The marker of a spool that was shut down: it outlives the processes and the table.

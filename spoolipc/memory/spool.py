@@ -13,7 +13,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Final, Protocol
 
@@ -92,8 +92,7 @@ class Spool:
         self.process = os.getpid()
         self.changed = Changed()
         self.busy = 0  # the thread that is in a step
-        self.asked: dict[str, int] = {}
-        self.limits = values.DEFAULTS
+        self.asked, self.limits = Limits(), values.DEFAULTS
         self.state: values.State = "open"
         self.sessions = weakref.WeakSet[Session]()  # one dropped unclosed has left
         self.fresh, self.requeued = deque[Item](), list[Item]()
@@ -138,17 +137,15 @@ class Spool:
 
     def agree(self, asked: Limits) -> None:
         """Let limits be decided by who asks first. Raises LimitMismatch."""
-        for name, value in asdict(asked).items():
-            if value is not None and self.asked.get(name, value) != value:
-                raise errors.LimitMismatch(
-                    f"{self.path}: has {name}={self.asked[name]}, not {value}; leave {name} out to take what is there"
-                )
+        for name, (there, value) in self.asked.unlike(asked).items():
+            what = f"has {name}={there}, not {value}; leave {name} out to take what is there"
+            raise errors.LimitMismatch(f"{self.path}: {what}")
         self.change(asked)
 
     def change(self, asked: Limits) -> None:
         """Let the limits asked for be in force, whatever they were."""
-        self.asked |= {name: value for name, value in asdict(asked).items() if value is not None}
-        self.limits = replace(values.DEFAULTS, **self.asked)
+        self.asked = asked.over(self.asked)
+        self.limits = self.asked.over(values.DEFAULTS)
         self.changed.notify_all()
 
     def empty(self) -> int:
