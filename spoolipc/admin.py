@@ -5,19 +5,17 @@ Any of them may be called at any time, also while readers and writers use the sp
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable
 
 from .connect import connect
 from .directory import DirectoryEngine, check
+from .directory.check import FsckReport
 from .engine import Collector
 from .errors import NoSuchItem, UnsupportedOperation
 from .message import DeadLetter, GcReport, Limits, Progress, Retried, SpoolStat
 
 Place = str | os.PathLike[str]
-C = TypeVar("C", bound=Callable[..., object])
 
 
 def stat(path: Place) -> SpoolStat:
@@ -117,17 +115,20 @@ def gc(path: Place, *, dry_run: bool = False, progress: Progress | None = None) 
     return admin.gc(dry_run, progress)
 
 
-def _of_files(call: C) -> C:
-    """A call for a spool in a directory; UnsupportedOperation for one that has no files."""
+def fsck(path: Place, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
+    """Check the spool at `path`: directories, modes, links, every item file, the index, and each against the
+    others.
 
-    @functools.wraps(call)
-    def run(path: Place, **options: Any) -> object:
-        if not isinstance(connect(path), DirectoryEngine):
-            where = "on a server" if connect(path).crosses_processes else "in the memory of this process"
-            raise UnsupportedOperation(f"{os.fsdecode(path)}: is {where}, which has no files to check")
-        return call(path, **options)
+    repair: put right what can be. Modes are closed, missing directories made, damaged items moved to `failed/` with
+    the reason, files of no item removed; where the index contradicts itself, an item, or a limit it is built again
+    from the items. What live sessions have in flight stays so. Names that are not the spool's are left alone.
+    progress: called now and then with the number of names looked at, and None.
 
-    return cast(C, run)
-
-
-fsck = _of_files(check.fsck)
+    The spool may be in use. A problem counts as repaired when a second look does not find it.
+    Raises NotASpool, NetworkFileSystem, UnknownVersion, LockTimeout, StorageError.
+    """
+    engine = connect(path)
+    if not isinstance(engine, DirectoryEngine):
+        where = "on a server" if engine.crosses_processes else "in the memory of this process"
+        raise UnsupportedOperation(f"{os.fsdecode(path)}: is {where}, which has no files to check")
+    return check.fsck(path, repair, progress)

@@ -144,21 +144,21 @@ class Limits:
             how = f"{self.mode}; write 0o{self.mode}" if is_decimal else f"{self.mode:#o}"
             raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {how}")
 
-    def over(self, others: Limits) -> Limits:
-        """These limits, and the others where these have none."""
-        pairs = zip(astuple(self), astuple(others), strict=True)
-        return Limits(*(one if one is not None else other for one, other in pairs))
-
-    def unlike(self, others: Limits) -> dict[str, tuple[int, int]]:
-        """The limits that both have and that differ, by name."""
-        pairs = zip(asdict(self).items(), astuple(others), strict=True)
-        return {
-            name: (one, other) for (name, one), other in pairs if None not in (one, other) and one != other
-        }
-
 
 DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_attempts=5, mode=0o700)
 """What is in force where nobody asked."""
+
+
+def completed(limits: Limits, others: Limits) -> Limits:
+    """Limits, and the others where there are none."""
+    pairs = zip(astuple(limits), astuple(others), strict=True)
+    return Limits(*(one if one is not None else other for one, other in pairs))
+
+
+def differing(limits: Limits, others: Limits) -> dict[str, tuple[int, int]]:
+    """The limits that both have and that differ, by name."""
+    pairs = zip(asdict(limits).items(), astuple(others), strict=True)
+    return {name: (one, other) for (name, one), other in pairs if None not in (one, other) and one != other}
 
 
 def joined(limits: Limits | None, beside: Limits) -> Limits:
@@ -166,9 +166,9 @@ def joined(limits: Limits | None, beside: Limits) -> Limits:
     if limits is not None and not isinstance(limits, Limits):
         raise ValueError(f"limits must be as Limits(maxsize=5), not {limits!r}")
     given = limits or Limits()
-    for name, (one, other) in given.unlike(beside).items():
+    for name, (one, other) in differing(given, beside).items():
         raise ValueError(f"{name} is given twice: {one!r} in limits and {other!r} beside it")
-    return given.over(beside)
+    return completed(given, beside)
 
 
 class Message(NamedTuple):

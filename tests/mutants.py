@@ -182,7 +182,7 @@ larger-limit | producer | test_limits than_the_limit | (limit and need > limit) 
 larger-disk | producer | test_limits than_the_file_system | or need > total ==>
 max-bytes | pool | test_limits metadata_counts | not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes) ==> True
 delayed-room | pool | test_limits redelivered_and | + words[W.DELAYED_COUNT] >= maxsize ==> >= maxsize
-mismatch | layout | test_limits first_who | in found.unlike(asked).items(): ==> in ():
+mismatch | layout | test_limits first_who | in differing(found, asked).items(): ==> in ():
 # a process out of descriptors
 left-open | session | test_process_limits costs_at_most | self.journal.close()¶        _aband ==> pass¶        _aband
 in-a-circle | recycling | test_process_limits costs_at_most | weakref.WeakMethod(self.forget) ==> lambda: self.forget

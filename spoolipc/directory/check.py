@@ -97,20 +97,8 @@ class FsckReport:
         return all(problem.repaired for problem in self.problems)
 
 
-def fsck(
-    path: str | os.PathLike[str], *, repair: bool = False, progress: Progress | None = None
-) -> FsckReport:
-    """Check the spool at `path`: directories, modes, links, every item file, the index, and each against the
-    others.
-
-    repair: put right what can be. Modes are closed, missing directories made, damaged items moved to `failed/` with
-    the reason, files of no item removed; where the index contradicts itself, an item, or a limit it is built again
-    from the items. What live sessions have in flight stays so. Names that are not the spool's are left alone.
-    progress: called now and then with the number of names looked at, and None.
-
-    The spool may be in use. A problem counts as repaired when a second look does not find it.
-    Raises NotASpool, NetworkFileSystem, UnknownVersion, LockTimeout, StorageError.
-    """
+def fsck(path: str | os.PathLike[str], repair: bool, progress: Progress | None) -> FsckReport:
+    """Check the spool at `path`, and repair it on demand: see `spoolipc.fsck`."""
     place = Path(os.path.abspath(os.fsdecode(path)))
     with fs.as_owner(place):
         try:

@@ -40,7 +40,7 @@ from ..errors import (
     UnknownVersion,
     UnsafeSpool,
 )
-from ..message import DEFAULTS, Limits
+from ..message import DEFAULTS, Limits, completed, differing
 from . import fs
 from .lock import exclusively
 from .table import ALL_BITS, CAPACITY, DISCARDED, DRAINING, OPEN, WORD, IndexDamaged
@@ -296,10 +296,10 @@ def agree(directories: Directories, asked: Limits) -> Limits:
     """
     found = _limits_of(directories)
     _compare(directories.path, found, asked)
-    decided = found.over(asked)
+    decided = completed(found, asked)
     if decided != found:
         write_limits(directories.root, decided)
-    return decided.over(DEFAULTS)
+    return completed(decided, DEFAULTS)
 
 
 def stage_limits(directories: Directories, asked: Limits) -> Limits:
@@ -309,9 +309,9 @@ def stage_limits(directories: Directories, asked: Limits) -> Limits:
     """
     found = _limits_of(directories)
     _compare(directories.path, Limits(mode=found.mode), Limits(mode=asked.mode))
-    changed = asked.over(found)
+    changed = completed(asked, found)
     _stage(directories.root, changed)
-    return changed.over(DEFAULTS)
+    return completed(changed, DEFAULTS)
 
 
 def _limits_of(directories: Directories) -> Limits:
@@ -448,7 +448,7 @@ def _check_private(spool: Path, place: Path, status: os.stat_result, mode: int, 
 
 
 def _compare(place: Path, found: Limits, asked: Limits) -> None:
-    for name, (there, value) in found.unlike(asked).items():
+    for name, (there, value) in differing(found, asked).items():
         said, remedy = f"{there}, not {value}", f"change it (spoolipc set {place} {name}={value})"
         if name == "mode":
             said, remedy = f"{there:#o}, not {value:#o}", "use another path"

@@ -137,15 +137,15 @@ class Spool:
 
     def agree(self, asked: Limits) -> None:
         """Let limits be decided by who asks first. Raises LimitMismatch."""
-        for name, (there, value) in self.asked.unlike(asked).items():
+        for name, (there, value) in values.differing(self.asked, asked).items():
             what = f"has {name}={there}, not {value}; leave {name} out to take what is there"
             raise errors.LimitMismatch(f"{self.path}: {what}")
         self.change(asked)
 
     def change(self, asked: Limits) -> None:
         """Let the limits asked for be in force, whatever they were."""
-        self.asked = asked.over(self.asked)
-        self.limits = self.asked.over(values.DEFAULTS)
+        self.asked = values.completed(asked, self.asked)
+        self.limits = values.completed(self.asked, values.DEFAULTS)
         self.changed.notify_all()
 
     def empty(self) -> int:
