@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 
@@ -32,83 +30,20 @@ from .. import message as values
 from ..engine import ConsumerOptions, ProducerOptions, retry
 from ..format import footer as footers
 from ..format import item as items
-from ..message import Deadline, Delivery, Limits, Message
-from .spool import Item, Spool, clear, spools
+from ..message import Deadline, Delivery, Message
+from .spool import Item, Session, Spool, clear, spools
 
 __all__ = ["Consumer", "Loan", "MemoryEngine", "Producer", "clear"]
-T = TypeVar("T")
-_LONGEST_SLEEP: Final = 3600.0
-_LOOK_EVERY: Final = 1.0
 _MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-class _Session:
-    """One side of an open spool."""
-
-    role: str
-    is_remote = False
-    began = math.inf
-
-    def __init__(self, spool: Spool, limits: Limits, reopen: bool = False, fresh: bool = False) -> None:
-        self._spool, self.path = spool, spool.path
-        self.dropped = deque[tuple[Item, int]]()  # of deliveries that are gone: the item, and its attempt
-        with spool.step():
-            if fresh and (spool.in_flight or spool.has_writer()):
-                raise errors.SpoolInUse(f"{spool.path}: is in use: it has another writer, or items in flight")
-            if fresh:
-                spool.empty()
-                spool.change(limits)
-            spool.agree(limits)
-            spool.state = "open" if reopen else spool.state
-            spool.sessions.add(self)
-            spool.news += self.role == "writer"
-
-    @property
-    def maxsize(self) -> int:
-        return self._spool.limits.maxsize or 0
-
-    def qsize(self) -> int:
-        with self._spool.step(self) as spool:
-            return spool.waiting()
-
-    def close(self) -> None:
-        with self._spool.step() as spool:
-            spool.sessions.discard(self)
-            for item in [item for item in spool.in_flight.values() if item.owner is self]:
-                spool.fail(item, "its reader left")
-            spool.changed.notify_all()
-
-    def _wait(self, until: Deadline) -> bool:
-        """Wait, within a step, until another try may help; False when the deadline is past."""
-        spool, left = self._spool, math.inf if until is None else until - time.monotonic()
-        if left <= 0:
-            return False
-        spool.busy = 0  # meanwhile others may be, a signal handler of this thread too
-        spool.changed.wait(min(left, self.pause()))
-        spool.busy = threading.get_ident()
-        spool.look(self)
-        return True
-
-    def pause(self) -> float:
-        """Seconds until the next lease or delay ends, an hour at most; or until to see whether a writer was dropped
-        unclosed. A step."""
-        spool = self._spool
-        away = (*spool.in_flight.values(), *spool.requeued[:1])
-        ends = [item.due for item in away if item.due > spool.now]
-        longest = _LONGEST_SLEEP if self.began == math.inf else _LOOK_EVERY
-        return max(0.0, min([longest, *(end - time.monotonic() for end in ends)]))
-
-    def briefly(self, step: Callable[[], T]) -> T:
-        return step()
 
 
 class Watch:
     """One wait of an event loop. look: raises Empty or Full when another try would. A step."""
 
-    def __init__(self, session: _Session, look: Callable[[], object], news: Callable[[], None]) -> None:
+    def __init__(self, session: Session, look: Callable[[], object], news: Callable[[], None]) -> None:
         self._session, self._look, self._news = session, look, news
         with session._spool.step(session) as spool:
-            spool.changed.news.append(news)
+            spool.told.append(news)
 
     def fileno(self) -> int:
         return -1
@@ -128,10 +63,10 @@ class Watch:
 
     def close(self) -> None:
         with suppress(errors.SpoolError, ValueError), self._session._spool.step() as spool:
-            spool.changed.news.remove(self._news)
+            spool.told.remove(self._news)
 
 
-class Producer(_Session):
+class Producer(Session):
     """A writer's side."""
 
     role = "writer"
@@ -170,9 +105,10 @@ class Producer(_Session):
     def join(self, until: Deadline, last: int = 0) -> int:
         with self._spool.step(self) as spool:
             last = last or spool.puts
-            while spool.has(last):
-                if not self._wait(until):
-                    return last
+            try:
+                retry(lambda: spool.check_end(last), self._wait, until)
+            except errors.Full:
+                return last
             return 0
 
     def shutdown(self, immediate: bool) -> None:
@@ -182,7 +118,7 @@ class Producer(_Session):
                 spool.empty()
             elif spool.state == "open":
                 spool.state = "draining"
-            spool.changed.notify_all()
+            spool.notify()
 
     def _await_room(self, size: int, until: Deadline) -> None:
         retry(lambda: self._spool.check_room(size), self._wait, until)
@@ -219,7 +155,7 @@ class _Taken(list[Message]):
     items: list[Item]
 
 
-class Consumer(_Session):
+class Consumer(Session):
     """A reader's side."""
 
     role = "reader"
@@ -291,7 +227,7 @@ class Consumer(_Session):
                         spool.fail(item, reason, last=True)
                     case values.Extend(lease):
                         item.due = spool.now + lease
-                        spool.changed.notify_all()  # who waits for it may have to wake sooner
+                        spool.notify()  # who waits for it may have to wake sooner
 
     def _in_flight(self, delivery: Delivery) -> Item:
         item = self._spool.in_flight.get(delivery.seq)

@@ -15,23 +15,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, Final, Protocol
+from typing import Any, Final, TypeVar
 
 from .. import errors
 from .. import message as values
 from ..format import item as items
-from ..message import Delivery, Limits, Message
+from ..message import Deadline, Delivery, Limits, Message
 
 _log = logging.getLogger("spoolipc")
-
-
-class Session(Protocol):
-    """A session as its spool knows it. began: of one that ends with the writers, `Spool.news` when it was opened, or -1
-    where something was there; else math.inf. dropped: of deliveries that are gone, the item and its attempt."""
-
-    role: str
-    began: float
-    dropped: deque[tuple[Item, int]]
+T = TypeVar("T")
+_LONGEST_SLEEP: Final = 3600.0
+_LOOK_EVERY: Final = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -65,32 +59,19 @@ class Item:
         )
 
 
-class Changed(threading.Condition):
-    """Tells threads and event loops of a change. news: what the loops want called; it is changed in steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.news: list[Callable[[], None]] = []
-
-    def notify_all(self) -> None:
-        """Tell all who wait."""
-        super().notify_all()
-        for news in self.news:
-            news()
-
-
 class Spool:
     """A spool's state, which is changed in its steps only, and the spool as it is looked after from outside.
 
     fresh: what was never delivered, in order. requeued: what was, by when it is due; it comes first. dead: the dead
-    letters. bytes: of all but those. news: writers that came and items that were put. now: the time of this step, in
-    monotonic seconds.
+    letters. told: what event loops want called at each change. bytes: of all but the dead letters. news: writers that
+    came and items that were put. now: the time of this step, in monotonic seconds.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.process = os.getpid()
-        self.changed = Changed()
+        self.changed = threading.Condition()
+        self.told: list[Callable[[], None]] = []
         self.busy = 0  # the thread that is in a step
         self.asked, self.limits = Limits(), values.DEFAULTS
         self.state: values.State = "open"
@@ -135,6 +116,12 @@ class Spool:
                 what = f"item {item.seq} of {self.path} was dropped unsettled; it is redelivered"
                 warnings.warn(f"{what}. Use: with reader.receive()", ResourceWarning, stacklevel=1)
 
+    def notify(self) -> None:
+        """Tell threads and event loops of a change."""
+        self.changed.notify_all()
+        for news in self.told:
+            news()
+
     def agree(self, asked: Limits) -> None:
         """Let limits be decided by who asks first. Raises LimitMismatch."""
         for name, (there, value) in values.differing(self.asked, asked).items():
@@ -146,27 +133,23 @@ class Spool:
         """Let the limits asked for be in force, whatever they were."""
         self.asked = values.completed(asked, self.asked)
         self.limits = values.completed(self.asked, values.DEFAULTS)
-        self.changed.notify_all()
+        self.notify()
 
     def empty(self) -> int:
         """Remove what waits; how many items."""
         gone = [*self.requeued, *self.fresh]
         self.bytes -= sum(len(item.image) for item in gone)
         self.requeued, self.fresh = [], deque()
-        self.changed.notify_all()
+        self.notify()
         return len(gone)
 
     def has_writer(self) -> bool:
         return any(session.role == "writer" for session in self.sessions)
 
-    def has(self, last: int) -> bool:
-        """Whether an item of this number or a lower one waits or is in flight."""
-        items = (*self.requeued, *self.in_flight.values(), *islice(self.fresh, 1))
-        return any(item.seq <= last for item in items)
-
     def check_end(self, last: int) -> None:
-        """Raise Full where it has one."""
-        if self.has(last):
+        """Raise Full where an item of this number or a lower one waits or is in flight."""
+        items = (*self.requeued, *self.in_flight.values(), *islice(self.fresh, 1))
+        if any(item.seq <= last for item in items):
             raise errors.Full
 
     def waiting(self) -> int:
@@ -193,7 +176,7 @@ class Spool:
         self.bytes += len(item.image)
         self.news += 1
         self.fresh.append(item)
-        self.changed.notify_all()
+        self.notify()
         return item.seq
 
     def deliverable(self, asking: Session, limit: int) -> list[Item]:
@@ -216,14 +199,14 @@ class Spool:
             (self.requeued if item.attempt else self.fresh).remove(item)
             item.attempt, item.owner, item.due = item.attempt + 1, asking, self.now + lease
             self.in_flight[item.seq] = item
-        self.changed.notify_all()
+        self.notify()
         return found
 
     def forget(self, item: Item) -> None:
         """Let an item in flight be gone, and its bytes be free."""
         del self.in_flight[item.seq]
         self.bytes -= len(item.image)
-        self.changed.notify_all()
+        self.notify()
 
     def restore(self, item: Item) -> None:
         """Let an item that was taken wait again in its place, as if it had never been."""
@@ -236,7 +219,7 @@ class Spool:
             self.requeued.insert(0, item)
         else:
             self.fresh.appendleft(item)
-        self.changed.notify_all()
+        self.notify()
 
     def fail(self, item: Item, why: str, delay: float = 0.0, last: bool = False) -> None:
         """Requeue an item in flight, or make it a dead letter: when its attempts are used up, or this is its last."""
@@ -253,7 +236,7 @@ class Spool:
         else:
             item.due = self.now + delay
             insort(self.requeued, self.in_flight.pop(item.seq), key=lambda item: item.due)
-            self.changed.notify_all()
+            self.notify()
 
     # As it is looked after from outside
 
@@ -316,6 +299,66 @@ class Spool:
             if seq not in self.dead:
                 raise errors.NoSuchItem(f"{self.path}: has no dead letter {seq}; see failed_list()")
         return [self.dead[seq] for seq in wanted]
+
+
+class Session:
+    """One side of an open spool."""
+
+    role: str
+    is_remote = False
+    began = math.inf
+
+    def __init__(self, spool: Spool, limits: Limits, reopen: bool = False, fresh: bool = False) -> None:
+        self._spool, self.path = spool, spool.path
+        self.dropped = deque[tuple[Item, int]]()
+        with spool.step():
+            if fresh and (spool.in_flight or spool.has_writer()):
+                raise errors.SpoolInUse(f"{spool.path}: is in use: it has another writer, or items in flight")
+            if fresh:
+                spool.empty()
+                spool.change(limits)
+            spool.agree(limits)
+            spool.state = "open" if reopen else spool.state
+            spool.sessions.add(self)
+            spool.news += self.role == "writer"
+
+    @property
+    def maxsize(self) -> int:
+        return self._spool.limits.maxsize or 0
+
+    def qsize(self) -> int:
+        with self._spool.step(self) as spool:
+            return spool.waiting()
+
+    def close(self) -> None:
+        with self._spool.step() as spool:
+            spool.sessions.discard(self)
+            for item in [item for item in spool.in_flight.values() if item.owner is self]:
+                spool.fail(item, "its reader left")
+            spool.notify()
+
+    def _wait(self, until: Deadline) -> bool:
+        """Wait, within a step, until another try may help; False when the deadline is past."""
+        spool, left = self._spool, math.inf if until is None else until - time.monotonic()
+        if left <= 0:
+            return False
+        spool.busy = 0  # meanwhile others may be, a signal handler of this thread too
+        spool.changed.wait(min(left, self.pause()))
+        spool.busy = threading.get_ident()
+        spool.look(self)
+        return True
+
+    def pause(self) -> float:
+        """Seconds until the next lease or delay ends, an hour at most; or until to see whether a writer was dropped
+        unclosed. A step."""
+        spool = self._spool
+        away = (*spool.in_flight.values(), *spool.requeued[:1])
+        ends = [item.due for item in away if item.due > spool.now]
+        longest = _LONGEST_SLEEP if self.began == math.inf else _LOOK_EVERY
+        return max(0.0, min([longest, *(end - time.monotonic() for end in ends)]))
+
+    def briefly(self, step: Callable[[], T]) -> T:
+        return step()
 
 
 def clear(name: str) -> None:
