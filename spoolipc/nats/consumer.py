@@ -421,7 +421,7 @@ class NatsConsumer(Session):
     async def renewed(self) -> None:
         await self._expire()
         for held in [held for held in self.held.values() if held.due == math.inf]:
-            await self.link.client.publish(held.msg.reply, b"+WPI")
+            await self.link.send(held.msg.reply, b"+WPI")
 
     async def leave(self) -> None:
         for held in sorted(self.held.values(), key=lambda held: held.seq):

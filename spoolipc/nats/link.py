@@ -39,6 +39,12 @@ PATIENCE: Final = 30.0
 """Seconds for which a call without a deadline asks again: servers choose a new leader meanwhile."""
 TRY: Final = 2.0
 """Seconds that an answer may take before it is asked for again."""
+_PING: Final = 2
+"""Seconds between two questions to the server whether it is there; the third without a word ends the connection."""
+_MOVE: Final = 10.0
+"""Seconds without an answer after which another server is asked: this one may have lost the others."""
+_NO_LEADER: Final = 10008
+"""What a server says that does not know, for some seconds, who leads."""
 _limit: Final = ContextVar[float | None]("_limit", default=None)
 OLDEST: Final = (2, 12)
 """The first server that stores several messages as one, or none of them."""
@@ -203,6 +209,8 @@ class Link:
         self.late: Callable[[Msg], Awaitable[None]]
         self.lost: Callable[[], None] = lambda: None
         self._where, self._closed = where, False
+        self._moved = -math.inf
+        self._moving: asyncio.Task[None] | None = None
         self._waiting: dict[str, Replies] = {}
         self._numbers = itertools.count()
         self._inbox = ""
@@ -224,6 +232,8 @@ class Link:
                     max_reconnect_attempts=-1,
                     reconnect_to_server_handler=quiet.next_server,
                     connect_timeout=2,
+                    ping_interval=_PING,
+                    max_outstanding_pings=2,
                     error_cb=quiet.error,
                     disconnected_cb=quiet.disconnected,
                     closed_cb=quiet.disconnected,
@@ -237,6 +247,10 @@ class Link:
             await self.close()
             what = f"the server is version {version.major}.{version.minor}; 2.12 or later is needed"
             raise UnsupportedOperation(f"{self.path}: {what}")
+        transport: Any = self.client._transport
+        # It would wait for a server that takes no more bytes to take what is left, for as long as TCP does.
+        transport.close = lambda: transport._io_writer.transport.abort()
+        quiet.connected(self.client.connected_url, transport.close)
         self._inbox = self.client.new_inbox()
         await self.client.subscribe(
             f"{self._inbox}.*", cb=self._hear, pending_msgs_limit=-1, pending_bytes_limit=-1
@@ -245,7 +259,8 @@ class Link:
     async def close(self) -> None:
         self._closed = True
         with suppress(Exception):
-            await self.client.close()
+            async with asyncio.timeout(TRY):
+                await self.client.close()
         self.interrupt()
 
     def interrupt(self) -> None:
@@ -264,7 +279,25 @@ class Link:
         finally:
             del self._waiting[number]
 
+    async def send(
+        self, subject: str, payload: Any = b"", reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Publish. Raises nats.errors.Error where the connection does not take it for some seconds."""
+        try:
+            async with asyncio.timeout(TRY):
+                await self.client.publish(subject, payload, reply, headers)
+        except TimeoutError:
+            raise nats.errors.TimeoutError from None
+
+    async def arrived(self) -> None:
+        """Wait until the server has read all that was sent. Raises ServerUnreachable as `call` does."""
+        began = time.monotonic()
+        with self.replies() as (inbox, queue):
+            while isinstance(why := await self._reply(inbox, b"", "", None, queue, TRY), str):
+                self.check(began, why)
+
     async def _hear(self, msg: Msg) -> None:
+        self.client._pings_outstanding = 0  # it is there, though its answer stands behind other bytes
         replies = self._waiting.get(msg.subject.rpartition(".")[2])
         if replies is not None:
             replies.put_nowait(msg)
@@ -288,6 +321,7 @@ class Link:
         inbox, queue = self.client.new_inbox(), Replies()
 
         async def hear(msg: Msg) -> None:
+            self.client._pings_outstanding = 0
             if self._waiting.get(inbox) is queue:
                 queue.put_nowait(msg)
             else:
@@ -297,19 +331,30 @@ class Link:
         return inbox, queue
 
     async def ask(
-        self, subject: str, payload: Any = b"", headers: dict[str, str] | None = None, seconds: float = TRY
+        self, subject: str, payload: Any = b"", headers: dict[str, str] | None = None, seconds: float = 0.0
     ) -> Msg | str:
-        """What is answered, or why nothing is within so many seconds."""
+        """What is answered, or why nothing is within so many seconds, or some."""
         with self.replies() as (inbox, queue):
-            try:
-                async with asyncio.timeout(seconds):
-                    await self.client.publish(subject, payload, inbox, headers)
-                    reply = await queue.get()
-            except (TimeoutError, nats.errors.Error) as error:
-                return _said(error)
-            if reply is None:
-                return "the connection was lost"
-            return reply if status(reply) != 503 else "no JetStream answers"
+            return await self._reply(subject, payload, inbox, headers, queue, seconds or TRY)
+
+    async def _reply(
+        self,
+        subject: str,
+        payload: Any,
+        inbox: str,
+        headers: dict[str, str] | None,
+        queue: Replies,
+        seconds: float,
+    ) -> Msg | str:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.client.publish(subject, payload, inbox, headers)
+                reply = await queue.get()
+        except (TimeoutError, nats.errors.Error) as error:
+            return _said(error)
+        if reply is None:
+            return "the connection was lost"
+        return reply if status(reply) != 503 else "no JetStream answers"
 
     async def call(self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None) -> Msg:
         """What is answered, sent again until it is. Raises ServerUnreachable when nothing is for some seconds."""
@@ -322,22 +367,32 @@ class Link:
 
     def check(self, began: float, why: str) -> None:
         """Raise ServerUnreachable where nobody waits any longer for what was begun then."""
-        limit = _limit.get()
-        if self._closed or time.monotonic() >= (began + PATIENCE if limit is None else limit):
+        limit, now = _limit.get(), time.monotonic()
+        if self._closed or now >= (began + PATIENCE if limit is None else limit):
             raise ServerUnreachable(f"{self.path}: no answer from the server: {why}")
+        if now > max(began, self._moved) + _MOVE and len(self.client.servers) > 1:
+            self._moved = now
+            self._moving = asyncio.create_task(self.client.force_reconnect())
 
     async def api(self, what: str, body: Any = None, missing: bool = False) -> dict[str, Any]:
         """What the server says to a request of JetStream. missing: return {} for what does not exist.
 
         Raises StorageError with the server's words for what it refuses.
         """
-        text = b"" if body is None else json.dumps(body).encode()
-        found: dict[str, Any] = json.loads((await self.call(f"$JS.API.{what}", text)).data)
-        if error := found.get("error"):
-            if missing and error.get("code") == 404:
+        text, began = b"" if body is None else json.dumps(body).encode(), time.monotonic()
+        while True:
+            found: dict[str, Any] = json.loads((await self.call(f"$JS.API.{what}", text)).data)
+            error = found.get("error")
+            if not error:
+                return found
+            if error.get("err_code") == _NO_LEADER:
+                self.check(began, error["description"])
+                await asyncio.sleep(0.1)
+            elif missing and error.get("code") == 404:
                 return {}
-            raise StorageError(0, f"{self.path}: the server refuses {what}: {error.get('description')}")
-        return found
+            else:
+                why = f"the server refuses {what}: {error.get('description')}"
+                raise StorageError(0, f"{self.path}: {why}")
 
     async def read(self, stream: str, subject: str, start: int = 1, batch: int = 256) -> AsyncIterator[Msg]:
         """The messages of a stream on a subject, from the one numbered `start` on."""
@@ -346,7 +401,9 @@ class Link:
             left = 1
             with self.replies() as (inbox, queue):
                 asked = {"seq": start, "next_by_subj": subject, "batch": batch}
-                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(asked).encode(), inbox)
+                api = f"$JS.API.DIRECT.GET.{stream}"
+                with suppress(nats.errors.Error):
+                    await self.send(api, json.dumps(asked).encode(), inbox)
                 while True:
                     try:
                         async with asyncio.timeout(TRY):
@@ -374,6 +431,12 @@ class _Quiet:
         self._link = link
         self._tries = 0
         self.last: Exception | None = None
+        self.hang_up: Callable[[], None] = lambda: None
+        self._chosen = self._left = ""
+
+    def connected(self, url: Any, hang_up: Callable[[], None]) -> None:
+        """Where, the first time."""
+        self._chosen, self.hang_up = url.netloc, hang_up
 
     async def error(self, error: Exception) -> None:
         if self.last is None or not isinstance(
@@ -383,15 +446,16 @@ class _Quiet:
         _log.debug("%s: %s", self._link.path, _said(error))
 
     async def disconnected(self) -> None:
-        self._tries = 0
+        self._tries, self._left = 0, self._chosen
         self._link.interrupt()
 
     def next_server(self, servers: list[Any], info: dict[str, Any]) -> tuple[Any, float]:
-        """Each in turn, and after all of them a longer pause, of 5 seconds at most."""
+        """Each in turn, the one that was left last, and after all of them a longer pause, of 5 seconds at most."""
+        self.hang_up()  # on one that was tried and said nothing
         turn, self._tries = self._tries, self._tries + 1
-        return servers[turn % len(servers)], min(
-            5.0, 0.05 * 2 ** min(turn // len(servers), 10)
-        ) if turn else 0.0
+        chosen = sorted(servers, key=lambda each: each.uri.netloc == self._left)[turn % len(servers)]
+        self._chosen = chosen.uri.netloc
+        return chosen, min(5.0, 0.05 * 2 ** min(turn // len(servers), 10)) if turn else 0.0
 
 
 def header(msg: Msg, name: str, default: str = "") -> str:

@@ -27,7 +27,7 @@ from ..engine import Known, ProducerOptions
 from ..format import footer as footers
 from ..format import item as items
 from ..message import NOW, Deadline, Message
-from .link import Address, header, within
+from .link import TRY, Address, header, within
 from .session import LOOK, Session, Watch
 from .spool import MARGIN, ORPHANED, Control
 
@@ -153,13 +153,13 @@ class NatsProducer(Session):
                 if until == NOW or not await self.wait(news, until):
                     raise
                 continue
-            sent, reply = await self._send_pieces(group, _AHEAD)
+            sent, reply, last = await self._send_pieces(group, _AHEAD)
             if reply is None:
                 group = group[:sent]
                 then = known.after(done, {each.id: each.message.seq for each in group})
-                unchanged = {_EXPECTED: str(before)}
-                own = [self._own(each, _AHEAD, {}) for each in group]
-                reply = await self._batch([*own, _Sent(subject, json.dumps(then).encode(), unchanged)])
+                record = _Sent(subject, json.dumps(then).encode(), {_EXPECTED: str(before)})
+                own = [self._own(each, _AHEAD, self._after(each.id, last)) for each in group]
+                reply = await self._commit([*own, record], last)
             if isinstance(reply, str):
                 await self._again(began, reply)
                 continue
@@ -209,10 +209,10 @@ class NatsProducer(Session):
     def _pieces(self, packed: _Packed, most: int) -> Iterator[_Sent]:
         """The messages that come before an item's own: none where that can have up to `most` bytes."""
         if packed.size > most:
-            subject, headers = self.spool.subject("chunk", packed.id), {_EXPECTED: "0"}
+            subject, at, headers = self.spool.subject("chunk", packed.id), 0, {_EXPECTED: "0"}
             for piece in _pieces(items.parts(packed.layout, packed.message.arrays), self._most):
-                yield _Sent(subject, piece, headers)
-                headers = {}
+                yield _Sent(subject, piece, headers | {"Spool-At": str(at)})
+                at, headers = at + len(piece), {}
 
     def _own(self, packed: _Packed, most: int, headers: dict[str, str]) -> _Sent:
         """The message that makes an item one: of what has up to `most` bytes, all of it."""
@@ -282,34 +282,65 @@ class NatsProducer(Session):
                 headers |= {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(index)}
             if index < total:
                 try:
-                    await self.link.client.publish(sent.subject, sent.payload, headers=headers)
+                    await self.link.send(sent.subject, sent.payload, headers=headers)
                 except nats.errors.Error as error:
                     return str(error)
         if total > 1:
             headers["Nats-Batch-Commit"] = "1"
+        if sum(len(sent.payload) for sent in messages) > self._most:  # it would wait for all of them
+            await self.link.arrived()
         return _answer(await self.link.ask(sent.subject, sent.payload, headers))
 
     async def _piece_by_piece(self, packed: _Packed) -> dict[str, Any] | str:
         """Send the pieces, and the item's own message when all are stored."""
         if await self._known(packed):  # an earlier try was not answered
             return {"error": {"err_code": _DUPLICATE}}
-        _, reply = await self._send_pieces([packed], self._most)
-        return reply or await self._batch([self._own(packed, self._most, {"Nats-Msg-Id": packed.id})])
+        _, reply, last = await self._send_pieces([packed], self._most)
+        headers = {"Nats-Msg-Id": packed.id} | self._after(packed.id, last)
+        return reply or await self._commit([self._own(packed, self._most, headers)], last)
 
-    async def _send_pieces(self, group: list[_Packed], most: int) -> tuple[int, dict[str, Any] | str | None]:
+    def _after(self, number: str, last: dict[str, int]) -> dict[str, str]:
+        """Headers of an item's own message, which is refused where another piece of it was the last."""
+        if number not in last:
+            return {}
+        return {_EXPECTED: str(last[number]), f"{_EXPECTED}-Subject": self.spool.subject("chunk", number)}
+
+    async def _commit(self, messages: list[_Sent], last: dict[str, int]) -> dict[str, Any] | str:
+        """Send what makes items of pieces. Those may have been removed since, where this process was stopped for long,
+        and where a network was cut others may come late: then all is sent again."""
+        reply = await self._batch(messages)
+        if not isinstance(reply, str) and reply.get("error", {}).get("err_code") == _ANOTHER:
+            for number, seq in last.items():
+                if (await self.spool.last(self.spool.items, "chunk", number))[0] != seq:
+                    return "other pieces are there than were sent"
+        return reply
+
+    async def _send_pieces(
+        self, group: list[_Packed], most: int
+    ) -> tuple[int, dict[str, Any] | str | None, dict[str, int]]:
         """Send the pieces of these items, `_AT_ONCE` at a time, but no more items when that takes long: of how many,
-        and why it failed, None where all that were sent are stored."""
-        began, count = time.monotonic(), 0
+        why it failed, None where all that were sent are stored, and the number of each item's last piece."""
+        began, count, last = time.monotonic(), 0, dict[str, int]()
         sending: deque[tuple[_Packed, asyncio.Task[Msg | str]]] = deque()
 
         async def stored() -> dict[str, Any] | str | None:
             packed, task = sending.popleft()
-            said = _answer(await task)
-            if isinstance(said, str) or "error" not in said:
-                return said if isinstance(said, str) else None
+            try:
+                async with asyncio.timeout(TRY):  # from when the one before was
+                    said = _answer(await task)
+            except TimeoutError:
+                return "a piece is not answered"
+            if isinstance(said, str):
+                return said
+            if "error" not in said:
+                last[packed.id] = int(said["seq"])
+                return None
             if said["error"]["err_code"] != _ANOTHER:
                 return said
-            await self.spool.forget(self.spool.items, "chunk", packed.id)
+            # Up to the last one, as it may be done twice, late, where a network was cut: those sent next are above it.
+            subject = self.spool.subject("chunk", packed.id)
+            earlier, _ = await self.spool.last(self.spool.items, "chunk", packed.id)
+            await self.link.api(f"STREAM.PURGE.{self.spool.items}", {"filter": subject, "seq": earlier + 1})
             return "there were pieces of an earlier try"
 
         try:
@@ -320,12 +351,12 @@ class NatsProducer(Session):
                     sending.append((packed, asyncio.create_task(self.link.ask(*piece, seconds=_SLOW))))
                     await asyncio.sleep(0)  # they go in order
                     if len(sending) == _AT_ONCE and (failed := await stored()):
-                        return count, failed
+                        return count, failed, last
                 count += 1
             while sending:
                 if failed := await stored():
-                    return count, failed
-            return count, None
+                    return count, failed, last
+            return count, None, last
         finally:
             for _, task in sending:
                 task.cancel()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import nats.errors
@@ -17,7 +18,7 @@ from .. import errors
 from ..engine import ProducerOptions
 from ..message import NOW, Deadline, Limits
 from .link import Address, Link, loop, within
-from .spool import PRESENCE, Control, Spool
+from .spool import ACK_WAIT, PRESENCE, Control, Spool
 
 T = TypeVar("T")
 _RENEW: Final = 2.0
@@ -111,7 +112,7 @@ class Session:
     async def _renew_always(self) -> None:
         while True:
             await asyncio.sleep(_RENEW)
-            with suppress(errors.SpoolError):
+            with suppress(errors.SpoolError, nats.errors.Error):
                 await self.renewed()
                 await self._renew()
 
@@ -173,20 +174,22 @@ class Session:
             self._closed = True
             return
         self._closed = True
+        # What it has in flight is redelivered after that in any case.
+        end = partial(within, time.monotonic() + ACK_WAIT, self._close)
         if self.loop.is_this_thread():  # which has collected what nobody closed
-            self.loop.beside(self._close)
+            self.loop.beside(end)
         else:
-            self.loop.run(self._close())
+            self.loop.run(end())
 
     async def _close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
-        with suppress(errors.SpoolError):
+        with suppress(errors.SpoolError, nats.errors.Error):
             if self.link.client.is_connected:
                 await self.leave()
                 await self.spool.forget(self.spool.notes, "session", self.role, self._token)
                 await self.spool.tell()
-                await self.link.client.flush()
+                await self.link.arrived()
         await self.link.close()
 
     async def leave(self) -> None:

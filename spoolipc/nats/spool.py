@@ -23,6 +23,7 @@ import json
 import time
 from base64 import b64decode
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -146,7 +147,7 @@ class Spool:
         if not found:
             await self._make()
         await self.link.client.subscribe(self.subject("news"), cb=self._on_news)
-        await self.link.client.flush()
+        await self.link.arrived()
 
     async def _make(self) -> None:
         """The stream of notes last: it says that all is there."""
@@ -206,8 +207,9 @@ class Spool:
             tell()
 
     async def tell(self, what: bytes = b"") -> None:
-        """Wake all who wait; of "control", let them look at it again."""
-        await self.link.client.publish(self.subject("news"), what)
+        """Wake all who wait; of "control", let them look at it again. Who does not hear it looks a second later."""
+        with suppress(nats.errors.Error):
+            await self.link.send(self.subject("news"), what)
 
     async def agreed(self) -> Control:
         """The control note, as of the last news of it."""
@@ -241,7 +243,7 @@ class Spool:
         agreed = self.control = replace(then, revision=revision)
         await self.seal(agreed)
         await self.tell(b"control")
-        await self.link.client.flush()
+        await self.link.arrived()
         return agreed
 
     # Notes
@@ -406,34 +408,42 @@ class Spool:
     async def refuse(self, msg: Msg) -> None:
         """Give back what came when nobody waited any longer."""
         if msg.reply.startswith("$JS.ACK."):
-            await self.link.client.publish(msg.reply, b"-NAK")
+            with suppress(nats.errors.Error):
+                await self.link.send(msg.reply, b"-NAK")
 
-    async def whole(self, msg: Msg) -> Any:
-        """The bytes of an item's file, of the message itself or of the pieces as well. Raises BadItem."""
+    async def whole(self, msg: Msg, seq: int) -> Any:
+        """The bytes of an item's file, of the message itself or of the pieces as well. seq: the item's number. Raises
+        BadItem."""
         size = header(msg, "Spool-Size")
         if not size:
             return msg.data
         end = (int(size) if size.isdigit() and len(size) < 19 else 0) - len(msg.data)
-        buffer, at, count = None, 0, 0
-        subject = self.subject("chunk", msg_id(msg))
+        subject, began = self.subject("chunk", msg_id(msg)), time.monotonic()
         while True:
+            buffer, filled, count, places = None, 0, 0, set()
             async for piece in self.link.read(self.items, subject):
                 if buffer is None:
                     seen = int(header(piece, "Nats-Num-Pending", "0")) + 1
                     if not 0 < end <= self.link.max_payload * seen:
                         count = seen
                         break
-                    buffer = np.empty(end + len(msg.data), np.uint8)
-                if at + len(piece.data) > end:
-                    raise errors.BadItem(f"its pieces have more than the {end} bytes that it claims")
-                buffer[at : at + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
-                at, count = at + len(piece.data), count + 1
-            if at == end and buffer is not None:
+                    buffer = np.zeros(end + len(msg.data), np.uint8)
+                count += 1
+                at = header(piece, "Spool-At")
+                if at in places or not at.isdigit() or len(at) >= 19 or int(at) + len(piece.data) > end:
+                    continue  # it was sent twice, or is nobody's
+                places.add(at)
+                buffer[int(at) : int(at) + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
+                filled += len(piece.data)
+            if filled == end and buffer is not None:
                 break
-            # A server that follows may have answered, and lack what the one that leads has.
-            if count >= (await self.subjects(self.items, "chunk", msg_id(msg))).get(subject, 0):
-                raise errors.BadItem(f"its pieces have {at} bytes of the {end} that it claims")
-            buffer, at, count = None, 0, 0
+            # A server that follows may have answered, or one that led until it was cut off: what lacks the item itself
+            # says nothing of its pieces.
+            info = await self.link.api(f"STREAM.INFO.{self.items}", {"subjects_filter": subject})
+            state = info["state"]
+            if state["last_seq"] >= seq and count >= (state.get("subjects") or {}).get(subject, 0):
+                raise errors.BadItem(f"its pieces have {filled} bytes of the {end} that it claims")
+            self.link.check(began, "the servers do not have all of an item yet")
             await asyncio.sleep(0.05)
         buffer[end:] = np.frombuffer(msg.data, np.uint8)
         return buffer
@@ -452,7 +462,7 @@ class Spool:
         self, msg: Msg, known: tuple[int, int], writable: bool = False, verify: bool = False
     ) -> Message:
         """The message of an item. Raises BadItem, UnknownVersion."""
-        whole = await self.whole(msg)
+        whole = await self.whole(msg, known[0])
         buffer = whole if isinstance(whole, bytes) else memoryview(whole)
         blocks, tail = items.parse(buffer, len(buffer))
         if verify:

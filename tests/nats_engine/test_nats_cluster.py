@@ -1,28 +1,27 @@
-"""Three servers of which one is killed, the one that leads or another, while items are put and received."""
+"""Three servers of which one is killed, or cut off, the one that leads or another, while items are put and received."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
+import os
+import shutil
+import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import nats
 import numpy as np
 import pytest
+from support.peer import Peer
 
+from nats_engine import network
 from nats_engine.server import Cluster, Server
-from spoolipc import Empty, ServerUnreachable, SpoolReader, SpoolWriter, StorageError, stat
-from spoolipc.message import Message
+from nats_engine.traffic import Traffic, made
+from spoolipc import ServerUnreachable
 
-COUNT = 300
-LARGE = 300_000
+SOME = 40
 
 
 @pytest.fixture
@@ -32,21 +31,11 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster.stop()
 
 
-def made(url: str) -> SpoolWriter:
-    """A writer of a spool that has no limit of attempts, as soon as the servers have found together."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return SpoolWriter(url, max_attempts=0)
-        except (ServerUnreachable, StorageError):
-            assert time.monotonic() < deadline
-
-
 def leader(cluster: Cluster, name: str) -> Server:
     """The server that leads the stream of items."""
 
     async def ask() -> str:
-        client = await nats.connect([f"nats://127.0.0.1:{server.port}" for server in cluster.servers])
+        client = await nats.connect([f"nats://{server.address}" for server in cluster.servers])
         try:
             while True:
                 reply = await client.request(f"$JS.API.STREAM.INFO.spoolipc-{name}-items", timeout=10)
@@ -58,43 +47,63 @@ def leader(cluster: Cluster, name: str) -> Server:
     return cluster.servers[int(asyncio.run(ask())[1:])]
 
 
-@pytest.mark.parametrize("victim", ["follower", "leader"])
-def test_killed_server_loses_and_doubles_nothing(cluster: Cluster, victim: str) -> None:
-    url = cluster.url(victim)
-    acknowledged: Counter[str] = Counter()
-    half, done = threading.Event(), threading.Event()
+def chosen(cluster: Cluster, victim: str, name: str) -> Server:
+    first = leader(cluster, name)
+    return next(s for s in cluster.servers if s is not first) if victim == "follower" else first
 
-    def put(writer: SpoolWriter) -> set[str]:
-        ids = set()
-        for number in range(COUNT):
-            message = Message((np.full(LARGE if number % 20 == 0 else 10, number),), id=f"{number:032x}")
-            writer._producer.put([message], None)
-            ids.add(message.id)
-            if number == COUNT // 3:
-                half.set()
-        done.set()
-        return ids
 
-    def receive() -> None:
-        with SpoolReader(url) as reader:
-            while not done.is_set() or sum(acknowledged.values()) < COUNT:
-                with suppress(Empty, ServerUnreachable):  # within a second
-                    item = reader.receive(timeout=1)
-                    assert (item.array == int(item.id, 16)).all()
-                    item.ack()
-                    acknowledged[item.id] += 1
+def test_killed_server_loses_and_doubles_nothing(cluster: Cluster) -> None:
+    url = cluster.url("killed")
+    made(url).close()
+    for prefix, victim in enumerate(["follower", "leader"]):
+        with Traffic(url, f"{prefix:08x}") as traffic:
+            traffic.until(SOME)
+            killed = chosen(cluster, victim, "killed")
+            killed.stop(kill=True)
+            traffic.until(SOME)
+            killed.start()
+            traffic.until(SOME)
 
-    with made(url) as writer, ThreadPoolExecutor() as threads:
-        putting, receiving = threads.submit(put, writer), threads.submit(receive)
-        assert half.wait(60)
-        first = leader(cluster, victim)
-        killed = first if victim == "leader" else next(s for s in cluster.servers if s is not first)
-        killed.stop(kill=True)
-        threading.Event().wait(1.0)  # some traffic without it
-        killed.start()
-        ids: Any = putting.result(150)
-        receiving.result(150)
-    assert set(acknowledged) == ids
-    assert set(acknowledged.values()) == {1}
-    found = stat(url)
-    assert (found.depth, found.in_flight, found.failed) == (0, 0, 0)
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(600)
+@pytest.mark.fault
+@pytest.mark.skipif(
+    os.geteuid() != 0
+    or shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    or subprocess.run(["unshare", "-nm", "true"], capture_output=True, check=False).returncode != 0,
+    reason="network namespaces need root, unshare and ip",
+)
+def test_server_or_client_that_is_cut_off_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    with Peer(tmp_path, *network.IN_NAMESPACES) as peer:
+        peer.run("from nats_engine import test_nats_cluster as cluster; cluster.cut_each_off(path)")
+
+
+def cut_each_off(place: str) -> None:
+    """All connections begin at the server that is cut off; from the other servers alone in the end."""
+    cluster = Cluster(Path(place), network.connect())
+    made(cluster.url("cut")).close()
+    for prefix, victim in enumerate(["follower", "leader", "client", "from the servers"]):
+        server = chosen(cluster, "follower" if victim == "client" else victim, "cut")
+        with Traffic(f"{server.url('cut')}?replicas=3", f"{prefix:08x}") as traffic:
+            traffic.until(SOME)
+            host, *others = sorted(
+                network.SERVERS, key=lambda each: each != f"n{cluster.servers.index(server)}"
+            )
+            if victim == "client":
+                network.cut("client")
+                began = time.monotonic()
+                with pytest.raises(ServerUnreachable):
+                    traffic.writer.put(np.zeros(10), timeout=1.0)
+                assert time.monotonic() - began < 15
+                network.heal("client")
+            elif victim == "from the servers":
+                network.part(host, others)
+                traffic.until(SOME)
+                network.part(host, others, "del")
+            else:
+                network.cut(host)
+                traffic.until(SOME)
+                network.heal(host)
+            traffic.until(SOME)
+    cluster.stop()

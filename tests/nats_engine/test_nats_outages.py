@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import nats
 import numpy as np
 import pytest
 
-from nats_engine.server import Server
+from nats_engine.server import Server, SlowLine
 from spoolipc import (
     BadItem,
     Empty,
@@ -29,6 +30,7 @@ from spoolipc import (
 from spoolipc.connect import connect
 from spoolipc.engine import ConsumerOptions
 from spoolipc.message import Message
+from spoolipc.nats import link as linking
 from spoolipc.nats import producer as producing
 
 LARGE = 300_000
@@ -114,6 +116,87 @@ def test_calls_wait_for_a_server_that_comes_back_and_keep_their_timeout(own_serv
         assert waiting[1].result(60)
 
 
+def test_calls_keep_their_timeout_while_a_server_hangs_and_closing_ends(
+    own_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item of one message, of a batch of them, and piece by piece: more than the sockets hold."""
+    monkeypatch.setattr(linking, "TRY", 1.0)
+    url, sizes = own_server.url("hangs"), (10, 1_900_000, 2_500_000)
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        puts = [partial(writer.put, np.zeros(size), timeout=1.5) for size in sizes]
+        writer.put(np.zeros(1))
+        item = reader.receive(timeout=20)
+        own_server.hang()
+        for call in (*puts, partial(reader.get, timeout=1.5)):
+            began = time.monotonic()
+            with pytest.raises(ServerUnreachable, match="no answer from the server"):
+                call()
+            assert 1.5 <= time.monotonic() - began < 15
+        with ThreadPoolExecutor() as threads:
+            waiting = threads.submit(writer.put, np.ones(3))
+            own_server.go()
+            assert waiting.result(60)
+        item.ack()
+        found: list[tuple[int, ...]] = []
+        while (3,) not in found:  # those given up may be there, whole
+            found.append(reader.get(timeout=20).shape)
+        assert set(found) <= {(3,), *((size,) for size in sizes)}
+        assert len(found) == len(set(found))
+        own_server.hang()
+        began = time.monotonic()
+        reader.close()
+        assert time.monotonic() - began < 15
+        own_server.go()
+
+
+@pytest.mark.parametrize("size", [10, LARGE, 2_500_000])
+def test_what_a_server_hears_once_more_and_late_changes_nothing(
+    server: Server, url: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the network was cut, what was on its way may come after it was sent again another way."""
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        link: Any = writer._producer.link  # type: ignore[attr-defined]
+        publish, ask, sent = link.client.publish, link.ask, []
+        late: list[tuple[str, bytes, Any]] = []
+
+        async def note(subject: str, data: Any, reply: str = "", headers: Any = None) -> None:
+            sent.append((subject, bytes(data), headers))
+            await publish(subject, data, reply, headers)
+
+        async def lose(*message: Any, **how: Any) -> Any:
+            reply = await ask(*message, **how)
+            if late or not message[0].startswith("spoolipc."):
+                return reply
+            late.extend(sent)
+            return "the connection was lost"
+
+        monkeypatch.setattr(link.client, "publish", note)
+        monkeypatch.setattr(link, "ask", lose)
+        writer.put(np.arange(size))
+        monkeypatch.undo()
+
+        async def once_more(client: Any) -> None:
+            for subject, data, headers in late:
+                await client.publish(subject, data, "", headers)
+            await client.flush()
+
+        assert late
+        on(server, once_more)
+        assert (reader.get(timeout=20) == np.arange(size)).all()
+        assert reader.empty()
+        assert stat(url).failed == 0
+
+
+@pytest.mark.parametrize("size", [1_900_000, 2_500_000])
+def test_slow_line_carries_a_large_item(server: Server, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linking, "TRY", 0.5)  # all that is on its way at once takes longer
+    with SlowLine(server, 16e6) as line:
+        url = line.url(f"slow-{size}")
+        with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+            writer.put(np.arange(size), timeout=20)
+            assert (reader.get(timeout=20) == np.arange(size)).all()
+
+
 def test_item_put_twice_by_its_id_is_stored_once(url: str) -> None:
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
         for size in (10, LARGE):
@@ -194,21 +277,26 @@ def test_hostile_message_costs_that_message_only(server: Server, what: str, call
     assert list(failed_retry(url).damaged) == [1]
 
 
-def test_pieces_that_are_missing_or_too_many_cost_that_item_only(server: Server, url: str) -> None:
+def test_pieces_that_are_missing_or_overlap_cost_that_item_only_and_those_of_nobody_none(
+    server: Server, url: str
+) -> None:
     name = url.rpartition("/")[2]
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
-        for number in range(3):
+        for number in range(4):
             message = Message((np.full(LARGE, number),), id=f"{number:032x}")
             writer._producer.put([message], time.monotonic() + 20)
 
         async def spoil(client: Any) -> None:
             api = f"$JS.API.STREAM.PURGE.spoolipc-{name}-items"
-            asked = {"filter": f"spoolipc.{name}.chunk.{0:032x}"}
-            await client.request(api, json.dumps(asked).encode())
-            await client.request(f"spoolipc.{name}.chunk.{1:032x}", b"more")
+            await client.request(api, json.dumps({"filter": f"spoolipc.{name}.chunk.{0:032x}"}).encode())
+            await client.request(f"spoolipc.{name}.chunk.{1:032x}", b"more", headers={"Spool-At": "8"})
+            for at in ("", "-8", "0", "2400128", "9" * 40, "x"):
+                headers = {"Spool-At": at} if at else None
+                await client.request(f"spoolipc.{name}.chunk.{2:032x}", b"more", headers=headers)
 
         on(server, spoil)
-        assert (reader.get(timeout=20) == 2).all()
+        assert [int(reader.get(timeout=20)[0]) for _ in range(2)] == [2, 3]
+        assert reader.empty()
     assert ["pieces have" in letter.damage for letter in failed_list(url)] == [True, True]
 
 
@@ -231,11 +319,11 @@ def test_requeued_item_that_another_thread_of_the_reader_has_at_once_is_its(url:
 
 
 @pytest.mark.parametrize("there", [0, 1, 2])
-def test_pieces_that_a_server_does_not_have_yet_are_asked_for_again(url: str, there: int) -> None:
+def test_pieces_that_servers_do_not_have_yet_are_asked_for_again(url: str, there: int) -> None:
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
         writer.put(np.arange(LARGE))
         link, answers = reader._consumer.link, []  # type: ignore[attr-defined]
-        asked = link.read
+        asked, told, asked_leaders = link.read, link.api, []
 
         async def read(stream: str, subject: str, *rest: Any) -> Any:
             number = 0
@@ -243,12 +331,20 @@ def test_pieces_that_a_server_does_not_have_yet_are_asked_for_again(url: str, th
                 answers.append(subject)
             async for msg in asked(stream, subject, *rest):
                 number += 1
-                if ".chunk." not in subject or len(answers) > 1 or number <= there:
+                if ".chunk." not in subject or len(answers) > 2 or number <= there:
                     yield msg
 
-        link.read = read
+        async def api(what: str, *rest: Any, **how: Any) -> Any:
+            info = await told(what, *rest, **how)
+            if "subjects_filter" in (rest[0] if rest else {}) and ".chunk." in rest[0]["subjects_filter"]:
+                asked_leaders.append(what)
+                if len(asked_leaders) == 1:  # it was cut off before the item came
+                    info["state"] |= {"last_seq": 0, "subjects": {}}
+            return info
+
+        link.read, link.api = read, api
         assert (reader.get(timeout=20) == np.arange(LARGE)).all()
-        assert len(answers) == 2
+        assert (len(answers), len(asked_leaders)) == (3, 2)
 
 
 def test_value_of_a_queue_is_not_taken_by_who_takes_arrays(url: str) -> None:
