@@ -41,7 +41,8 @@ _NS: Final = 10**9
 @dataclass(slots=True, eq=False)
 class _Held:
     """An item in flight here. delivered: how often it was; attempt: how many of these count. due: monotonic seconds
-    when its lease ends. given: tells when nobody can settle it. taken: it is only put back or acknowledged."""
+    when its lease ends. given: tells when nobody can settle it. taken: it is only put back or acknowledged. done: it is
+    acknowledged, but the server may not have heard of it."""
 
     msg: Msg
     seq: int
@@ -49,6 +50,7 @@ class _Held:
     attempt: int
     due: float = math.inf
     given: weakref.ref[_Handle] | None = None
+    done: bool = False
     taken: bool = False
 
 
@@ -224,6 +226,10 @@ class NatsConsumer(Session):
         """The item that was delivered; None where it is a dead letter now, as it was delivered too often."""
         seq, delivered = place_of(msg)
         held = _Held(msg, seq, delivered, delivered)
+        if seq in self.held and self.held[seq].done:
+            held.done, self.held[seq] = True, held
+            await self._forget(held)
+            return None
         if delivered > 1:
             note = await self._note(held)
             if note.state == "dead":  # its reader died amid making it one
@@ -269,7 +275,10 @@ class NatsConsumer(Session):
                     taken.held = []
                     raise
         if not kept:
-            await self.acknowledge(taken.held)
+            with suppress(errors.ServerUnreachable):  # it is told again, and what was taken is the caller's
+                await within(NOW, self.acknowledge, taken.held)
+            for held in taken.held:
+                held.done = True
             taken.held = []
         return taken
 
@@ -421,7 +430,7 @@ class NatsConsumer(Session):
     async def renewed(self) -> None:
         await self._expire()
         for held in [held for held in self.held.values() if held.due == math.inf]:
-            await self.link.send(held.msg.reply, b"+WPI")
+            await (self._forget(held) if held.done else self.link.send(held.msg.reply, b"+WPI"))
 
     async def leave(self) -> None:
         for held in sorted(self.held.values(), key=lambda held: held.seq):

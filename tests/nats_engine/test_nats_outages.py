@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +196,29 @@ def test_slow_line_carries_a_large_item(server: Server, size: int, monkeypatch: 
         with SpoolWriter(url) as writer, SpoolReader(url) as reader:
             writer.put(np.arange(size), timeout=20)
             assert (reader.get(timeout=20) == np.arange(size)).all()
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_item_whose_acknowledgement_is_not_answered_is_returned_once(url: str, heard: bool) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put_many([np.ones(3), np.zeros(3)])
+        link: Any = reader._consumer.link  # type: ignore[attr-defined]
+        call, lost = link.call, threading.Event()
+
+        async def lose(subject: str, payload: bytes = b"", *rest: Any) -> Any:
+            if payload != b"+ACK" or lost.is_set():
+                return await call(subject, payload, *rest)
+            lost.set()
+            if heard:
+                await call(subject, payload, *rest)
+            raise ServerUnreachable("no answer")
+
+        link.call = lose
+        assert [reader.get(timeout=20)[0] for _ in range(2)] == [1, 0]
+        assert lost.is_set()
+        with pytest.raises(Empty):
+            reader.get(timeout=7)  # a server delivers again after 5 seconds
+        assert (stat(url).in_flight, stat(url).depth) == (0, 0)
 
 
 def test_item_put_twice_by_its_id_is_stored_once(url: str) -> None:
