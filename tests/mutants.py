@@ -334,7 +334,7 @@ crashed-claims | housekeeping | test_reset crashed_reader | words[record + W.OWN
 put-meanwhile | housekeeping | test_reset as_fast | and words[record + W.SEQ] >= below): ==> and False):
 not-reopened | producer | test_directory_engine fresh | options.reopen or options.fresh: ==> options.reopen:
 # a spool is removed while others come to open it
-removed-foreign | reset | test_reset foreign | if found: ==> if False:
+removed-foreign | reset | test_reset foreign | if not is_ours(part, name): ==> if False:
 removed-twice | reset | test_reset killed_at_any | if not _finish_removal(place): ==> if True:
 removed-any | reset | test_reset no_spool | if set(fs.list_names(root)) <= ==> if set() <=
 # a limit is changed while the spool is in use

@@ -253,10 +253,8 @@ class _Look:
         if words is not None:
             self._compare(words, "items", sizes["items"], W.IN_ITEMS)
             self._compare(words, "free", sizes["free"], W.IN_FREE)
-            for owner in owners(words):
-                if self.visitor.step(self._has_no_file, owner):
-                    where = f"alive/{liveness.token_name(owner)}"
-                    self._note("missing", where, "is not there, but its session has items or files")
+        for name in self.visitor.step(self._missing_sessions):
+            self._note("missing", f"alive/{name}", "is not there, but its session has items or files")
         for name in sorted(fs.list_names(self.directories.root)):
             if not is_ours(".", name):
                 self._note("foreign", name, _FOREIGN)
@@ -320,10 +318,11 @@ class _Look:
             self._note(problem.kind, problem.where, problem.what)
         return status if problem.kind != "planted" else None
 
-    def _has_no_file(self, owner: int) -> bool:
+    def _missing_sessions(self) -> list[str]:
+        """The names in `alive/` of sessions that have something, and no file there: a step."""
         words = self.visitor.snapshot()
-        there = fs.exists(self.directories.alive, liveness.token_name(owner))
-        return words is not None and not there and owner in owners(words)
+        names = map(liveness.token_name, () if words is None else owners(words))
+        return [name for name in names if not fs.exists(self.directories.alive, name)]
 
     def _item(self, number: int) -> None:
         name, size, said = item_name(number), 0, ""

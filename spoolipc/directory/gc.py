@@ -76,7 +76,8 @@ class _Sweep:
     def run(self, damaged: bool) -> GcReport:
         """Everything, in the order that lets one kind of leftover become another before that is looked for."""
         self._claims()
-        self._discarded()
+        while self._step(self._discard):
+            pass
         self._step(self._half_written)
         for names in self._names("tmp"):
             crashed = self._crashed(set(map(temporary_owner, names)))
@@ -158,17 +159,14 @@ class _Sweep:
         for owner in {owner for _, owner in abandoned}:
             name = liveness.token_name(owner)
             if self.session is not None and not fs.exists(self.session.directories.alive, name):
-                _log.warning(
-                    "%s: alive/%s is missing; what that session had is taken back", self.spool.path, name
-                )
+                what = "%s: alive/%s is missing; what that session had is taken back"
+                _log.warning(what, self.spool.path, name)
         while abandoned and journal is not None:
-            if self.session is not None:
-                self.session.step(self._settle, self.session, journal, abandoned)
+            if self.session is None:
+                self._count(journal, abandoned.pop()[0])
             else:
-                for record, _ in abandoned:
-                    self._count(journal, record)
-                return
-            self._looked_at(0)
+                self.session.step(self._settle, self.session, journal, abandoned)
+                self._looked_at(0)
 
     def _abandoned(self) -> tuple[Journal | None, list[tuple[int, int]]]:
         """In which table, and where in it, is what crashed sessions had; and whose it was. A step."""
@@ -214,25 +212,19 @@ class _Sweep:
         step."""
         return sources.settle(session.directories, session.journal, crashed)
 
-    def _discarded(self) -> None:
-        if self.session is not None:
-            while self.session.step(self._discard, self.session):
-                pass
-            return
-        journal: Journal | None = self.spool.journal
-        if journal is not None and journal.words[W.SHUTDOWN] == W.DISCARDED:
-            words = journal.words
-            waiting = pool.waiting(words)
-            self.counts["discarded_items"] += waiting + self.counts["requeued_items"]
-            self.counts["bytes_freed"] += words[W.ITEM_BYTES]
-
-    def _discard(self, session: Session) -> tuple[int, int, int]:
-        words = session.journal.words
-        size = words[W.ITEM_BYTES]
-        count, _, _ = discard_if_shut_down(session)
+    def _discard(self) -> int:
+        """Discard some of what is left in a spool that was shut down at once; how many. A step."""
+        journal, session = self.spool.journal, self.session
+        if journal is None or journal.words[W.SHUTDOWN] != W.DISCARDED:
+            return 0
+        words, more, left = journal.words, 0, 0
+        count, size = pool.waiting(words) + self.counts["requeued_items"], words[W.ITEM_BYTES]
+        if session is not None:
+            count = more = discard_if_shut_down(session)[0]
+            left = words[W.ITEM_BYTES]
         self.counts["discarded_items"] += count
-        self.counts["bytes_freed"] += size - words[W.ITEM_BYTES]
-        return count, 0, 0
+        self.counts["bytes_freed"] += size - left
+        return more
 
     def _orphans(self, listed: Rows) -> Rows:
         """Which files of `free/`, listed before, no record stands for.
@@ -263,18 +255,15 @@ class _Sweep:
                 self._remove("failed", name, "orphaned_histories")
 
     def _evict_some(self) -> int:
+        """Evict some of what nobody writes again; how many. A step."""
         journal, session = self.spool.journal, self.session
-        if journal is None:
+        if journal is None or not (session or liveness.is_alone(self.spool.directories.alive, 0)):
             return 0
-        words, alive = journal.words, self.spool.directories.alive
+        words, more = journal.words, 0
         count, size = words[W.POOL_COUNT], words[W.POOL_BYTES]
         if session is not None:
             more, _, _ = session.evict_if_alone()
             count, size = count - words[W.POOL_COUNT], size - words[W.POOL_BYTES]
-        elif not liveness.is_alone(alive, 0):
-            return 0
-        else:
-            more = 0
         self.counts["pooled_files"] += count
         self.counts["bytes_freed"] += size
         return more

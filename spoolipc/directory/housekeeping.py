@@ -163,8 +163,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
         session.directories.remove("alive", liveness.token_name(token))
     words[W.PEAK_BYTES] = pool.lower_peak(words)
     _trim(session)
-    if words[W.SHUTDOWN] == W.DISCARDED:
-        discard_if_shut_down(session)  # what its maker did not live to remove, or a reader requeued since
+    discard_if_shut_down(session)  # what its maker did not live to remove, or a reader requeued since
     return None, items, space
 
 

@@ -142,16 +142,12 @@ def _finish_removal(place: Path) -> bool:
 
 def _refuse_foreign(session: Session) -> None:
     """Raise StorageError where a directory of the spool holds what is none of its own."""
-    places = session.directories.places.items()
-    found = [
-        os.path.normpath(f"{part}/{name}")
-        for part, fd in places
-        for name in fs.list_names(fd)
-        if not is_ours(part, name)
-    ]
-    if found:
-        what = f"holds {found[0]!r}, which is not the spool's; move it away first"
-        raise StorageError(errno.ENOTEMPTY, what, session.path)
+    for part, fd in session.directories.places.items():
+        for name in fs.list_names(fd):
+            if not is_ours(part, name):
+                name = os.path.normpath(f"{part}/{name}")
+                what = f"holds {name!r}, which is not the spool's; move it away first"
+                raise StorageError(errno.ENOTEMPTY, what, session.path)
 
 
 def _refuse_company(session: Session, allowed: Container[str]) -> None:

@@ -34,21 +34,15 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
         damage = visitor.damage
         counts = _listed(visitor) if visitor.journal is None else _counted(visitor.journal.words)
         kind = fs.file_system(Path(visitor.path))
-        pinned: tuple[int | None, int | None, dict[str, int] | None] = None, None, None
-        sessions = None
+        counts |= dict.fromkeys(("pinned_files", "pinned_bytes", "pinned_by", "live_sessions"))
         try:
             if not stuck_on:
-                pinned = visitor.step(_pinned, visitor)
-                sessions = _live_sessions(visitor)
+                counts |= {**visitor.step(_pinned, visitor), "live_sessions": _live_sessions(visitor)}
         except LockTimeout:
-            stuck_on, pinned, sessions = visitor.holder(), (None, None, None), None
+            stuck_on = visitor.holder()
         return SpoolStat(
             path=visitor.path,
             **counts,
-            pinned_files=pinned[0],
-            pinned_bytes=pinned[1],
-            pinned_by=pinned[2],
-            live_sessions=sessions,
             limits=agree(visitor.directories, Limits()),
             file_system=kind,
             in_memory=kind in MEMORY,
@@ -99,14 +93,14 @@ def _oldest_age(words: Words) -> float | None:
     return max(0.0, (time.time_ns() - min(times)) / 1e9) if times else None
 
 
-def _pinned(visitor: Visitor) -> tuple[int, int, dict[str, int]]:
+def _pinned(visitor: Visitor) -> dict[str, Any]:
     """How many files of `free/` are pinned or reserved, their bytes, and these by process: a step."""
     if visitor.journal is None:
-        return 0, 0, {}
+        return {"pinned_files": 0, "pinned_bytes": 0, "pinned_by": {}}
     records = rows(visitor.journal.words)
-    pinned = np.isin(records[:, W.STATE], W.UNLISTED)
+    sizes = records[np.isin(records[:, W.STATE], W.UNLISTED), W.BYTES]
     by = pool.held_by(visitor.directories, visitor.journal.words)
-    return int(pinned.sum()), int(records[pinned, W.BYTES].sum()), by
+    return {"pinned_files": len(sizes), "pinned_bytes": int(sizes.sum()), "pinned_by": by}
 
 
 def _live_sessions(visitor: Visitor) -> int:
