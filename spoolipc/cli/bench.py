@@ -86,14 +86,14 @@ def bench(directory: str | None = None, *, quick: bool = False) -> Json:
     return {"machine": machine, "results": results}
 
 
-def table(results: list[Json]) -> str:
+def table(results: list[Json]) -> list[str]:
     """Median microseconds per array, a line for each kind and size, and the ratio to those of spoolipc."""
     lines = [f"| us per array | KB | {' | '.join(CARRIERS)} |", "|---|" + "--:|" * (1 + len(CARRIERS))]
     for row in zip(*[iter(results)] * len(CARRIERS), strict=True):
         middle = [float(np.median(one["seconds"])) for one in row]
         cells = [f"{seconds * 1e6:,.0f} ({seconds / middle[0]:.2f})" for seconds in middle]
         lines.append(f"| {row[0]['kind']} | {row[0]['nbytes'] / 1000:,g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _pair(stack: ExitStack, name: str, path: str, nbytes: int) -> list[Any]:

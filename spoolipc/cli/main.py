@@ -280,11 +280,12 @@ def _command(
     return parser
 
 
-def _print(options: argparse.Namespace, value: Any, text: str) -> None:
+def _print(options: argparse.Namespace, value: Any, *lines: str) -> None:
     if sys.stdout is None:
         return  # it was closed: the exit code says how it went
+    said = json.dumps(_plain(value), indent=2) if options.json else "\n".join(map(text.printable, lines))
     try:
-        print(json.dumps(_plain(value), indent=2) if options.json else text, flush=True)
+        print(said, flush=True)
     except OSError as error:
         # Nothing more can be written, not at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -315,17 +316,17 @@ def _bar(what: str, unit: str) -> Any:
 def _run_gc(options: argparse.Namespace) -> int:
     if options.temporary:
         removed = remove_temporary(dry_run=options.dry_run)
-        _print(options, removed, "\n".join(removed) or "no temporary spool that nobody uses")
+        _print(options, removed, *removed or ["no temporary spool that nobody uses"])
         return DONE
     with _bar("gc", " names") as bar:
         done = gc(options.path, dry_run=options.dry_run, progress=lambda seen, _: bar.update(seen - bar.n))
-    _print(options, done, text.gc_text(done))
+    _print(options, done, *text.gc_lines(done))
     return PROBLEM if done.not_removed else DONE
 
 
 def _run_stat(options: argparse.Namespace) -> int:
     found = stat(options.path)
-    _print(options, found, text.stat_text(found))
+    _print(options, found, *text.stat_lines(found))
     return PROBLEM if found.index_damage or found.stuck_on else DONE
 
 
@@ -337,21 +338,21 @@ def _run_purge(options: argparse.Namespace) -> int:
 
 def _run_rm(options: argparse.Namespace) -> int:
     remove(options.path)
-    _print(options, None, f"removed {text.printable(options.path)}")
+    _print(options, None, f"removed {options.path}")
     return DONE
 
 
 def _run_set(options: argparse.Namespace) -> int:
     asked = dict(options.limits)
     limits = set_limits(options.path, **asked) if asked else stat(options.path).limits
-    _print(options, limits, text.limits_text(limits))
+    _print(options, limits, text.limits_line(limits))
     return DONE
 
 
 def _run_fsck(options: argparse.Namespace) -> int:
     with _bar("fsck", " names") as bar:
         found = fsck(options.path, repair=options.repair, progress=lambda seen, _: bar.update(seen - bar.n))
-    _print(options, found, text.fsck_text(found))
+    _print(options, found, *text.fsck_lines(found))
     return DONE if found.clean else PROBLEM
 
 
@@ -393,25 +394,26 @@ def _run_bench(options: argparse.Namespace) -> int:
         found = bench(options.path, quick=options.quick)
     finally:
         signal.signal(signal.SIGTERM, before)
-    _print(options, found, table(found["results"]))
+    _print(options, found, *table(found["results"]))
     return DONE
 
 
 def _run_list(options: argparse.Namespace) -> int:
     letters = failed_list(options.path, options.seqs or None)
-    _print(options, letters, text.list_text(letters))
+    _print(options, letters, *text.list_lines(letters) or [text.NO_LETTERS])
     return DONE
 
 
 def _run_show(options: argparse.Namespace) -> int:
     letters = failed_list(options.path, options.seqs or None)
-    _print(options, letters, "\n\n".join(map(text.letter_text, letters)) or text.NO_LETTERS)
+    lines = [line for letter in letters for line in ("", *text.letter_lines(letter))]
+    _print(options, letters, *lines[1:] or [text.NO_LETTERS])
     return DONE
 
 
 def _run_retry(options: argparse.Namespace) -> int:
     done = failed_retry(options.path, options.seqs or None)
-    _print(options, done, text.retry_text(done))
+    _print(options, done, *text.retry_lines(done))
     return PROBLEM if done.damaged else DONE
 
 

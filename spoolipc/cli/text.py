@@ -1,4 +1,4 @@
-"""What the command line says to people: reports as text."""
+"""What the command line says to people: reports as lines, which `printable` makes fit for a terminal."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join(text.split()))
 
 
-def gc_text(done: GcReport) -> str:
+def gc_lines(done: GcReport) -> list[str]:
     """What gc did."""
     said = [
         f"  {count(getattr(done, field), noun)} {what}"
@@ -80,18 +80,16 @@ def gc_text(done: GcReport) -> str:
     ]
     if done.index_rebuilt:
         said.insert(0, "  the damaged index built again from the items")
-    freed = (
-        f"; {size(done.bytes_freed)} {'would be ' if done.dry_run else ''}freed" if done.bytes_freed else ""
-    )
+    freed = f"; {size(done.bytes_freed)} {'would be ' * done.dry_run}freed" if done.bytes_freed else ""
     head = "nothing left by crashed processes" if not said else "would be done" if done.dry_run else "done"
     if done.foreign_files:
         is_not = "is a name that is" if done.foreign_files == 1 else "are names that are"
         said.append(f"  left alone: {done.foreign_files:,} {is_not} not the spool's")
-    said += [f"  could not be removed: {printable(what)}" for what in done.not_removed]
-    return "\n".join([f"{printable(done.path)}: {head}{freed}", *said])
+    said += [f"  could not be removed: {what}" for what in done.not_removed]
+    return [f"{done.path}: {head}{freed}", *said]
 
 
-def stat_text(found: SpoolStat) -> str:
+def stat_lines(found: SpoolStat) -> list[str]:
     """What is in a spool."""
     limits = found.limits
     most = f" of {limits.maxsize:,}" if limits.maxsize else ""
@@ -102,7 +100,7 @@ def stat_text(found: SpoolStat) -> str:
     pinned_bytes = "?" if found.pinned_bytes is None else size(found.pinned_bytes)
     live = "?" if found.live_sessions is None else f"{found.live_sessions:,}"
     lines = [
-        f"{printable(found.path)}: {found.state}, on {found.file_system} ({medium}), waiting by {found.waiting_mode}",
+        f"{found.path}: {found.state}, on {found.file_system} ({medium}), waiting by {found.waiting_mode}",
         f"  waiting     {found.depth:,}{most} items{age}",
         f"  delayed     {found.delayed:,}",
         f"  in flight   {found.in_flight:,}",
@@ -115,85 +113,75 @@ def stat_text(found: SpoolStat) -> str:
     ]
     if found.wanted_bytes:
         by = ", ".join(f"process {process} {size(held)}" for process, held in (found.pinned_by or {}).items())
-        lines.append(
-            f"  a put waits for {size(found.wanted_bytes)} that the file system lacks; pinned by {by or 'nobody'}"
-        )
+        lacks = f"{size(found.wanted_bytes)} that the file system lacks"
+        lines.append(f"  a put waits for {lacks}; pinned by {by or 'nobody'}")
     if found.index_damage:
-        lines.append(
-            f"  the index cannot be used ({found.index_damage}); the next reader, writer or gc repairs it"
-        )
+        remedy = "the next reader, writer or gc repairs it"
+        lines.append(f"  the index cannot be used ({found.index_damage}); {remedy}")
     if found.stuck_on:
         lines.append(f"  the index lock is held by {found.stuck_on}, which does not let go; is it stopped?")
-    return "\n".join(lines)
+    return lines
 
 
-def limits_text(limits: Limits) -> str:
+def limits_line(limits: Limits) -> str:
     """The limits in force, as they can be given again."""
     said = asdict(limits)
     said.pop("mode")  # which cannot be changed
     return " ".join(f"{name}={value}" for name, value in said.items())
 
 
-def fsck_text(found: FsckReport) -> str:
+def fsck_lines(found: FsckReport) -> list[str]:
     """What is wrong in a spool."""
     checked = f"{count(found.items, 'item')} checked, {size(found.bytes)}"
     if not found.problems:
-        return f"{printable(found.path)}: clean; {checked}"
+        return [f"{found.path}: clean; {checked}"]
     left = sum(not problem.repaired for problem in found.problems)
     repaired = len(found.problems) - left
-    head = f"{printable(found.path)}: {count(len(found.problems), 'problem')}"
+    head = f"{found.path}: {count(len(found.problems), 'problem')}"
     if repaired:
         head += f", {repaired:,} repaired, {left:,} left"
-    lines = [
-        f"  {'repaired: ' if problem.repaired else ''}{printable(problem.where)} {printable(problem.what)}"
-        for problem in found.problems
-    ]
-    return "\n".join([f"{head}; {checked}", *lines])
+    said = [f"  {'repaired: ' * each.repaired}{each.where} {each.what}" for each in found.problems]
+    return [f"{head}; {checked}", *said]
 
 
-def list_text(letters: list[DeadLetter]) -> str:
+def list_lines(letters: list[DeadLetter]) -> list[str]:
     """One line for each dead letter."""
-    if not letters:
-        return NO_LETTERS
     rows = [
-        (str(letter.seq), size(letter.bytes), count(letter.attempts, "attempt"), printable(letter.reason))
+        (str(letter.seq), size(letter.bytes), count(letter.attempts, "attempt"), letter.reason)
         for letter in letters
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([row[0].rjust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3]])
-        for row in rows
-    )
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    return [
+        f"{seq:>{widths[0]}}  {of:>{widths[1]}}  {tries:{widths[2]}}  {why}" for seq, of, tries, why in rows
+    ]
 
 
-def letter_text(letter: DeadLetter) -> str:
+def letter_lines(letter: DeadLetter) -> list[str]:
     """All that is known of a dead letter."""
     lines = [
-        f"item {letter.seq}: {printable(letter.reason)}",
-        f"  file      {printable(letter.path)} ({size(letter.bytes)})",
+        f"item {letter.seq}: {letter.reason}",
+        f"  file      {letter.path} ({size(letter.bytes)})",
     ]
     if letter.put_time is not None:
         lines.append(f"  put       {_moment(letter.put_time)}")
     if letter.damage:
-        lines.append(f"  damaged   {printable(letter.damage)}")
+        lines.append(f"  damaged   {letter.damage}")
     for array in letter.arrays:
         name = f"{array.name!r}: " if array.name is not None else ""
-        lines.append(f"  array     {name}{printable(array.dtype)} {array.shape}, {size(array.nbytes)}")
+        lines.append(f"  array     {name}{array.dtype} {array.shape}, {size(array.nbytes)}")
     if letter.meta is not None:
         lines.append(f"  meta      {json.dumps(letter.meta)}")
     for failure in letter.history:
-        lines.append(
-            f"  attempt {failure.attempt} {_moment(failure.when)}, {printable(failure.who)}: {printable(failure.why)}"
-        )
-    return "\n".join(lines)
+        lines.append(f"  attempt {failure.attempt} {_moment(failure.when)}, {failure.who}: {failure.why}")
+    return lines
 
 
-def retry_text(done: Retried) -> str:
+def retry_lines(done: Retried) -> list[str]:
     """What became of dead letters that were retried."""
     lines = [f"requeued {count(len(done.seqs), 'dead letter')}"]
     lines += [f"  {old} as {new}" for old, new in done.seqs.items()]
-    lines += [f"  {seq} stays, it cannot be read: {printable(why)}" for seq, why in done.damaged.items()]
-    return "\n".join(lines)
+    lines += [f"  {seq} stays, it cannot be read: {why}" for seq, why in done.damaged.items()]
+    return lines
 
 
 def _moment(seconds: float) -> str:

@@ -33,7 +33,7 @@ from spoolipc import (
     purge,
     stat,
 )
-from spoolipc.cli.text import stat_text
+from spoolipc.cli.text import stat_lines
 from spoolipc.directory import receiving, staging
 
 MIB = 1 << 20
@@ -307,7 +307,7 @@ def test_a_put_that_waits_says_once_for_what_and_who_holds_it(
         found = stat(path)
         assert (found.wanted_bytes, found.pinned_by) == (20 * MIB, {str(peer.pid): 60 * MIB})
         until(writer.full)
-        assert f"pinned by process {peer.pid}" in stat_text(found)
+        assert f"pinned by process {peer.pid}" in "\n".join(stat_lines(found))
         peer.run("del kept\ntry: reader.get_nowait()\nexcept Empty: pass")
         putting.result()
         assert stat(path).wanted_bytes == 0
