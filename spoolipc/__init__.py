@@ -11,6 +11,7 @@ from .admin import stat as stat
 from .directory.check import FsckReport, Problem
 from .directory.temporary import remove_temporary
 from .errors import (
+    AccessDenied,
     AlreadySettled,
     BadItem,
     Empty,
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 logging.getLogger("spoolipc").addHandler(logging.NullHandler())
 
 __all__ = [
+    "AccessDenied",
     "AlreadySettled",
     "BadItem",
     "DeadLetter",

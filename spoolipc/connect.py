@@ -44,6 +44,5 @@ def connect(path_or_url: str | os.PathLike[str]) -> Engine:
             raise UnsupportedOperation(f"a spool on a server {what}") from None
         return NatsEngine(place)
     known = ", ".join(f"{each}://NAME" for each in SCHEMES)
-    raise ValueError(
-        f"{place!r} is no URL that is known ({known}); the directory of that name is './{place}'"
-    )
+    told = re.sub("(?s):.*@", ":...@", place)  # without what may be a password
+    raise ValueError(f"{told!r} is no URL that is known ({known}); the directory of that name is './{told}'")

@@ -125,6 +125,10 @@ class ServerUnreachable(SpoolError, ConnectionError):
     """The server of the spool cannot be connected to, or does not answer; the message names it."""
 
 
+class AccessDenied(SpoolError, PermissionError):
+    """The servers refuse who this is, or one of both is not trusted; the message says what to set."""
+
+
 class BadItem(SpoolError, ValueError):
     """An item file is damaged; it has been moved to `failed/` with the reason."""
 

@@ -4,8 +4,7 @@
 
 What the streams hold is in `spool`; how an item is put in `producer`, how it is delivered and settled in `consumer`;
 what both sides share in `session`; the connection, and the one thread of all clients of this process, in `link`.
-Secrets come from the URL, or from NATS_USER and NATS_PASSWORD, NATS_TOKEN, NATS_CREDS or NATS_NKEY; NATS_CA, NATS_CERT
-and NATS_KEY are files for TLS. They are part of no path, log or error.
+How the servers are found, and who we are to them, is in `access`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from .. import errors
 from .. import message as values
 from ..engine import ConsumerOptions, ProducerOptions
 from ..message import NOW, Deadline, Limits
+from .access import Address, address
 from .consumer import NatsConsumer
-from .link import Address, Link, address, header, loop, within
+from .link import Link, header, loop, within
 from .producer import NatsProducer
 from .session import asked_for
 from .spool import Failed, Spool, msg_id, size_of

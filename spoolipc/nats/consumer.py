@@ -29,7 +29,8 @@ from .. import errors
 from .. import message as values
 from ..engine import ConsumerOptions
 from ..message import NOW, Deadline, Delivery, Message
-from .link import Address, header, within
+from .access import Address
+from .link import header, within
 from .session import LOOK, Session, Watch
 from .spool import Failed, msg_id, place_of, size_of
 

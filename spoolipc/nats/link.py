@@ -1,4 +1,4 @@
-"""A connection to the servers: addresses and secrets, requests that outlive a reconnect, the one thread of them all.
+"""A connection to the servers: requests that outlive a reconnect, and the one thread of them all.
 
 Everything a session does is a coroutine on the loop of one thread of the process; `Link.run` is where a caller blocks.
 A request is sent again until it is answered, so that only requests which may be repeated go this way: a put bears the
@@ -14,22 +14,19 @@ import json
 import logging
 import math
 import os
-import re
-import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any, Final, TypeVar, TypeVarTuple
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from ..errors import ServerUnreachable, SpoolError, StorageError, UnsupportedOperation
+from ..errors import AccessDenied, ServerUnreachable, SpoolError, StorageError, UnsupportedOperation
 from ..message import Deadline
+from .access import Address, Guarded, options, refusal
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -48,76 +45,6 @@ _NO_LEADER: Final = 10008
 _limit: Final = ContextVar[float | None]("_limit", default=None)
 OLDEST: Final = (2, 12)
 """The first server that stores several messages as one, or none of them."""
-_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_SECRETS: Final = {
-    "user": "NATS_USER",
-    "password": "NATS_PASSWORD",
-    "token": "NATS_TOKEN",
-    "user_credentials": "NATS_CREDS",
-    "nkeys_seed": "NATS_NKEY",
-}
-
-
-class Address(NamedTuple):
-    """What a URL says. servers: without secrets. name: of the spool. replicas, storage: of a spool that is made."""
-
-    scheme: str
-    servers: tuple[str, ...]
-    name: str
-    replicas: int
-    storage: str
-    user: str | None
-    password: str | None
-
-    @property
-    def path(self) -> str:
-        """The URL without what is secret in it."""
-        asked = f"?replicas={self.replicas}" if self.replicas > 1 else ""
-        asked += f"{'&' if asked else '?'}storage={self.storage}" if self.storage != "file" else ""
-        return f"{self.scheme}://{','.join(self.servers)}/{self.name}{asked}"
-
-    def __repr__(self) -> str:
-        return f"Address({self.path!r})"
-
-
-def address(url: str) -> Address:
-    """The parts of `nats://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...]/NAME[?replicas=3][&storage=memory]`.
-
-    Raises ValueError, which tells nothing secret, for what is no such URL.
-    """
-    scheme, _, rest = url.partition("://")
-    before, _, after = rest.rpartition("@")
-    found = urlsplit(f"{scheme}://{after}")
-    name, query = found.path.removeprefix("/"), dict(parse_qsl(found.query, keep_blank_values=True))
-    replicas, storage = query.pop("replicas", "1"), query.pop("storage", "file")
-    servers = tuple(found.netloc.split(","))
-    if not all(re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?", each) for each in servers):
-        raise ValueError(f"{scheme}: a URL is {scheme}://HOST:PORT/NAME, not {scheme}://{after}")
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a spool on a server: letters, digits, '-' and '_' only")
-    if query or replicas not in ("1", "3", "5") or storage not in ("file", "memory"):
-        raise ValueError(f"?{found.query}: known are replicas, of 1, 3 or 5, and storage, of file or memory")
-    user, colon, password = before.partition(":")
-    given = unquote(user) or None, unquote(password) if colon else None
-    return Address(scheme, servers, name, int(replicas), storage, *given)
-
-
-def _options(where: Address) -> dict[str, Any]:
-    """How to connect: what the URL says, else what the environment does."""
-    found: dict[str, Any] = {
-        name: os.environ[word] for name, word in _SECRETS.items() if os.environ.get(word)
-    }
-    if where.password is not None:
-        found |= {"user": where.user, "password": where.password}
-    elif where.user is not None:
-        found = {"token": where.user}
-    if where.scheme == "tls" or any(os.environ.get(each) for each in ("NATS_CA", "NATS_CERT")):
-        context = ssl.create_default_context(cafile=os.environ.get("NATS_CA") or None)
-        if certificate := os.environ.get("NATS_CERT"):
-            context.load_cert_chain(certificate, os.environ.get("NATS_KEY") or None)
-        found["tls"] = context
-    scheme = "tls" if "tls" in found else "nats"
-    return found | {"servers": [f"{scheme}://{each}" for each in where.servers]}
 
 
 async def within(until: Deadline, work: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
@@ -127,6 +54,10 @@ async def within(until: Deadline, work: Callable[[*Ts], Awaitable[T]], *args: *T
         return await work(*args)
     finally:
         _limit.reset(token)
+
+
+# With TLS it says of each connection that ends what the client cannot help.
+logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
 
 
 class Loop:
@@ -205,12 +136,13 @@ class Link:
 
     def __init__(self, where: Address) -> None:
         self.path = where.path
-        self.client = Client()
+        self.client = Guarded()
         self.late: Callable[[Msg], Awaitable[None]]
         self.lost: Callable[[], None] = lambda: None
         self._where, self._closed = where, False
         self._moved = -math.inf
         self._moving: asyncio.Task[None] | None = None
+        self.denied = ""
         self._waiting: dict[str, Replies] = {}
         self._numbers = itertools.count()
         self._inbox = ""
@@ -222,12 +154,12 @@ class Link:
         return int(self.client.max_payload)
 
     async def open(self) -> None:
-        """Connect. Raises ServerUnreachable, UnsupportedOperation for a server too old."""
-        quiet = _Quiet(self)
+        """Connect. Raises ServerUnreachable, AccessDenied, UnsupportedOperation for a server too old."""
+        quiet = _Quiet(self, self._where)
         try:
             async with asyncio.timeout(5.0):
                 await self.client.connect(
-                    **_options(self._where),
+                    **options(self._where),
                     name="spoolipc",
                     max_reconnect_attempts=-1,
                     reconnect_to_server_handler=quiet.next_server,
@@ -238,10 +170,14 @@ class Link:
                     disconnected_cb=quiet.disconnected,
                     closed_cb=quiet.disconnected,
                 )
-        except (OSError, TimeoutError, nats.errors.Error) as error:
+        except UnsupportedOperation:
+            raise
+        except Exception as error:
             await self.close()
-            why = quiet.last or error
-            raise ServerUnreachable(f"{self.path}: cannot connect: {_said(why)}") from None
+            why = quiet.last if isinstance(error, TimeoutError) and quiet.last else error
+            unreachable = ServerUnreachable(f"{self.path}: cannot connect: {_said(why)}")
+            raise refusal(self._where, why) or unreachable from None
+        quiet.is_opening = False
         version = self.client.connected_server_version
         if (version.major, version.minor) < OLDEST:
             await self.close()
@@ -258,8 +194,9 @@ class Link:
 
     async def close(self) -> None:
         self._closed = True
+        # The client waits for ever for a connection to close on which TLS failed.
         with suppress(Exception):
-            async with asyncio.timeout(TRY):
+            async with asyncio.timeout(TRY if self.client.is_connected else 0.1):
                 await self.client.close()
         self.interrupt()
 
@@ -367,6 +304,8 @@ class Link:
 
     def check(self, began: float, why: str) -> None:
         """Raise ServerUnreachable where nobody waits any longer for what was begun then."""
+        if self.denied:
+            raise AccessDenied(0, f"{self.path}: the servers do not allow it to this user: {self.denied}")
         limit, now = _limit.get(), time.monotonic()
         if self._closed or now >= (began + PATIENCE if limit is None else limit):
             raise ServerUnreachable(f"{self.path}: no answer from the server: {why}")
@@ -425,11 +364,13 @@ class Link:
 
 
 class _Quiet:
-    """What the client says of its connection: kept, not printed. last: the last error."""
+    """What the client says of its connection: kept, not printed. last: the last error. is_opening: what another try
+    does not mend ends the first."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, where: Address) -> None:
+        self._link, self._where = link, where
         self._tries = 0
+        self.is_opening = True
         self.last: Exception | None = None
         self.hang_up: Callable[[], None] = lambda: None
         self._chosen = self._left = ""
@@ -444,6 +385,11 @@ class _Quiet:
         ):  # what a server says tells more than that it hung up
             self.last = error
         _log.debug("%s: %s", self._link.path, _said(error))
+        denied = refusal(self._where, error)
+        if denied is not None and self.is_opening:
+            raise denied
+        if "permissions violation" in str(error).lower():
+            self._link.denied = _said(error)
 
     async def disconnected(self) -> None:
         self._tries, self._left = 0, self._chosen

@@ -27,7 +27,8 @@ from ..engine import Known, ProducerOptions
 from ..format import footer as footers
 from ..format import item as items
 from ..message import NOW, Deadline, Message
-from .link import TRY, Address, header, within
+from .access import Address
+from .link import TRY, header, within
 from .session import LOOK, Session, Watch
 from .spool import MARGIN, ORPHANED, Control
 

@@ -17,7 +17,8 @@ import nats.errors
 from .. import errors
 from ..engine import ProducerOptions
 from ..message import NOW, Deadline, Limits
-from .link import Address, Link, loop, within
+from .access import Address
+from .link import Link, loop, within
 from .spool import ACK_WAIT, PRESENCE, Control, Spool
 
 T = TypeVar("T")

@@ -78,6 +78,10 @@ class Server:
     def go(self) -> None:
         os.kill(self._process.pid, signal.SIGCONT)
 
+    def log(self) -> str:
+        """What it has written of itself."""
+        return self._log.read_text()
+
     def url(self, name: str) -> str:
         return f"nats://{self.address}/{name}"
 

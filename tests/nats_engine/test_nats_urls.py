@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import socket
 import sys
@@ -66,36 +65,6 @@ def test_url_without_its_secrets_is_the_path() -> None:
     with pytest.raises(ValueError, match="is no name") as caught:
         connect(f"nats://me:{SECRET}@host/a.b")
     assert SECRET not in str(caught.value)
-
-
-@pytest.mark.parametrize("config", ["user: me, password: {}", "token: {}"])
-@pytest.mark.parametrize("way", ["url", "environment"])
-def test_secrets_are_taken_and_never_told(
-    tmp_path: Path, config: str, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    server = Server(tmp_path, f"authorization {{ {config.format(SECRET)} }}")
-    try:
-        url = server.url("name")
-        given = f"me:{SECRET}@" if "user" in config else f"{SECRET}@"
-        with pytest.raises(ServerUnreachable, match="Authorization") as caught:
-            SpoolWriter(url.replace("//", f"//{given.replace('hunter2', 'hunter3')}"))
-        assert "hunter" not in str(caught.value) + repr(caught.value) + repr(caught.value.__context__)
-        if way == "url":
-            url = url.replace("//", f"//{given}")
-        elif "user" in config:
-            monkeypatch.setenv("NATS_USER", "me")
-            monkeypatch.setenv("NATS_PASSWORD", SECRET)
-        else:
-            monkeypatch.setenv("NATS_TOKEN", SECRET)
-        with SpoolWriter(url) as writer, SpoolReader(url) as reader:
-            writer.put(np.ones(3))
-            assert (reader.get(timeout=20) == 1).all()
-            assert SECRET.encode() not in pickle.dumps(writer)
-            assert "hunter" not in repr(writer) + writer.path + repr(vars(writer._producer))
-    finally:
-        server.stop()
-    assert "hunter" not in caplog.text
 
 
 def test_server_that_is_not_there_is_a_clear_error() -> None:
