@@ -424,10 +424,6 @@ class Session:
         self.wake(items, space)
         self.is_open.clear()  # no other thread takes on more: without our file, nobody would find it
         if not self.users:  # else another thread may look at an item, and is alive until it is done
-            words = self.journal.words
-            for waiter in W.WAITERS:
-                if words[waiter.token] == self.token:
-                    words[waiter.since] = words[waiter.token] = 0
             self.directories.retire(liveness.token_name(self.token))  # now: the next knows to be the last
         return None, 0, 0
 

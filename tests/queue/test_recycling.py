@@ -267,3 +267,13 @@ def test_mapping_that_is_used_stays(
         spend(1.5)
         traffic(writer, reader, np.ones(SIZE), 2)
         assert mapped(spool) == before
+
+
+def test_closed_session_keeps_no_mapping(spool: Path) -> None:
+    writer, reader = SpoolWriter(spool), SpoolReader(spool)
+    traffic(writer, reader, np.ones(SIZE))
+    for side in (writer, reader):
+        before = mapped(spool)
+        side.close()
+        assert mapped(spool) < before
+    assert mapped(spool) == 0
