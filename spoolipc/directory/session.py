@@ -132,7 +132,7 @@ class Session:
             self._hold(place.descriptors())
             self.lock = IndexLock(place.items, self.path, functools.partial(holder, place))
             self.step(self._join, asked)
-            _abandon(os.getpid(), inherited, [])
+            _abandon(inherited, [])
         except BaseException as error:
             if self._held is not inherited:
                 self.let_go()  # not only when this is collected
@@ -145,7 +145,7 @@ class Session:
     def _hold(self, held: list[int]) -> None:
         """Close these descriptors when this is let go of, or collected."""
         self._held = held
-        self._end = weakref.finalize(self, _abandon, os.getpid(), held, self.is_open)
+        self._end = weakref.finalize(self, _abandon, held, self.is_open)
         self._end.atexit = False
 
     def _join(self, asked: Limits) -> tuple[None, int, int]:
@@ -409,7 +409,7 @@ class Session:
         """Close every descriptor: nobody is in an operation any more."""
         if self.journal is not _NONE:
             self.journal.close()
-        _abandon(os.getpid(), self._held, self.is_open)  # `_end` does nothing once the interpreter ends
+        _abandon(self._held, self.is_open)
 
     def _leave(self, last: Callable[[], tuple[bool | None, int, int]]) -> tuple[None, int, int]:
         left, items, space = last()
@@ -441,7 +441,7 @@ class Session:
         for fd in {*self._held} - kept:
             with contextlib.suppress(OSError):
                 fs.close(fd)
-        self._hold([*kept])  # it counts as a writer from now on
+        self._held[:] = kept  # it counts as a writer from now on
         if self.journal is not _NONE:
             self.journal.close()
             self.journal = _NONE
@@ -459,15 +459,13 @@ def _nothing() -> tuple[None, int, int]:
     return None, 0, 0
 
 
-def _abandon(pid: int, held: list[int], is_open: list[None]) -> None:
+def _abandon(held: list[int], is_open: list[None]) -> None:
     """End a session by its descriptors alone: one that did not leave has crashed, as its file in `alive/` says.
 
     Runs before anything of the garbage that a session is found in, such as a generator that would close it. When the
-    interpreter ends it is left to the kernel, which lets go of the lock only when no thread works under it any more.
+    interpreter ends `_end` does nothing, and the kernel lets go of the lock when no thread works under it any more.
     """
     is_open.clear()
-    if os.getpid() != pid or is_finalizing():
-        return
     while held:  # a fork meanwhile closes what is left
         with contextlib.suppress(OSError):
             fs.close(held.pop())

@@ -41,20 +41,24 @@ def test_put_in_an_exit_handler_that_was_registered_first(spool: Path) -> None:
         assert (reader.get_nowait() == 0).all()
 
 
-def test_lock_is_kept_to_the_end_for_a_daemon_thread_within_a_step(spool: Path) -> None:
+@pytest.mark.parametrize("when", ["late.append(look)", "last = Last()"], ids=["exit handler", "finalizer"])
+def test_lock_is_kept_to_the_end_for_a_daemon_thread_within_a_step(spool: Path, when: str) -> None:
     program = """
-inside, real = threading.Event(), fs.rename
-def rename(*args, **kwargs):
-    inside.set()
-    threading.Event().wait()
-writer = SpoolWriter(path)
-fs.rename = rename
+inside = threading.Event()
+apart = {"inside": inside, "wait": threading.Event().wait}
+exec("def rename(*args, **kwargs): inside.set(); wait()", apart)  # keeps nothing of this module
+writer, fs.rename = SpoolWriter(path), apart.pop("rename")
 threading.Thread(target=writer.put, args=(array,), daemon=True).start()
 inside.wait()
 fd = os.open(path + "/items", os.O_RDONLY)
-late.append(lambda: print("free" if fs.lock(fd) else "held"))
+def look(write=os.write, lock=fs.lock, fd=fd):
+    write(1, b"free" if lock(fd) else b"held")
+class Last:
+    def __del__(self, writer=writer, look=look):
+        writer.close()
+        look()
 """
-    assert ended(spool, program) == "held"
+    assert ended(spool, program + when) == "held"
     check_spool(spool)
 
 
