@@ -341,8 +341,6 @@ class Recycler:
                 size = words[record + W.BYTES]
                 has_room = may_pool(words, size)
                 shared = forked or words[record + W.FLAGS] & W.NEVER_AGAIN
-                if not has_room:
-                    self.mappings.forget(words[record + W.FILE])
                 if shared or (words[record + W.LOAN] and not has_room):
                     journal.commit(transitions.drop(words, record))
                 elif words[record + W.LOAN]:

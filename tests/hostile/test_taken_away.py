@@ -362,3 +362,24 @@ def test_nothing_is_logged_under_the_lock(spool: Path) -> None:
         log.removeHandler(handler)
     assert len(locked) >= 6
     assert not any(locked)
+
+
+def test_a_session_whose_file_was_exchanged_gives_back_nothing_that_was_taken_from_it(spool: Path) -> None:
+    """It counts as crashed, as nobody has the lock on the new file."""
+    writer = SpoolWriter(spool)
+    with SpoolReader(spool) as reader:
+        for _ in range(2):
+            writer.put(LARGE)
+        reader.get_many(2)
+        with pytest.raises(Empty):
+            reader.get_nowait()  # and nothing is shown any more
+        writer.put(LARGE)  # into one of the two, and reserves the other
+        assert len(peek_table(spool).of("reserved")) == 1
+        token = writer._producer.session.token  # type: ignore[attr-defined]
+        file = spool / "alive" / f"{token:016x}"
+        file.unlink()
+        file.touch(mode=0o600)
+        gc(spool)
+        assert not peek_table(spool).of("reserved")
+        writer.close()
+        assert gives(reader) == [0]

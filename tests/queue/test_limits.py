@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from support.arrays import Array
 from support.calls import Call
+from support.faults import Injector
 
 from spoolipc import Full, LimitMismatch, ShutDown, SpoolReader, SpoolWriter, TooLarge
 from spoolipc.directory import doorbell, fs, session
+from spoolipc.directory.session import Side
 
 PAGE = 4096
 NAMES = ("maxsize", "max_bytes", "recycle_bytes", "max_attempts")
@@ -191,6 +193,40 @@ class TestFileSystem:
             with pytest.raises(Full):
                 other.put_nowait(pages(3))
         assert len(list((spool / "free").iterdir())) <= 1
+
+    def test_what_is_reserved_gives_way_before_a_put_waits(
+        self, spool: Path, writer: SpoolWriter, reader: SpoolReader, free: list[int]
+    ) -> None:
+        for _ in range(2):
+            writer.put(pages(2))
+        for _ in range(2):
+            reader.get_nowait()
+        writer.put(pages(2))  # into one of the two, and reserves the other
+        assert len(list((spool / "free").iterdir())) == 1
+        reader.close()  # a session of the same process would let it go too
+        free[0] = PAGE
+        with pytest.raises(Full):
+            writer.put_nowait(pages(3))
+        assert not list((spool / "free").iterdir())
+
+    def test_a_session_that_was_closed_is_not_asked_to_give_way(
+        self, tmp_path: Path, writer: SpoolWriter, free: list[int]
+    ) -> None:
+        """The numbers of its descriptors are others' by now."""
+        closed = SpoolReader(tmp_path / "other")
+        side = closed._consumer
+        assert isinstance(side, Side)
+        number = side.session.directories.root
+        closed.close()
+        others = [os.open("/", os.O_RDONLY) for _ in range(20)]
+        assert number in others
+        free[0] = PAGE
+        asked: list[Any] = []
+        with Injector(lambda event: asked.extend(event.args[:1])), pytest.raises(Full):
+            writer.put_nowait(pages(3))
+        assert number not in asked
+        for fd in others:
+            os.close(fd)
 
 
 def test_maxsize_holds_for_many_threads_at_once(spool: Path) -> None:

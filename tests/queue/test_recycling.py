@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.arrays import Array
+from support.faults import Event, Injector
+from support.peek import peek_table
 
 from spoolipc import Empty, Limits, SpoolReader, SpoolWriter, stat
+from spoolipc.directory import recycling
 
 PAGE = 4096
 SIZE = 5000
@@ -277,3 +280,78 @@ def test_closed_session_keeps_no_mapping(spool: Path) -> None:
         side.close()
         assert mapped(spool) < before
     assert mapped(spool) == 0
+
+
+def test_mappings_of_files_that_are_no_more_go_within_a_second(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, spend: Callable[[float], None]
+) -> None:
+    traffic(writer, reader, np.ones(SIZE), 4)
+    for file in (spool / "free").iterdir():
+        link(file)  # so that it is not written again
+    traffic(writer, reader, np.ones(SIZE), 4)
+    before = mapped(spool)
+    spend(1.5)
+    with pytest.raises(Empty):
+        reader.get_nowait()
+    assert mapped(spool) <= before - 4
+
+
+def test_a_burst_leaves_no_more_mappings_than_are_kept(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycling, "_MOST_MAPPED", 8)
+    recycling.keeper.sweep()
+    writer.put_many([np.ones(SIZE)] * 20)
+    for _ in range(20):
+        reader.get_nowait()
+    assert mapped(spool) <= 9
+
+
+def test_small_files_seen_once_are_not_remembered_for_ever() -> None:
+    mappings = recycling.Mappings(writable=False)
+    assert not any(mappings.wants(number) for number in range(3000))
+    assert len(mappings._seen) <= 1024
+
+
+def test_file_exchanged_as_it_is_opened_is_not_written(
+    spool: Path, tmp_path: Path, writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    writer.put(np.ones(SIZE))
+    reader.get()
+    with pytest.raises(Empty):
+        reader.get_nowait()
+    (file,) = (spool / "free").iterdir()
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(before := file.read_bytes())
+    foreign.chmod(0o600)
+
+    def exchange(event: Event) -> None:
+        if event.name == "open_at" and event.args[0] == file.name:
+            file.unlink()
+            os.link(foreign, file)
+
+    with Injector(exchange):
+        writer.put(np.zeros(SIZE))
+    assert foreign.read_bytes() == before
+    assert (reader.get() == 0).all()
+
+
+def test_put_with_no_file_to_write_again_takes_the_lock_once(writer: SpoolWriter) -> None:
+    with Injector() as calls:
+        writer.put(np.ones(SIZE))
+    assert calls.met.count("lock") == 1
+
+
+def test_files_of_sizes_that_nobody_puts_any_more_do_not_stay_reserved(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    for size in range(1, 13):
+        for _ in range(3):
+            writer.put(pages(size))
+        reader.get_many(3)
+        with pytest.raises(Empty):
+            reader.get_nowait()
+        writer.put(pages(size))  # into one of the three, and reserves another
+        reader.get()
+        assert len(peek_table(spool).of("reserved")) <= 9
+    assert peek_table(spool).of("reserved")

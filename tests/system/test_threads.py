@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.faults import Injector
+from support.faults import Event, Injector
 
-from spoolipc import LeaseExpired, ShutDown, SpoolClosed, SpoolReader, SpoolWriter
+from spoolipc import Empty, LeaseExpired, ShutDown, SpoolClosed, SpoolReader, SpoolWriter
 from spoolipc.directory.session import Side
 
 THREADS = 8
@@ -150,6 +150,27 @@ def test_session_closed_amid_a_call_has_no_descriptor_when_that_has_ended(spool:
         reader.get()
     assert calls.met[-7:] == ["close"] * 7
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_file_that_a_thread_fills_is_not_taken_for_one_that_another_lost(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    writer.put_many([np.ones(LARGE)] * 5)
+    reader.get_many(5)
+    with pytest.raises(Empty):
+        reader.get_nowait()  # and all files are in the pool
+    others: list[threading.Thread] = []
+
+    def meanwhile(event: Event, _: object) -> None:
+        if event.name == "stat_at" and not others:
+            writer._producer._recycler.has_strays = True  # type: ignore[attr-defined]  # as an interrupted put leaves it
+            others.append(threading.Thread(target=writer.put, args=(np.full(LARGE, 2.0),)))
+            others[0].start()
+            others[0].join()
+
+    with Injector(after=meanwhile):
+        writer.put(np.ones(LARGE))
+    assert [set(array) for array in reader.get_many(2)] == [{2.0}, {1.0}]
 
 
 def at_once(call: Callable[[], Any], line: int, other: Callable[[], Any], results: list[Any]) -> bool:
