@@ -344,7 +344,7 @@ class SpoolReader(_Face):
         until = None if block is True and timeout is None else deadline_of(block, timeout)
         if out is not None:
             filling = self._filling(out, copy)  # which refuses what is wrong before anything is taken
-            return self._given(self._consumer.take(1, until, False, True), False, filling)[0]
+            return self._given(self._consumer.take(1, until), False, filling)[0]
         if copy:
             return self._given(self._consumer.take(1, until, on_write(copy)), copy, arrays_of)[0]
         taken = self._consumer.take(1, until)

@@ -992,13 +992,13 @@ class RestoreSuite(Suite):
         assert isinstance(self.consumer, engines.Restorer)
         self.put(*range(5), size=size)
         self.settle(self.claim(), Nack(0, ""))
-        taken = self.consumer.take(4, NOW, kept=True)
+        taken = self.consumer.take(4, NOW)
         for _ in range(2):
             self.consumer.put_back(taken, start)
             found = self.admin.stat()
             assert (found.depth, found.gets) in ((5 - start, start), (5 - start, None))
         for _ in range(3):
-            self.consumer.put_back(self.consumer.take(1, NOW, kept=True))
+            self.consumer.put_back(self.consumer.take(1, NOW))
         claimed = [self.claim() for _ in range(start, 5)]
         assert self.load(*claimed) == [*range(start, 5)]
         assert [delivery.attempt for delivery in claimed] == [2, 1, 1, 1, 1][start:]

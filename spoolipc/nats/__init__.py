@@ -101,17 +101,19 @@ class NatsPair:
         """Add to the count; false where that would make it less than no task."""
         spool = self._consumer.spool
         while True:
-            revision, data = await spool.last(spool.notes, "tasks")
-            in_work = int(data or 0)
-            if by < 0 and await self._unfinished(in_work) <= 0:
+            if by < 0 and await self._unfinished() <= 0:
                 return False
-            if await spool.note("tasks", str(in_work + by).encode(), revision):
+            revision, data = await spool.last(spool.notes, "tasks")
+            if await spool.note("tasks", str(int(data or 0) + by).encode(), revision):
                 await spool.tell()
                 return True
 
-    async def _unfinished(self, in_work: int) -> int:
-        counts = await self._consumer.spool.counts()
-        return in_work + counts.waiting + counts.in_flight
+    async def _unfinished(self) -> int:
+        """What is on the spool is counted first: what goes from there is in the count of tasks before."""
+        spool = self._consumer.spool
+        counts = await spool.counts()
+        _, data = await spool.last(spool.notes, "tasks")
+        return int(data or 0) + counts.waiting + counts.in_flight
 
     def join(self, until: Deadline) -> bool:
         return self.consumer.do(within(until, self._join, until))
@@ -120,8 +122,7 @@ class NatsPair:
         spool = self._consumer.spool
         while True:
             news = spool.news
-            _, data = await spool.last(spool.notes, "tasks")
-            if await self._unfinished(int(data or 0)) <= 0:
+            if await self._unfinished() <= 0:
                 return True
             if until == NOW or not await self._consumer.wait(news, until):
                 return False
@@ -141,6 +142,7 @@ class NatsAdmin:
         async def run() -> T:
             link = Link(self._where)
             await link.open()
+            await link.loop.settled()
             try:
                 spool = Spool(link, self._where.name, self._where.replicas, self._where.storage)
                 await spool.open(create=False)
@@ -217,13 +219,9 @@ class NatsAdmin:
 async def _stat(spool: Spool) -> values.SpoolStat:
     counts, sessions, control = await spool.counts(), await spool.sessions(), await spool.agreed()
     stream = await spool.link.api(f"STREAM.INFO.{spool.items}")
-    delayed = sum(note.due > time.time() for note in counts.requeued.values())
-    oldest = None
-    first = min(
-        [seq for seq, note in counts.requeued.items() if note.due <= time.time()] or [counts.delivered + 1]
-    )
+    oldest, delayed = None, counts.delayed
     if counts.waiting > delayed:
-        async for msg in spool.link.read(spool.items, spool.subject("item", "*"), first, 1):
+        async for msg in spool.link.read(spool.items, spool.subject("item", "*"), counts.first[0], 1):
             oldest = max(0.0, time.time() - _when(spool, msg))
             break
     return values.SpoolStat(

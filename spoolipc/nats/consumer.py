@@ -18,8 +18,8 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -32,7 +32,7 @@ from ..message import NOW, Deadline, Delivery, Message
 from .access import Address
 from .link import header, within
 from .session import LOOK, Session, Watch
-from .spool import Failed, msg_id, place_of, size_of
+from .spool import Failed, msg_id, size_of
 
 T = TypeVar("T")
 _log = logging.getLogger("spoolipc")
@@ -71,7 +71,7 @@ class _Taken(list[Message]):
 
     def __del__(self) -> None:
         if self.held:
-            self.consumer.loop.beside(self.consumer.acknowledge, self.held)
+            self.consumer.link.loop.beside(self.consumer.acknowledge, self.held)
 
 
 class NatsConsumer(Session):
@@ -104,7 +104,7 @@ class NatsConsumer(Session):
     # What the faces call
 
     def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> list[Message]:
-        return self._do(self._take(limit, until, writable, kept or self._values))
+        return self._do(self._take(limit, until, writable))
 
     def put_back(self, taken: list[Message], start: int = 0) -> None:
         assert isinstance(taken, _Taken)
@@ -164,8 +164,11 @@ class NatsConsumer(Session):
         while True:
             self.check()
             await self._expire()
-            if (await self.spool.agreed()).state == "discarded":
+            state = (await self.spool.agreed()).state
+            if state == "discarded":
                 raise self._ended("was shut down and has no more items")
+            if limit == 1 and until != NOW and state == "open" and self._began == math.inf:
+                seconds = LOOK if until is None else max(0.0, min(until - time.monotonic(), LOOK))
             messages = await self.spool.pull(1 if seconds else limit, seconds)
             if not seconds and len(messages) < limit:
                 late = min(limit - len(messages), await self.spool.fresh(await self.spool.consumer()))
@@ -179,7 +182,7 @@ class NatsConsumer(Session):
             left = math.inf if until is None else until - time.monotonic()
             if until == NOW or left <= 0:
                 raise errors.Empty(f"{self.path}: no item waits")
-            seconds = min(left, 1.0)
+            seconds = min(left, LOOK)
 
     async def _check_end(self) -> None:
         """Raise ShutDown when no item can come any more."""
@@ -219,13 +222,13 @@ class NatsConsumer(Session):
                 if held := await self._accept(msg):
                     found.append(held)
         except BaseException:
-            self.loop.beside(self._put_back, found)
+            self.link.loop.beside(self._put_back, found)
             raise
         return found
 
     async def _accept(self, msg: Msg) -> _Held | None:
         """The item that was delivered; None where it is a dead letter now, as it was delivered too often."""
-        seq, delivered = place_of(msg)
+        seq, delivered = msg.metadata.sequence.stream, msg.metadata.num_delivered
         held = _Held(msg, seq, delivered, delivered)
         if seq in self.held and self.held[seq].done:
             held.done, self.held[seq] = True, held
@@ -259,7 +262,7 @@ class NatsConsumer(Session):
 
     # Taking, loading
 
-    async def _take(self, limit: int, until: Deadline, writable: bool, kept: bool) -> _Taken:
+    async def _take(self, limit: int, until: Deadline, writable: bool) -> _Taken:
         taken = _Taken(self)
         while not taken:
             found = await within(until, self._next, limit, until)
@@ -271,22 +274,19 @@ class NatsConsumer(Session):
                         held.taken = True
             except BaseException as error:
                 back = found[found.index(held) :] if isinstance(error, errors.UnsupportedItem) else found
-                self.loop.beside(self._put_back, back)
+                self.link.loop.beside(self._put_back, back)
                 if back is found or not taken:
                     taken.held = []
                     raise
-        if not kept:
-            with suppress(errors.ServerUnreachable):  # it is told again, and what was taken is the caller's
-                await within(NOW, self.acknowledge, taken.held)
-            for held in taken.held:
-                held.done = True
-            taken.held = []
         return taken
 
     async def acknowledge(self, taken: list[_Held]) -> None:
-        """Take items off the spool that were taken."""
-        if self.count is not None:
-            await self.count(len(taken))
+        """Take items off the spool that were taken; `renewed` tells the server again what it does not answer."""
+        first = sum(not held.done for held in taken)
+        for held in taken:
+            held.done = True
+        if first and self.count is not None:
+            await self.count(first)
         await asyncio.gather(*map(self._forget, taken))
         await self.spool.tell()
 
@@ -323,13 +323,19 @@ class NatsConsumer(Session):
 
     async def _read(self, held: _Held, writable: bool) -> Message:
         """The message of an item in flight. Raises BadItem, having dead-lettered it."""
-        try:
+        async with self._buried(held):
             known = held.seq, held.attempt
             message = await self.spool.message(held.msg, known, writable, self._verify)
-            if message.names == () and not self._values:
-                what = "is a value that a Queue put; get it from a Queue of the same path"
-                raise errors.UnsupportedItem(f"{self.path}: item {held.seq} {what}")
-            return message
+        if message.names == () and not self._values:
+            what = "is a value that a Queue put; get it from a Queue of the same path"
+            raise errors.UnsupportedItem(f"{self.path}: item {held.seq} {what}")
+        return message
+
+    @asynccontextmanager
+    async def _buried(self, held: _Held) -> AsyncIterator[None]:
+        """An item is a dead letter that turns out to be damaged."""
+        try:
+            yield
         except (errors.BadItem, errors.UnknownVersion) as error:
             await self._bury(held, await self._note(held), str(error))
             raise
@@ -339,11 +345,8 @@ class NatsConsumer(Session):
 
     async def _describe(self, delivery: Delivery) -> values.Contents:
         held = await self._in_flight(delivery)
-        try:
+        async with self._buried(held):
             tail = self.spool.contents(held.msg)
-        except errors.BadItem as error:
-            await self._bury(held, await self._note(held), str(error))
-            raise
         return values.Contents(tail.names, tail.meta, tail.put_time, tail.id)
 
     async def _in_flight(self, delivery: Delivery) -> _Held:
@@ -357,29 +360,27 @@ class NatsConsumer(Session):
     # Settling
 
     async def _settle(self, deliveries: Sequence[Delivery], verdict: values.Verdict) -> None:
-        for delivery in deliveries:
-            held = await self._in_flight(delivery)
-            match verdict:
-                case values.Ack():
-                    await self._forget(held)
-                case values.Nack(delay, reason):
-                    await self._fail(held, reason, delay)
-                case values.Reject(reason):
-                    await self._bury(held, await self._note(held), reason)
-                case values.Extend(lease):
-                    await self._lease(held, lease)
-        await self.spool.tell()
+        done: list[_Held] = []
+        try:
+            for delivery in deliveries:
+                held = await self._in_flight(delivery)
+                match verdict:
+                    case values.Ack():
+                        done.append(held)
+                    case values.Nack(delay, reason):
+                        await self._fail(held, reason, delay)
+                    case values.Reject(reason):
+                        await self._bury(held, await self._note(held), reason)
+                    case values.Extend(lease):
+                        await self._lease(held, lease)
+        finally:
+            await asyncio.gather(*map(self._forget, done))
+            await self.spool.tell()
 
-    async def _forget(self, held: _Held, note: Failed | None = None) -> None:
-        """Take an item off the spool, its pieces after it."""
-        await self.link.call(held.msg.reply, b"+ACK")
+    async def _forget(self, held: _Held) -> None:
+        """Take an item off the spool."""
+        await self.spool.acknowledge(held.msg)
         self._let_go(held)
-        if note is not None:
-            return
-        if header(held.msg, "Spool-Size"):
-            await self.spool.forget(self.spool.items, "chunk", msg_id(held.msg))
-        if held.delivered > 1:
-            await self.spool.forget(self.spool.notes, "failed", held.seq)
 
     def _let_go(self, held: _Held) -> None:
         """It is not in flight here any more; another delivery of the same item may be."""
@@ -417,7 +418,8 @@ class NatsConsumer(Session):
         subject = f"dead.{held.seq}.{msg_id(held.msg)}.{size_of(held.msg) - len(held.msg.data)}"
         await self.spool.note(subject, held.msg.data, headers={"Spool-Size": size} if size else None)
         _log.error("%s: item %d is now a dead letter: %s", self.path, held.seq, why)
-        await self._forget(held, note)
+        await self.link.call(held.msg.reply, b"+ACK")
+        self._let_go(held)
 
     async def _expire(self) -> None:
         """Let the leases end that have."""
@@ -429,6 +431,7 @@ class NatsConsumer(Session):
             await self.spool.tell()
 
     async def renewed(self) -> None:
+        self.spool.memory.trim()
         await self._expire()
         for held in [held for held in self.held.values() if held.due == math.inf]:
             await (self._forget(held) if held.done else self.link.send(held.msg.reply, b"+WPI"))
@@ -445,12 +448,7 @@ class NatsConsumer(Session):
             news = self.spool.news
             if (await self.spool.agreed()).state == "discarded":
                 raise self._ended("was shut down and has no more items")
-            counts = await self.spool.counts()
-            now = time.time()
-            due = sorted((note.due, seq) for seq, note in counts.requeued.items() if note.due <= now)
-            start, attempt = (
-                (due[0][1], counts.failed[due[0][1]].attempt) if due else (counts.delivered + 1, 0)
-            )
+            start, attempt = (await self.spool.counts()).first
             async for msg in self.link.read(self.spool.items, self.spool.subject("item", "*"), start, 1):
                 seq = int(header(msg, "Nats-Sequence"))
                 try:
@@ -487,8 +485,8 @@ class NatsConsumer(Session):
     async def _pass_over(self, seq: int) -> None:
         """Dead-letter the damaged item that is next."""
         for held in await self._next(1, NOW):
-            if held.seq != seq:
-                await self._fail(held, "another reader took the item before it")
+            if held.seq != seq:  # another reader was before
+                await self._put_back([held])
                 continue
             with suppress(errors.BadItem, errors.UnknownVersion):
                 await self._read(held, False)

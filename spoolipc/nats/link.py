@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -72,19 +72,18 @@ class Loop:
         atexit.register(self.end)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns, after what was begun beside; it is cancelled when this thread is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(self._run(work), self._loop)
+        """What `work` returns; it is cancelled when this thread is interrupted."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
 
-    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        with closing(work):
-            if self._beside:
-                await asyncio.wait(self._beside, timeout=TRY)
-            return await work
+    async def settled(self) -> None:
+        """Wait for what was begun beside, some seconds at most: who counts is to count what it did."""
+        if others := self._beside - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=TRY)
 
     def is_this_thread(self) -> bool:
         return threading.current_thread() is self._thread
@@ -106,7 +105,7 @@ class Loop:
     def end(self) -> None:
         """Let what was begun beside end, before the process does."""
         if os.getpid() == self.process and self._beside:
-            self.run(asyncio.sleep(0))
+            self.run(self.settled())
 
 
 _starting = threading.Lock()
@@ -136,6 +135,7 @@ class Link:
 
     def __init__(self, where: Address) -> None:
         self.path = where.path
+        self.loop = loop()
         self.client = Guarded()
         self.late: Callable[[Msg], Awaitable[None]]
         self.lost: Callable[[], None] = lambda: None

@@ -380,6 +380,7 @@ class NatsProducer(Session):
 
     async def _join(self, until: Deadline, last: int) -> int:
         """The first item that is left says whether one of those is."""
+        await self.link.loop.settled()
         last = last or int((await self.link.api(f"STREAM.INFO.{self.spool.items}"))["state"]["last_seq"])
         while True:
             news = self.spool.news

@@ -18,7 +18,7 @@ from .. import errors
 from ..engine import ProducerOptions
 from ..message import NOW, Deadline, Limits
 from .access import Address
-from .link import Link, loop, within
+from .link import Link, within
 from .spool import ACK_WAIT, PRESENCE, Control, Spool
 
 T = TypeVar("T")
@@ -75,12 +75,11 @@ class Session:
         self.path, self._process = where.path, os.getpid()
         self._closed = False
         self.link = Link(where)
-        self.loop = loop()
         self.spool = Spool(self.link, where.name, where.replicas, where.storage)
         self._token = os.urandom(8).hex()
         self._renewing: asyncio.Task[None] | None = None
         try:
-            self.loop.run(within(time.monotonic() + _OPENING, self._open, limits, create, options))
+            self.link.loop.run(within(time.monotonic() + _OPENING, self._open, limits, create, options))
         except BaseException:
             self.close()
             raise
@@ -128,7 +127,7 @@ class Session:
             work.close()
             raise
         try:
-            return self.loop.run(work)
+            return self.link.loop.run(work)
         except (errors.ServerUnreachable, nats.errors.Error) as error:
             self.check()  # closed meanwhile
             if isinstance(error, errors.ServerUnreachable):
@@ -177,12 +176,13 @@ class Session:
         self._closed = True
         # What it has in flight is redelivered after that in any case.
         end = partial(within, time.monotonic() + ACK_WAIT, self._close)
-        if self.loop.is_this_thread():  # which has collected what nobody closed
-            self.loop.beside(end)
+        if self.link.loop.is_this_thread():  # which has collected what nobody closed
+            self.link.loop.beside(end)
         else:
-            self.loop.run(end())
+            self.link.loop.run(end())
 
     async def _close(self) -> None:
+        await self.link.loop.settled()
         if self._renewing is not None:
             self._renewing.cancel()
         with suppress(errors.SpoolError, nats.errors.Error):

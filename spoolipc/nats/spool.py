@@ -25,7 +25,7 @@ from base64 import b64decode
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
@@ -39,6 +39,7 @@ from ..format import footer as footers
 from ..format import item as items
 from ..message import Limits, Message
 from .link import TRY, Link, header, status
+from .memory import Memory
 
 ACK_WAIT: Final = 5.0
 """Seconds after which the server redelivers what no session says to be in flight."""
@@ -113,6 +114,17 @@ class Counts:
         return {seq: note for seq, note in self.failed.items() if note.state == "waits"}
 
     @property
+    def first(self) -> tuple[int, int]:
+        """From which number on the item lies that is delivered next, and how many attempts it had."""
+        now = time.time()
+        due = sorted((note.due, seq, note.attempt) for seq, note in self.requeued.items() if note.due <= now)
+        return due[0][1:] if due else (self.delivered + 1, 0)
+
+    @property
+    def delayed(self) -> int:
+        return sum(note.due > time.time() for note in self.requeued.values())
+
+    @property
     def waiting(self) -> int:
         return self.fresh + len(self.requeued)
 
@@ -129,7 +141,7 @@ class Spool:
         self.items, self.notes = f"spoolipc-{name}-items", f"spoolipc-{name}-notes"
         self.control: Control | None = None  # None when another session may have changed it
         self._kept = {"num_replicas": replicas, "storage": storage, "allow_direct": True}
-        self.news = asyncio.Event()
+        self.news, self.memory = asyncio.Event(), Memory()
         self.watches: list[Callable[[], None]] = []  # told of news as well
         link.lost, link.late = partial(self._heard, b"control"), self.refuse
 
@@ -150,36 +162,24 @@ class Spool:
         await self.link.arrived()
 
     async def _make(self) -> None:
-        """The stream of notes last: it says that all is there."""
-        stream = self._kept | {"name": self.items, "retention": "interest"}
-        stream |= {"subjects": self._subjects("item"), "allow_atomic": True}
-        await self._create(f"STREAM.CREATE.{self.items}", stream, f"STREAM.INFO.{self.items}")
+        """The stream of notes last: it says that all is there. Another session may do the same at once."""
+        stream = self._kept | {"name": self.items, "retention": "interest", "allow_atomic": True}
+        await self.link.api(f"STREAM.CREATE.{self.items}", stream | {"subjects": self._subjects("item")})
         for consumer, kinds in (("readers", ["item"]), ("kept", ["chunk", "source"])):
             asked: dict[str, Any] = {
                 "durable_name": consumer,
-                "name": consumer,
-                "filter_subjects": [self.subject(each, "*") for each in kinds],
+                "filter_subjects": [self.subject(kind, "*") for kind in kinds],
             }
             asked |= {"ack_policy": "explicit", "ack_wait": int(ACK_WAIT * _NS), "max_ack_pending": -1}
             body = {"stream_name": self.items, "config": asked}
-            await self._create(f"CONSUMER.CREATE.{self.items}.{consumer}", body, "")
-        subjects = [
-            self.subject(each) for each in ("control", "tasks", "session.*.*", "failed.*", "dead.*.*.*")
-        ]
-        stream = self._kept | {"name": self.notes, "subjects": subjects, "max_msgs_per_subject": 1}
-        stream |= {"allow_msg_ttl": True}
-        await self._create(f"STREAM.CREATE.{self.notes}", stream, f"STREAM.INFO.{self.notes}")
+            await self.link.api(f"CONSUMER.CREATE.{self.items}.{consumer}", body)
+        kinds = ["control", "tasks", "session.*.*", "failed.*", "dead.*.*.*"]
+        stream = self._kept | {"name": self.notes, "max_msgs_per_subject": 1, "allow_msg_ttl": True}
+        stream |= {"subjects": [self.subject(kind) for kind in kinds]}
+        await self.link.api(f"STREAM.CREATE.{self.notes}", stream)
 
     def _subjects(self, items: str) -> list[str]:
         return [self.subject(each, "*") for each in (items, "chunk", "source")]
-
-    async def _create(self, what: str, config: dict[str, Any], info: str) -> None:
-        """Make it, unless another session just did."""
-        try:
-            await self.link.api(what, config)
-        except errors.StorageError:
-            if not info or not await self.link.api(info, missing=True):
-                raise
 
     async def seal(self, control: Control) -> None:
         """Let the stream of items take puts, or not."""
@@ -289,6 +289,7 @@ class Spool:
 
     async def bytes(self) -> int:
         """Bytes of what waits or is in flight, as they are stored."""
+        await self.link.loop.settled()
         found, dead = await asyncio.gather(self.link.api(f"STREAM.INFO.{self.items}"), self.dead())
         taken: int = found["state"]["bytes"] - sum(size for _, size in dead.values())
         return max(0, taken)
@@ -299,6 +300,7 @@ class Spool:
 
     async def counts(self) -> Counts:
         """How many items are where."""
+        await self.link.loop.settled()
         found, failed = await asyncio.gather(self.consumer(), self.failed())
         return Counts(
             await self.fresh(found), found["num_ack_pending"], found["delivered"]["stream_seq"], failed
@@ -336,26 +338,30 @@ class Spool:
         """Remove what waits, by taking it; how many items."""
         removed = 0
         for seq in (await self.counts()).requeued:
-            async for msg in self.link.read(self.items, self.subject("item", "*"), seq, 1):
-                if int(header(msg, "Nats-Sequence")) == seq:
-                    # Not by its subject: that would let the server forget what is in flight as well.
-                    asked = {"seq": seq, "no_erase": True}
-                    removed += bool(
-                        await self.link.api(f"STREAM.MSG.DELETE.{self.items}", asked, missing=True)
-                    )
-                    await self.forget(self.items, "chunk", msg_id(msg))
-                break
+            if subject := (await self.at(seq)).get("subject"):
+                # Not by its subject: that would let the server forget what is in flight as well.
+                asked = {"seq": seq, "no_erase": True}
+                removed += bool(await self.link.api(f"STREAM.MSG.DELETE.{self.items}", asked, missing=True))
+                await self.forget(self.items, "chunk", subject.rpartition(".")[2])
             await self.forget(self.notes, "failed", seq)
         while found := await self.pull(100):
-            for msg in found:
-                await self.link.call(msg.reply, b"+ACK")
-                if header(msg, "Spool-Size"):
-                    await self.forget(self.items, "chunk", msg_id(msg))
-                if place_of(msg)[1] > 1:
-                    await self.forget(self.notes, "failed", place_of(msg)[0])
             removed += len(found)
+            await asyncio.gather(*map(self.acknowledge, found))
         await self.tell()
         return removed
+
+    async def acknowledge(self, msg: Msg) -> None:
+        """Take an item off the spool, its pieces and what is known of its failures after it."""
+        await self.link.call(msg.reply, b"+ACK")
+        if header(msg, "Spool-Size"):
+            await self.forget(self.items, "chunk", msg_id(msg))
+        if msg.metadata.num_delivered > 1:
+            await self.forget(self.notes, "failed", msg.metadata.sequence.stream)
+
+    async def at(self, seq: int) -> dict[str, Any]:
+        """The item of that number as the stream's leader has it; {} where it is no more."""
+        found = await self.link.api(f"STREAM.MSG.GET.{self.items}", {"seq": seq}, missing=True)
+        return dict(found.get("message", {}))
 
     async def remove_orphans(self, dry_run: bool = False) -> int:
         """Remove the pieces that a writer left which died before its item was one, or a reader amid removing it; how
@@ -370,7 +376,11 @@ class Spool:
                 continue
             asked = {"last_by_subj": subject}
             last = await self.link.api(f"STREAM.MSG.GET.{self.items}", asked, missing=True)
-            if last and time.time() - _seconds(last["message"]["time"]) > ORPHANED:
+            # RFC 3339, in nanoseconds, which Python does not read.
+            put = (
+                datetime.fromisoformat(f"{last['message']['time'][:19]}+00:00") if last else datetime.now(UTC)
+            )
+            if time.time() - put.timestamp() > ORPHANED:
                 removed += count if dry_run else await self.forget(self.items, "chunk", number)
         return removed
 
@@ -414,35 +424,34 @@ class Spool:
     async def whole(self, msg: Msg, seq: int) -> Any:
         """The bytes of an item's file, of the message itself or of the pieces as well. seq: the item's number. Raises
         BadItem."""
-        size = header(msg, "Spool-Size")
-        if not size:
+        if not header(msg, "Spool-Size"):
             return msg.data
-        end = (int(size) if size.isdigit() and len(size) < 19 else 0) - len(msg.data)
+        end = _number(msg, "Spool-Size") - len(msg.data)
         subject, began = self.subject("chunk", msg_id(msg)), time.monotonic()
         while True:
-            buffer, filled, count, places = None, 0, 0, set()
+            buffer, count, places = None, 0, dict[int, int]()
             async for piece in self.link.read(self.items, subject):
                 if buffer is None:
                     seen = int(header(piece, "Nats-Num-Pending", "0")) + 1
                     if not 0 < end <= self.link.max_payload * seen:
                         count = seen
                         break
-                    buffer = np.zeros(end + len(msg.data), np.uint8)
+                    buffer = self.memory.buffer(end + len(msg.data))
                 count += 1
-                at = header(piece, "Spool-At")
-                if at in places or not at.isdigit() or len(at) >= 19 or int(at) + len(piece.data) > end:
+                at = _number(piece, "Spool-At")
+                if at < 0 or at in places or at + len(piece.data) > end:
                     continue  # it was sent twice, or is nobody's
-                places.add(at)
-                buffer[int(at) : int(at) + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
-                filled += len(piece.data)
-            if filled == end and buffer is not None:
+                places[at] = at + len(piece.data)
+                buffer[at : places[at]] = np.frombuffer(piece.data, np.uint8)
+            if buffer is not None and _is_whole(places, end):
                 break
             # A server that follows may have answered, or one that led until it was cut off: what lacks the item itself
             # says nothing of its pieces.
             info = await self.link.api(f"STREAM.INFO.{self.items}", {"subjects_filter": subject})
             state = info["state"]
             if state["last_seq"] >= seq and count >= (state.get("subjects") or {}).get(subject, 0):
-                raise errors.BadItem(f"its pieces have {filled} bytes of the {end} that it claims")
+                there = sum(places.values()) - sum(places)
+                raise errors.BadItem(f"its pieces have {there} bytes of the {end} that it claims")
             self.link.check(began, "the servers do not have all of an item yet")
             await asyncio.sleep(0.05)
         buffer[end:] = np.frombuffer(msg.data, np.uint8)
@@ -450,13 +459,13 @@ class Spool:
 
     def contents(self, msg: Msg) -> footers.Footer:
         """What an item says of itself, without its pieces. Raises BadItem, UnknownVersion."""
-        size = header(msg, "Spool-Size")
-        if not size:
+        if not header(msg, "Spool-Size"):
             return items.parse(msg.data, len(msg.data))[1]
-        if not size.isdigit() or len(size) >= 19:
+        size = _number(msg, "Spool-Size")
+        if size < 0:
             raise errors.BadItem("claims no number of bytes")
-        end = int(size) - len(msg.data)
-        return footers.read(_Tail(msg.data, end), end, int(size))
+        end = size - len(msg.data)
+        return footers.read(_Tail(msg.data, end), end, size)
 
     async def message(
         self, msg: Msg, known: tuple[int, int], writable: bool = False, verify: bool = False
@@ -481,6 +490,11 @@ class _Tail:
         return self._data[where.start - self._begin : where.stop - self._begin]
 
 
+def _is_whole(places: dict[int, int], end: int) -> bool:
+    """Whether pieces lie one after the other, from 0 to `end`."""
+    return [0, *sorted(places.values())] == [*sorted(places), end]
+
+
 def msg_id(msg: Msg) -> str:
     """The id of an item that was delivered or read."""
     subject = msg.subject if msg.subject.startswith("spoolipc.") else header(msg, "Nats-Subject")
@@ -489,17 +503,11 @@ def msg_id(msg: Msg) -> str:
 
 def size_of(msg: Msg) -> int:
     """Bytes of an item's file, as it claims."""
-    size = header(msg, "Spool-Size")
-    return int(size) if size.isdigit() and len(size) < 19 else len(msg.data)
+    size = _number(msg, "Spool-Size")
+    return size if size >= 0 else len(msg.data)
 
 
-def place_of(msg: Msg) -> tuple[int, int]:
-    """The number of an item that was delivered, and how often it was."""
-    parts = msg.reply.split(".")
-    delivered, seq = parts[4:6] if len(parts) == 9 else parts[6:8]
-    return int(seq), int(delivered)
-
-
-def _seconds(when: str) -> float:
-    """A time of the server's, wall clock: RFC 3339, in nanoseconds that Python does not read."""
-    return datetime.fromisoformat(f"{when[:19]}+00:00").timestamp()
+def _number(msg: Msg, name: str) -> int:
+    """A header that is a number, -1 for any other."""
+    word = header(msg, name)
+    return int(word) if word.isascii() and word.isdigit() and len(word) < 19 else -1

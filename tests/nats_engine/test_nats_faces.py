@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc as collector
 import multiprocessing
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -318,3 +319,45 @@ def test_reader_that_dies_amid_a_dead_letter_loses_no_item(url: str, monkeypatch
             other.get(timeout=8)  # the server redelivers it after five
         (letter,) = failed_list(url)
         assert (letter.reason, letter.damage, letter.arrays[0].shape) == ("no good", "", (LARGE,))
+
+
+# Memory
+
+
+def test_memory_stays_the_same_however_many_large_items_pass(url: str) -> None:
+    """Of the client: what a few items need is what two hundred need."""
+    array = np.ones(1_000_000)
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+
+        def peak_after(count: int) -> int:
+            for number in range(count):
+                array[0] = number
+                writer.put(array)
+                found = reader.get(timeout=20)
+                assert (found[0], found[-1]) == (number, 1)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        before = peak_after(20)
+        assert peak_after(180) - before < 4 * array.nbytes
+
+
+def test_arrays_that_are_kept_never_change_and_memory_is_used_again_when_none_is(url: str) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+
+        def passed(number: int) -> Any:
+            writer.put(np.full(LARGE, float(number)))
+            return reader.get(timeout=20)
+
+        def address(array: Any) -> int:
+            return int(array.__array_interface__["data"][0])
+
+        parts = [passed(number)[number::2].reshape(-1, 1).T for number in range(5)]  # views of views
+        assert all((part == number).all() for number, part in enumerate(parts))
+        assert len({address(part) // 4096 for part in parts}) == 5
+        used = {address(parts.pop())}
+        for number in range(5):
+            found = passed(number)
+            used.add(address(found))
+            del found
+        assert len(used) <= 3
+        assert all((part == number).all() for number, part in enumerate(parts))
