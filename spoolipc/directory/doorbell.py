@@ -39,7 +39,7 @@ from . import fs
 from . import table as W
 from .liveness import crashed_among, ring, token_name
 from .lock import no_fork
-from .table import Token, Waiter, Words
+from .table import Token, Words
 
 _log = logging.getLogger("spoolipc")
 Kind = Literal["items", "space", "end"]
@@ -76,21 +76,29 @@ class Host(Protocol):
 
 def take_place(words: Words, token: Token, kind: int, alive: int) -> int:
     """The place of a session among those who wait, taken if it has none; -1 where there is none. A step."""
-    free = -1
-    for place, waiter in enumerate(W.WAITERS):
-        if words[waiter.token] == token:
-            return place
-        if free < 0 and not words[waiter.token]:
-            free = place
-    if free < 0:
-        crashed = crashed_among(alive, {words[waiter.token] for waiter in W.WAITERS})
-        places = [place for place, waiter in enumerate(W.WAITERS) if words[waiter.token] in crashed]
-        free = places[0] if places else -1
-    if free >= 0:
-        words[W.WAITERS[free].since] = words[W.LOOKS + free] = words[W.WANTED + free] = 0
-        words[W.WAITERS[free].kind] = kind
-        words[W.WAITERS[free].token] = token
-    return free
+    if token in (tokens := _tokens(words)):
+        return tokens.index(token)
+    if 0 not in tokens:
+        leave_places(words, crashed_among(alive, set(tokens)))
+    if 0 not in (tokens := _tokens(words)):
+        return -1
+    place = tokens.index(0)
+    words[W.SINCES + place] = words[W.LOOKS + place] = words[W.WANTED + place] = 0
+    words[W.KINDS + place], words[W.TOKENS + place] = kind, token
+    return place
+
+
+def leave_places(words: Words, leaving: set[int]) -> None:
+    """Sessions of these tokens wait, look and want no more. A step."""
+    for place, token in enumerate(_tokens(words)):
+        if token in leaving:
+            words[W.SINCES + place] = words[W.TOKENS + place] = 0
+            words[W.LOOKS + place] = words[W.WANTED + place] = 0
+
+
+def _tokens(words: Words) -> list[int]:
+    """Who has each of the places, 0 where nobody has."""
+    return words[W.TOKENS : W.TOKENS + W.MOST_WAITERS].tolist()
 
 
 class Doorbell:
@@ -153,7 +161,7 @@ class Doorbell:
     def ring_all(self) -> None:
         """Wake everybody: for what concerns all, such as a shutdown."""
         for kind in _CODES:
-            self.ring(kind, len(W.WAITERS))
+            self.ring(kind, W.MOST_WAITERS)
 
     # Waiting
 
@@ -241,27 +249,21 @@ class Doorbell:
 
     def arm(self, kind: Kind) -> bool:
         """Say that this session waits for `kind`; false where there is no place to say it. Look at the spool after."""
-        waiter, words = self._own_place(kind)
-        if waiter is None or words is None:
+        host = self._host()
+        words = host.peek_words() if host is not None else None
+        if host is None or words is None:
             return False
-        words[waiter.kind] = _CODES[kind]
-        words[waiter.since] = fs.monotonic_ns()
+        if self._place < 0 or words[W.TOKENS + self._place] != host.token:
+            self._place = host.take_place(_CODES[kind])
+            words = host.peek_words()
+            if self._place < 0 or words is None:
+                return False
+        words[W.KINDS + self._place] = _CODES[kind]
+        words[W.SINCES + self._place] = fs.monotonic_ns()
         # This store must reach memory before the look that follows reads: entering the scheduler is a full barrier,
         # which a plain store followed by a plain load is not.
         fs.yield_core()
         return True
-
-    def _own_place(self, kind: Kind) -> tuple[Waiter | None, Words | None]:
-        host = self._host()
-        words = host.peek_words() if host is not None else None
-        if host is None or words is None:
-            return None, None
-        if self._place < 0 or words[W.WAITERS[self._place].token] != host.token:
-            self._place = host.take_place(_CODES[kind])
-            words = host.peek_words()
-            if self._place < 0 or words is None:
-                return None, None
-        return W.WAITERS[self._place], words
 
     def _leave(self, kind: Kind, look: Callable[[], bool] | None) -> None:
         """One thread waits no longer; the last one takes back that the session does.
@@ -275,10 +277,13 @@ class Doorbell:
         host = self._host()
         with suppress(SpoolError, OSError):
             words = host.peek_words() if host is not None and self._place >= 0 else None
-            if last and host is not None and words is not None:
-                waiter = W.WAITERS[self._place]
-                if words[waiter.token] == host.token:
-                    words[waiter.since] = 0
+            if (
+                last
+                and host is not None
+                and words is not None
+                and words[W.TOKENS + self._place] == host.token
+            ):
+                words[W.SINCES + self._place] = 0
             if look is not None:
                 fs.yield_core()  # a barrier, as in `arm`
                 if look():

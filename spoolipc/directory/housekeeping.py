@@ -15,6 +15,7 @@ from typing import Final
 from ..message import Deadline
 from . import fs, liveness, pool, sources, transitions
 from . import table as W
+from .doorbell import leave_places
 from .layout import read_shutdown, temporary_owner
 from .quarantine import forget_history, note_failure, set_aside
 from .session import EVERY, MEMBERS, Look, Session
@@ -155,10 +156,7 @@ def round_of(session: Session, force: bool) -> tuple[None, int, int]:
     if crashed:
         left |= end_loans(session, crashed)
         left |= _remove_temporary(session, crashed)
-    for place, waiter in enumerate(W.WAITERS):
-        if words[waiter.token] in crashed:
-            words[waiter.since] = words[waiter.token] = 0
-            words[W.LOOKS + place] = words[W.WANTED + place] = 0
+    leave_places(words, crashed)
     for token in () if left else crashed - _stuck(session):
         session.directories.remove("alive", liveness.token_name(token))
     words[W.PEAK_BYTES] = pool.lower_peak(words)

@@ -169,8 +169,8 @@ def largest_pooled(words: Words) -> tuple[int, int]:
 def want(words: Words, token: int, size: int) -> None:
     """Note for how many bytes a writer waits that the file system lacks, 0 for none any more; of one that has a place
     among those who wait. A step."""
-    for place, waiter in enumerate(W.WAITERS):
-        if words[waiter.token] == token:
+    for place in range(W.MOST_WAITERS):
+        if words[W.TOKENS + place] == token:
             words[W.WANTED + place] = size
 
 
@@ -233,11 +233,11 @@ def evict_one(directories: Directories, journal: Journal, record: int, link: int
 def _nobody_looks(directories: Directories, journal: Journal) -> bool:
     """Whether all looks at items that began before this call have ended. A step."""
     words = journal.words
-    for place, waiter in enumerate(W.WAITERS):
+    for place in range(W.MOST_WAITERS):
         patience = _PATIENCE
         while words[W.LOOKS + place]:
             if not patience:
-                if not has_crashed(directories.alive, words[waiter.token]):
+                if not has_crashed(directories.alive, words[W.TOKENS + place]):
                     return False
                 words[W.LOOKS + place] = 0
             patience -= 1

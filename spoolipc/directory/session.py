@@ -41,7 +41,7 @@ _NONE: Final = cast(Journal, None)
 """In the place of a session's journal where it has none: outside the steps that see to it."""
 EVERY: Final = 1.0
 """Seconds between two rounds of housekeeping."""
-MEMBERS: Final = len(W.WAITERS)
+MEMBERS: Final = W.MOST_WAITERS
 """How many to wake so that all are."""
 
 

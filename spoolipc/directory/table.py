@@ -54,14 +54,6 @@ class Queue(NamedTuple):
     length: int
 
 
-class Waiter(NamedTuple):
-    """Where the header keeps one waiting session: its token, what it waits for, and since when (0: it does not)."""
-
-    token: int
-    kind: int
-    since: int
-
-
 # Header: the guard, which is compared as a whole at every step
 _at = _Positions()
 MAGIC: Final = _at()
@@ -105,7 +97,6 @@ MOST_WAITERS: Final = 32
 TOKENS: Final = _at(MOST_WAITERS)
 KINDS: Final = _at(MOST_WAITERS)
 SINCES: Final = _at(MOST_WAITERS)
-WAITERS: Final = tuple(Waiter(TOKENS + place, KINDS + place, SINCES + place) for place in range(MOST_WAITERS))
 SINCES_BYTES: Final = slice(SINCES * WORD, (SINCES + MOST_WAITERS) * WORD)
 NOBODY: Final = bytes(MOST_WAITERS * WORD)
 """What is there when no session waits."""

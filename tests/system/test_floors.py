@@ -42,7 +42,7 @@ FLOORS: Final = {
     "visitor": "journal layout lock session transitions",
     "sources": "engine journal layout liveness pool",
     "recycling": "itemfile layout lock pool session transitions",
-    "housekeeping": "layout liveness pool quarantine session sources transitions",
+    "housekeeping": "doorbell layout liveness pool quarantine session sources transitions",
     "gc": "housekeeping journal layout liveness pool quarantine session sources visitor",
     "stat": "doorbell layout liveness pool quarantine session visitor",
     "dead_letters": "format.footer itemfile layout quarantine session transitions visitor",
