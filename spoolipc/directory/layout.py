@@ -110,9 +110,9 @@ class Directories:
         self.stuck: set[str] = set()  # files that could not be removed
         fs.lock_shared(root)
         try:
-            if restore:
-                self._make_missing()
             for name in PARTS:
+                if restore and not fs.exists(root, name):
+                    self._make_missing(name)
                 self.parts[name] = self._open_part(name)
         except BaseException:
             for fd in self.parts.values():
@@ -121,16 +121,13 @@ class Directories:
         self.items, self.free, self.tmp, self.failed, self.alive = (self.parts[name] for name in PARTS)
         self.places = {**self.parts, ".": root}
 
-    def _make_missing(self) -> None:
-        """For who opens the spool: make the parts again that somebody removed, items/ first, as that bears the lock
-        under which the others are made. Raises SpoolGone, LockTimeout."""
-        lost = [name for name in PARTS if not fs.exists(self.root, name)]
-        if "items" in lost:
-            self._make_again("items")
-        if lost:
-            with exclusively(self.root, str(self.path)):
-                for name in lost:
-                    self._make_again(name)
+    def _make_missing(self, name: str) -> None:
+        """For who opens the spool: make a part again that somebody removed; items/, the first, bears the lock under
+        which the others are made. Raises SpoolGone, LockTimeout."""
+        if name == "items":
+            self._make_again(name)
+        with exclusively(self.root, str(self.path)):
+            self._make_again(name)
 
     def _open_part(self, name: str) -> int:
         try:
