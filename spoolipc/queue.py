@@ -160,17 +160,13 @@ class SpoolWriter(_Face):
         self._session = self._producer
         if ahead is not None:
             try:
-                self._preallocate(*ahead)
+                if not isinstance(self._producer, Preallocator):
+                    what = "nothing can be made ahead here; leave preallocate out, or use a directory"
+                    raise UnsupportedOperation(f"{self.path}: {what}")
+                self._producer.preallocate(*ahead)
             except BaseException:
                 self.close()
                 raise
-
-    def _preallocate(self, count: int, nbytes: int) -> None:
-        if not isinstance(self._producer, Preallocator):
-            raise UnsupportedOperation(
-                f"{self.path}: nothing can be made ahead here; leave preallocate out, or use a directory"
-            )
-        self._producer.preallocate(count, nbytes)
 
     def put(
         self,

@@ -412,12 +412,6 @@ def _trying(place: Path, where: str, say: Callable[..., None]) -> Iterator[None]
         say(logging.WARNING, "%s: %s was not repaired: %s", place, where, error)
 
 
-def _set_aside(session: Session, number: int, why: str) -> None:
-    """Move a bad file to failed/. One that a live session has in flight stays: its reader finds out by itself."""
-    if fs.exists(session.directories.items, item_name(number)) and not _is_in_flight(session, number):
-        set_file_aside(session.directories, number, _WHO, why)
-
-
 def _is_in_flight(session: Session, number: int) -> bool:
     records = rows(session.journal.words)
     found = records[(records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.SEQ] == number)]
@@ -437,6 +431,9 @@ def _rebuild(session: Session, aside: dict[int, str], done: list[bool]) -> tuple
         session.journal.words[W.CAPACITY] = W.ALL_BITS
         for number, why in aside.items():
             with _trying(directories.path, f"items/{item_name(number)}", directories.say):
-                _set_aside(session, number, why)
+                is_there = fs.exists(directories.items, item_name(number))
+                # One that a live session has in flight stays: its reader finds out by itself.
+                if is_there and not _is_in_flight(session, number):
+                    set_file_aside(directories, number, _WHO, why)
         raise IndexDamaged("fsck found that it is not as the directories are")
     return None, 0, 0

@@ -245,11 +245,12 @@ def _nobody_looks(directories: Directories, journal: Journal) -> bool:
     return True
 
 
-def with_room(directories: Directories, journal: Journal, work: Callable[[], T]) -> T:
-    """What `work` returns, pooled files evicted while the file system has no room for it. A step."""
+def with_room(directories: Directories, journal: Journal | None, work: Callable[[], T]) -> T:
+    """What `work` returns, pooled files evicted while the file system has no room for it; none without a journal. A
+    step."""
     while True:
         try:
             return work()
         except OSError as error:
-            if not fs.is_shortage(error) or not evict(directories, journal, 1):
+            if journal is None or not fs.is_shortage(error) or not evict(directories, journal, 1):
                 raise

@@ -66,10 +66,7 @@ def note_failure(
             fs.write_whole(fd, (b"\n" if is_cut else b"") + line.encode() + b"\n")
 
     try:
-        if journal is None:
-            append()
-        else:
-            with_room(directories, journal, append)
+        with_room(directories, journal, append)
     except OSError as error:
         directories.say(
             logging.WARNING, "%s: the history of item %d lacks %s (%s)", directories.path, number, line, error

@@ -116,14 +116,10 @@ def _remove_names(root: int) -> None:
         fs.unlink_missing_ok(root, name)
     for part in reversed(PARTS):
         with contextlib.suppress(FileNotFoundError):
-            _remove_part(root, part)
-
-
-def _remove_part(root: int, part: str) -> None:
-    with fs.Closing(fs.open_directory(part, root)) as fd:
-        for name in filter(partial(is_ours, part), fs.list_names(fd)):
-            fs.unlink_missing_ok(fd, name)
-    fs.rmdir(part, dir_fd=root)
+            with fs.Closing(fs.open_directory(part, root)) as fd:
+                for name in filter(partial(is_ours, part), fs.list_names(fd)):
+                    fs.unlink_missing_ok(fd, name)
+            fs.rmdir(part, dir_fd=root)
 
 
 def _finish_removal(place: Path) -> bool:
