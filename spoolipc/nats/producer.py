@@ -141,7 +141,7 @@ class NatsProducer(Session):
         self, source: str, packed: list[_Packed], until: Deadline, done: Collection[str]
     ) -> int:
         """One batch of items and of the record that they came, which nobody else has written meanwhile."""
-        subject, began = self.spool.subject("source", _key(source)), time.monotonic()
+        subject, began, again = self.spool.subject("source", _key(source)), time.monotonic(), False
         while True:
             ours = self._records.pop(source) if source in self._records else None
             before, known = ours or await self._forwarded(source)
@@ -154,6 +154,9 @@ class NatsProducer(Session):
                 if until == NOW or not await self.wait(news, until):
                     raise
                 continue
+            for each in group if again else ():  # all of them, lest each try leaves to the next what stops it
+                if each.size > _AHEAD:
+                    await self._forget_pieces(each)
             sent, reply, last = await self._send_pieces(group, _AHEAD)
             if reply is None:
                 group = group[:sent]
@@ -161,7 +164,7 @@ class NatsProducer(Session):
                 record = _Sent(subject, json.dumps(then).encode(), {_EXPECTED: str(before)})
                 own = [self._own(each, _AHEAD, self._after(each.id, last)) for each in group]
                 reply = await self._commit([*own, record], last)
-            if isinstance(reply, str):
+            if again := isinstance(reply, str):
                 await self._again(began, reply)
                 continue
             if error := reply.get("error"):
@@ -338,10 +341,7 @@ class NatsProducer(Session):
                 return None
             if said["error"]["err_code"] != _ANOTHER:
                 return said
-            # Up to the last one, as it may be done twice, late, where a network was cut: those sent next are above it.
-            subject = self.spool.subject("chunk", packed.id)
-            earlier, _ = await self.spool.last(self.spool.items, "chunk", packed.id)
-            await self.link.api(f"STREAM.PURGE.{self.spool.items}", {"filter": subject, "seq": earlier + 1})
+            await self._forget_pieces(packed)
             return "there were pieces of an earlier try"
 
         try:
@@ -361,6 +361,13 @@ class NatsProducer(Session):
         finally:
             for _, task in sending:
                 task.cancel()
+
+    async def _forget_pieces(self, packed: _Packed) -> None:
+        """Remove the pieces of an earlier try: up to the last one, as this may be done twice, late, where a network was
+        cut, and those sent next are above it."""
+        subject = self.spool.subject("chunk", packed.id)
+        if earlier := (await self.spool.last(self.spool.items, "chunk", packed.id))[0]:
+            await self.link.api(f"STREAM.PURGE.{self.spool.items}", {"filter": subject, "seq": earlier + 1})
 
     async def _known(self, packed: _Packed) -> int:
         """The number of an item that is stored already; 0 when it was taken since."""

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import random
+import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nats
 import numpy as np
 import pytest
 from support.forwards import drained, fill
+from support.waits import until
 
 from nats_engine.server import Server
 from spoolipc import (
     NotASpool,
+    Queue,
     SpoolInUse,
     SpoolReader,
     SpoolWriter,
@@ -28,6 +33,8 @@ from spoolipc import (
 )
 from spoolipc.cli.main import main
 from spoolipc.message import NOW, Message
+from spoolipc.nats.link import Link
+from spoolipc.nats.producer import NatsProducer
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["spoolipc.forward", "spoolipc.directory", "spoolipc.nats"])
@@ -147,3 +154,137 @@ def test_command_moves_items_and_says_how_many(
     assert "moved 3 items" in capsys.readouterr().out
     assert stat(destination).depth == 3
     assert main(["forward", str(tmp_path / "none"), destination]) == 2
+
+
+@pytest.mark.parametrize(
+    ("origin", "to"), [("server", "directory"), ("directory", "server"), ("server", "server")]
+)
+def test_kept_items_are_copied_once_and_stay(place: Callable[[str, str], str], origin: str, to: str) -> None:
+    source, destination = place(origin, f"kept-{origin}-{to}"), place(to, f"copies-{origin}-{to}")
+    ids = fill(source, 30)
+    with SpoolReader(source) as reader:
+        held = reader.receive(timeout=20)
+        assert forward(source, destination, keep=True, until_empty=True, max_bytes=1000) == 30
+        held.ack()
+    assert drained(destination) == ids
+    assert forward(source, destination, keep=True, until_empty=True) == 0
+    assert drained(source) == ids[1:]
+
+
+def test_several_arrays_values_and_metadata_pass_through_a_server(
+    place: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    first, server, last = place("directory", "first"), place("server", "between"), place("directory", "last")
+    with SpoolWriter(first) as writer:
+        writer.put(
+            {"a": np.asfortranarray(np.ones((2, 3), "f4")), "b": np.arange(200_000)}, meta={"n": [1, None]}
+        )
+    with closing(Queue(path=first)) as queue:
+        queue.put(("text", np.arange(3)))
+    for source, destination in ((first, server), (server, last)):
+        assert forward(source, destination, until_empty=True) == 2
+    with SpoolReader(last) as reader:
+        item = reader.take(timeout=20)
+        assert item.meta == {"n": [1, None]}
+        assert [(name, each.dtype, each.sum()) for name, each in item.arrays.items()] == [
+            ("a", np.dtype("f4"), 6),
+            ("b", np.dtype("i8"), 19999900000),
+        ]
+        assert item.arrays["a"].flags.f_contiguous
+    with closing(Queue(path=last)) as queue:
+        text, array = queue.get(timeout=20)
+        assert (text, array.tolist()) == ("text", [0, 1, 2])
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_pieces_of_an_earlier_try_do_no_harm(server: Server, tmp_path: Path, small: bool) -> None:
+    """Whoever sent them died before the item was one, or lost the connection."""
+    source, destination = str(tmp_path / "source"), server.url(f"stray-{small}")
+    ids = fill(source, 11)
+    SpoolWriter(destination).close()
+    number = ids[0 if small else 10]
+
+    async def send() -> None:
+        client = await nats.connect(server.url("").rstrip("/"))
+        for _ in range(3):
+            await client.jetstream().publish(f"spoolipc.stray-{small}.chunk.{number}", b"of an earlier try")
+        await client.close()
+
+    asyncio.run(send())
+    assert forward(source, destination, until_empty=True) == 11
+    assert drained(destination) == ids
+
+
+def test_bytes_at_once_and_pieces_at_once_are_bounded(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So memory is: what is on its way is in the source's files, and in as many pieces as are not acknowledged."""
+    source, destination = str(tmp_path / "source"), server.url("bounded")
+    with SpoolWriter(source) as writer:
+        for _ in range(12):
+            writer.put(np.zeros(5_000_000, "u1"))
+    on_the_way, most, groups = 0, 0, []
+    ask, put = Link.ask, NatsProducer.put_forwarded
+
+    async def counted(self: Any, subject: str, payload: Any = b"", *rest: Any, **options: Any) -> Any:
+        nonlocal on_the_way, most
+        on_the_way += len(payload)
+        most = max(most, on_the_way)
+        try:
+            return await ask(self, subject, payload, *rest, **options)
+        finally:
+            on_the_way -= len(payload)
+
+    def grouped(self: Any, source: str, messages: Any, *rest: Any) -> int:
+        groups.append(sum(message.nbytes for message in messages))
+        return put(self, source, messages, *rest)
+
+    monkeypatch.setattr(Link, "ask", counted)
+    monkeypatch.setattr(NatsProducer, "put_forwarded", grouped)
+    assert forward(source, destination, until_empty=True, max_bytes=11_000_000) == 12
+    assert max(groups) < 11_000_000
+    assert most <= 16 * (1 << 20) + 100_000
+
+
+def test_servers_that_are_away_at_any_time_are_waited_for_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When it begins, and later, at either end; and nobody is asked more often than every so many seconds."""
+    (tmp_path / "other").mkdir()
+    one, other = Server(tmp_path), Server(tmp_path / "other")
+    try:
+        source, destination = one.url("away"), other.url("away")
+        ids = fill(source, 4)
+        other.stop()
+        stop = threading.Event()
+        waits: list[float] = []
+        real = stop.wait
+        stop.wait = lambda timeout=None: waits.append(timeout or 0) or real(min(timeout or 0, 0.3))  # type: ignore
+        thread = threading.Thread(target=forward, args=(source, destination), kwargs={"stop": stop})
+        thread.start()
+        until(lambda: "waits for it" in caplog.text)
+        until(lambda: len(waits) > 3)
+        assert waits == sorted(waits)
+        other.start()
+        with SpoolReader(destination) as reader:
+            found = [reader.take(timeout=60).id for _ in ids]
+            one.stop()
+            until(lambda: len(told(caplog)) >= 2, 60)
+            one.start()
+            with SpoolWriter(source) as writer:
+                writer.put(np.zeros(3))
+            assert reader.get(timeout=60).shape == (3,)
+        stop.set()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert sorted(found) == ids
+        said = told(caplog)
+        assert len(said) == 2, said
+        assert (str(other.port) in said[0], str(one.port) in said[1]) == (True, True)
+    finally:
+        one.stop()
+        other.stop()
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "waits for it" in record.getMessage()]
