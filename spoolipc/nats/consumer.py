@@ -104,7 +104,14 @@ class NatsConsumer(Session):
     # What the faces call
 
     def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> list[Message]:
-        return self._do(self._take(limit, until, writable))
+        taken = _Taken(self)
+        try:
+            self._do(self._take(taken, limit, until, writable))
+        except BaseException:  # it may be interrupted when all is done
+            back, taken.held = taken.held, []
+            self.link.loop.beside(self._put_back, back)
+            raise
+        return taken
 
     def put_back(self, taken: list[Message], start: int = 0) -> None:
         assert isinstance(taken, _Taken)
@@ -262,8 +269,7 @@ class NatsConsumer(Session):
 
     # Taking, loading
 
-    async def _take(self, limit: int, until: Deadline, writable: bool) -> _Taken:
-        taken = _Taken(self)
+    async def _take(self, taken: _Taken, limit: int, until: Deadline, writable: bool) -> None:
         while not taken:
             found = await within(until, self._next, limit, until)
             try:
@@ -276,9 +282,7 @@ class NatsConsumer(Session):
                 back = found[found.index(held) :] if isinstance(error, errors.UnsupportedItem) else found
                 self.link.loop.beside(self._put_back, back)
                 if back is found or not taken:
-                    taken.held = []
                     raise
-        return taken
 
     async def acknowledge(self, taken: list[_Held]) -> None:
         """Take items off the spool that were taken; `renewed` tells the server again what it does not answer."""
@@ -293,6 +297,9 @@ class NatsConsumer(Session):
     async def _put_back(self, several: list[_Held]) -> None:
         """Let items wait again in their place, as if never delivered: before those that were requeued earlier."""
         now = time.time()
+        several = [held for held in several if self.held.get(held.seq) is held]
+        for held in several:  # at once: nobody else is to settle them
+            del self.held[held.seq]
         ahead = sum(
             note.state == "waits" and note.due <= now for note in (await self.spool.failed()).values()
         )

@@ -361,3 +361,38 @@ def test_arrays_that_are_kept_never_change_and_memory_is_used_again_when_none_is
             del found
         assert len(used) <= 3
         assert all((part == number).all() for number, part in enumerate(parts))
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("size", [10, LARGE])
+def test_item_got_by_a_call_that_is_interrupted_waits_as_if_never_delivered(
+    url: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put_many([np.full(size, 1.0), np.full(size, 2.0)])
+        client = link.loop()
+        run = client.run
+
+        def interrupted(work: Any) -> Any:
+            run(work)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "run", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                reader.get(timeout=20)
+        assert reader.qsize() == 2
+        item = reader.receive(timeout=20)
+        assert (item.attempt, item.array[0]) == (1, 1)
+
+
+def test_dead_letter_is_not_put_back(url: str) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put(np.ones(3))
+        item = reader.receive()
+        item.reject("no good")
+        consumer: Any = reader._consumer
+        consumer.do(consumer._put_back([item._delivery.handle.held]))
+        assert (reader.qsize(), stat(url).failed) == (0, 1)
