@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from .. import errors
@@ -22,7 +23,6 @@ from .access import Address, address
 from .consumer import NatsConsumer
 from .link import Link, header, loop, within
 from .producer import NatsProducer
-from .session import asked_for
 from .spool import Failed, Spool, msg_id, size_of
 
 T = TypeVar("T")
@@ -167,7 +167,9 @@ class NatsAdmin:
 
     def set_limits(self, limits: Limits) -> Limits:
         async def change(spool: Spool) -> Limits:
-            return (await spool.change(lambda now: asked_for(now, limits))).limits
+            return (
+                await spool.change(lambda now: replace(now, asked=values.completed(limits, now.asked)))
+            ).limits
 
         return self._do(change)
 

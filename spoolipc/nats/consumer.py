@@ -106,7 +106,7 @@ class NatsConsumer(Session):
     def take(self, limit: int, until: Deadline, writable: bool = False, kept: bool = False) -> list[Message]:
         taken = _Taken(self)
         try:
-            self._do(self._take(taken, limit, until, writable))
+            self.do(self._take(taken, limit, until, writable))
         except BaseException:  # it may be interrupted when all is done
             back, taken.held = taken.held, []
             self.link.loop.beside(self._put_back, back)
@@ -117,39 +117,36 @@ class NatsConsumer(Session):
         assert isinstance(taken, _Taken)
         back, taken.held = taken.held[start:], taken.held[:start]
         with suppress(errors.SpoolError):
-            self._do(self._put_back(back))
+            self.do(self._put_back(back))
 
     def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> Watch:
         return Watch(self, self._look, news)
 
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
-        return self._do(self._claim(limit, lease, until))
+        return self.do(self._claim(limit, lease, until))
 
     def load(self, delivery: Delivery, writable: bool = False) -> Message:
-        return self._do(self._load(delivery, writable))
+        return self.do(self._load(delivery, writable))
 
     def describe(self, delivery: Delivery) -> values.Contents:
-        return self._do(self._describe(delivery))
+        return self.do(self._describe(delivery))
 
     def settle(self, deliveries: Sequence[Delivery], verdict: values.Verdict) -> None:
-        self._do(self._settle(deliveries, verdict))
+        self.do(self._settle(deliveries, verdict))
 
     def peek(self, until: Deadline) -> values.Peeked:
-        return self._do(within(until, self._peek, until))
+        return self.do(within(until, self._peek, until))
 
-    def qsize(self) -> int:
-        return self._do(self._qsize())
-
-    def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        """The same as `do`, when what was dropped and whose lease ended is told."""
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns, when what was dropped is requeued."""
         dropped = []
         while self._dropped:
             dropped.append(self._dropped.popleft())
         if dropped and not self._closed:
-            for held in self.do(self._drop(dropped)):
+            for held in super().do(self._drop(dropped)):
                 what = f"item {held.seq} of {self.path} was dropped unsettled; it is redelivered"
                 warnings.warn(f"{what}. Use: with reader.receive()", ResourceWarning, stacklevel=4)
-        return self.do(work)
+        return super().do(work)
 
     def _delivery(self, held: _Held) -> Delivery:
         handle, dropped = _Handle(held), self._dropped

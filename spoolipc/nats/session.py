@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -16,7 +16,7 @@ import nats.errors
 
 from .. import errors
 from ..engine import ProducerOptions
-from ..message import NOW, Deadline, Limits
+from ..message import NOW, Deadline, Limits, completed, differing
 from .access import Address
 from .link import Link, within
 from .spool import ACK_WAIT, PRESENCE, Control, Spool
@@ -92,14 +92,17 @@ class Session:
                 raise errors.SpoolInUse(
                     0, f"{self.path}: is in use: it has another writer, or items in flight"
                 )
-            await self.spool.change(lambda now: asked_for(now, limits))
+            await self.spool.change(lambda now: replace(now, asked=completed(limits, now.asked)))
             await self.spool.purge()
         reopen = bool(options and (options.reopen or options.fresh))
 
         def agree(now: Control) -> Control:
-            then = asked_for(_checked(now, limits, self.path), limits)
-            state = "open" if reopen else then.state
-            return replace(then, state=state, writers=then.writers + (self.role == "writer"))
+            for name, (there, value) in differing(now.asked, limits).items():
+                what = f"has {name}={there}, not {value}; leave {name} out to take what is there"
+                raise errors.LimitMismatch(f"{self.path}: {what}")
+            writers = now.writers + (self.role == "writer")
+            asked, state = completed(limits, now.asked), "open" if reopen else now.state
+            return replace(now, state=state, writers=writers, asked=asked)
 
         await self._renew()
         await self.spool.change(agree)
@@ -195,20 +198,3 @@ class Session:
 
     async def leave(self) -> None:
         """What a side does before it is gone."""
-
-
-def _checked(now: Control, limits: Limits, path: str) -> Control:
-    """Raise LimitMismatch where somebody has asked for another limit before."""
-    for name, value in asdict(limits).items():
-        there = (now.asked or {}).get(name, value)
-        if value is not None and there != value:
-            raise errors.LimitMismatch(
-                f"{path}: has {name}={there}, not {value}; leave {name} out to take what is there"
-            )
-    return now
-
-
-def asked_for(now: Control, limits: Limits) -> Control:
-    """With the limits that are not None in force."""
-    given = {name: value for name, value in asdict(limits).items() if value is not None}
-    return replace(now, asked=(now.asked or {}) | given)

@@ -59,11 +59,11 @@ class Control:
     revision: int = 0
     state: values.State = "open"
     writers: int = 0
-    asked: dict[str, int] | None = None
+    asked: Limits = field(default_factory=Limits)
 
     @property
     def limits(self) -> Limits:
-        return replace(values.DEFAULTS, **(self.asked or {}))
+        return values.completed(self.asked, values.DEFAULTS)
 
 
 @dataclass(slots=True)
@@ -223,7 +223,7 @@ class Spool:
         if not revision:
             return Control()
         said = json.loads(data)
-        return Control(revision, said["state"], said["writers"], said["asked"])
+        return Control(revision, said["state"], said["writers"], Limits(**said["asked"]))
 
     async def last(self, stream: str, *subject: object) -> tuple[int, bytes]:
         """The number and the data of the last message on a subject, as the stream's leader has it; 0 for none."""
@@ -236,9 +236,8 @@ class Spool:
         while True:
             now = await self._read_control()
             then = step(now)
-            text = json.dumps({"state": then.state, "writers": then.writers, "asked": then.asked})
-            revision = await self.note("control", text.encode(), now.revision)
-            if revision:
+            text = json.dumps(asdict(then))
+            if revision := await self.note("control", text.encode(), now.revision):
                 break
         agreed = self.control = replace(then, revision=revision)
         await self.seal(agreed)
