@@ -26,9 +26,13 @@ from spoolipc import ServerUnreachable, SpoolReader, SpoolWriter, StorageError
 PIECE = 1_000_000
 AHEAD = 64_000_000
 """Bytes that are published ahead of the acknowledgements."""
-TOGETHER = 64
 PROGRAM = Path(sys.executable).with_name("nats-server")
 RABBIT = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+
+
+def together(size: int) -> int:
+    """How many arrays of so many bytes go at once, where several can."""
+    return max(1, min(64, 8_000_000 // size))
 
 
 def installed(name: str) -> bool:
@@ -116,21 +120,17 @@ def prepare(put: Callable[..., None], url: str, size: int) -> None:
 
 
 def put_spool(url: str, size: int, count: int) -> None:
-    array = np.ones(size, np.uint8)
+    array, most = np.ones(size, np.uint8), together(size)
     with SpoolWriter(url.replace("?", f"/bench-{size}?")) as writer:
-        if size >= PIECE:
-            for _ in range(count):
-                writer.put(array)
-        else:
-            for at in range(0, count, TOGETHER):
-                writer.put_many([array] * min(TOGETHER, count - at))
+        for at in range(0, count, most):
+            writer.put_many([array] * min(most, count - at))
 
 
 def get_spool(url: str, size: int, count: int, ready: Any) -> None:
     with SpoolReader(url.replace("?", f"/bench-{size}?")) as reader:
         ready.set()
         while count > 0:
-            count -= len(reader.get_many(TOGETHER)) if size < PIECE else bool(reader.get().size)
+            count -= len(reader.get_many(together(size)))
 
 
 async def _client(url: str) -> nats.NATS:
@@ -218,10 +218,9 @@ def put_redis(url: str, size: int, count: int) -> None:
     import redis
 
     client, data = redis.Redis(port=int(url)), np.ones(size, np.uint8).tobytes()
-    together = TOGETHER if size < PIECE else 1
-    for at in range(0, count, together):
+    for at in range(0, count, together(size)):
         with client.pipeline(transaction=False) as several:
-            for _ in range(min(together, count - at)):
+            for _ in range(min(together(size), count - at)):
                 several.xadd(f"bench-{size}", {"data": data})
             several.execute()
 
@@ -234,8 +233,7 @@ def get_redis(url: str, size: int, count: int, ready: Any) -> None:
         client.xgroup_create(name, "readers", "$", mkstream=True)
     ready.set()
     while count:
-        together = TOGETHER if size < PIECE else 1
-        for _, messages in client.xreadgroup("readers", "a", {name: ">"}, together, 10_000):
+        for _, messages in client.xreadgroup("readers", "a", {name: ">"}, together(size), 10_000):
             for _, fields in messages:
                 array = np.empty(size, np.uint8)
                 array[:] = np.frombuffer(fields[b"data"], np.uint8)
@@ -295,7 +293,7 @@ def get_rabbit(url: str, size: int, count: int, ready: Any) -> None:
     connection = _rabbit(url)
     channel = connection.channel()
     channel.queue_declare(f"bench-{size}", durable=True)
-    channel.basic_qos(prefetch_count=TOGETHER if size < PIECE else 2)
+    channel.basic_qos(prefetch_count=max(2, together(size)))
     ready.set()
     for method, _, body in channel.consume(f"bench-{size}"):
         array = np.empty(size, np.uint8)

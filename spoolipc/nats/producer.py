@@ -172,7 +172,7 @@ class NatsProducer(Session):
                     raise errors.SpoolInUse(
                         0, f"{self.path}: another process forwards from the same spool to it"
                     )
-                raise self._refused(error)
+                raise await self._refused(group, error)
             self._records[source] = int(reply["seq"]), then
             if before:
                 asked = {"seq": before, "no_erase": True}
@@ -256,7 +256,7 @@ class NatsProducer(Session):
             elif whole and counts[0] > 1:
                 whole = False
             else:
-                raise self._refused(error)
+                raise await self._refused(group, error)
 
     def _messages(self, packed: _Packed) -> list[_Sent]:
         """The messages of an item, its own last."""
@@ -270,7 +270,11 @@ class NatsProducer(Session):
         self.link.check(began, why)
         await asyncio.sleep(0.1)
 
-    def _refused(self, error: dict[str, Any]) -> errors.StorageError:
+    async def _refused(self, group: list[_Packed], error: dict[str, Any]) -> errors.StorageError:
+        """An error that says so, when nothing of these items is left."""
+        for each in group:
+            if each.size > _AHEAD:
+                await self.spool.forget(self.spool.items, "chunk", each.id)
         return errors.StorageError(0, f"{self.path}: the server refuses the item: {error['description']}")
 
     def _is_batch(self, group: list[_Packed]) -> bool:

@@ -5,6 +5,8 @@ For a process that has network and mount namespaces of its own: it is the client
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from typing import Final
 
@@ -15,6 +17,14 @@ IN_NAMESPACES: Final = (
     *("sh", "-c", 'PATH=$PATH:/usr/sbin:/sbin; mount -t tmpfs none /run && exec "$@"', "sh"),
 )
 """Starts such a process."""
+
+
+def possible() -> bool:
+    return (
+        os.geteuid() == 0
+        and shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is not None
+        and subprocess.run(["unshare", "-nm", "true"], capture_output=True, check=False).returncode == 0
+    )
 
 
 def _ip(*words: str) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,12 +65,7 @@ def test_killed_server_loses_and_doubles_nothing(cluster: Cluster) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 @pytest.mark.fault
-@pytest.mark.skipif(
-    os.geteuid() != 0
-    or shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
-    or subprocess.run(["unshare", "-nm", "true"], capture_output=True, check=False).returncode != 0,
-    reason="network namespaces need root, unshare and ip",
-)
+@pytest.mark.skipif(not network.possible(), reason="network namespaces need root, unshare and ip")
 def test_server_or_client_that_is_cut_off_loses_and_doubles_nothing(tmp_path: Path) -> None:
     with Peer(tmp_path, *network.IN_NAMESPACES) as peer:
         peer.run("from nats_engine import test_nats_cluster as cluster; cluster.cut_each_off(path)")

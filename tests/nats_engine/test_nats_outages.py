@@ -23,6 +23,7 @@ from spoolipc import (
     ServerUnreachable,
     SpoolReader,
     SpoolWriter,
+    StorageError,
     UnsupportedItem,
     failed_list,
     failed_retry,
@@ -219,6 +220,22 @@ def test_item_whose_acknowledgement_is_not_answered_is_returned_once(url: str, h
         with pytest.raises(Empty):
             reader.get(timeout=7)  # a server delivers again after 5 seconds
         assert (stat(url).in_flight, stat(url).depth) == (0, 0)
+
+
+def test_servers_that_are_full_refuse_an_item_and_keep_nothing_of_it(tmp_path: Path) -> None:
+    server = Server(tmp_path, f'jetstream {{ store_dir: "{tmp_path / "store"}", max_file_store: 11000000 }}')
+    url = server.url("full")
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        for _ in range(4):
+            writer.put(np.zeros(LARGE))
+        for _ in range(3):
+            kept = stat(url).bytes  # the first piece of another fits
+            with pytest.raises(StorageError, match="refuses the item: insufficient resources"):
+                writer.put(np.zeros(LARGE))
+            assert stat(url).bytes == kept
+            reader.get(timeout=20)
+            writer.put(np.zeros(LARGE))
+    server.stop()
 
 
 def test_item_put_twice_by_its_id_is_stored_once(url: str) -> None:
