@@ -283,6 +283,34 @@ def test_pieces_of_a_writer_that_died_are_removed_and_those_of_items_stay(
             assert (reader.get(timeout=20) == np.arange(LARGE)).all()
 
 
+def test_pieces_of_items_stay_where_more_subjects_are_than_a_server_tells_at_once(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100,000 of them; here it is one."""
+    told = linking.Link.api
+
+    async def api(self: Any, what: str, body: Any = None, missing: bool = False) -> dict[str, Any]:
+        if "subjects_filter" not in (body or {}):
+            return await told(self, what, body, missing)
+        offset = body.pop("offset", 0)
+        info = await told(self, what, body, missing)
+        subjects = sorted((info["state"].get("subjects") or {}).items())
+        info["state"]["subjects"] = dict(subjects[offset : offset + 1])
+        return info | {"total": len(subjects), "offset": offset}
+
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        for number in range(4):
+            writer.put(np.full(LARGE, number))
+        for _ in range(2):
+            reader.receive(timeout=20).reject("kept")
+        monkeypatch.setattr(linking.Link, "api", api)
+        monkeypatch.setattr("spoolipc.nats.spool.ORPHANED", -1e6)
+        assert stat(url).failed == 2
+        SpoolWriter(url).close()
+        assert len(failed_retry(url).seqs) == 2
+        assert sorted(int(reader.get(timeout=20)[0]) for _ in range(4)) == [0, 1, 2, 3]
+
+
 HOSTILE: dict[str, tuple[bytes, dict[str, str]]] = {
     "nothing": (b"", {}),
     "garbage": (b"\x93NUMPY" + bytes(100), {}),
