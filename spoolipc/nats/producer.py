@@ -345,6 +345,8 @@ class NatsProducer(Session):
                 return None
             if said["error"]["err_code"] != _ANOTHER:
                 return said
+            if sending:  # of this try too, lest it stops the next one
+                await asyncio.wait([task for _, task in sending], timeout=TRY)
             await self._forget_pieces(packed)
             return "there were pieces of an earlier try"
 

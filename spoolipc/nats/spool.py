@@ -453,10 +453,8 @@ class Spool:
                 buffer[at : places[at]] = np.frombuffer(piece.data, np.uint8)
             if buffer is not None and _is_whole(places, end):
                 break
-            # A server that follows may have answered, or one that led until it was cut off: what lacks the item itself
-            # says nothing of its pieces.
-            info = await self.link.api(f"STREAM.INFO.{self.items}", {"subjects_filter": subject})
-            state = info["state"]
+            # What lacks the item itself, a follower or a leader that was cut off, says nothing of its pieces.
+            state = (await self.link.api(f"STREAM.INFO.{self.items}", {"subjects_filter": subject}))["state"]
             if state["last_seq"] >= seq and count >= (state.get("subjects") or {}).get(subject, 0):
                 there = sum(places.values()) - sum(places)
                 raise errors.BadItem(f"its pieces have {there} bytes of the {end} that it claims")

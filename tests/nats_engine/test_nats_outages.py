@@ -261,6 +261,23 @@ def test_item_of_more_pieces_than_a_batch_takes_goes_piece_by_piece(
     assert stat(url).bytes == 0
 
 
+def test_pieces_of_an_earlier_try_are_removed_before_the_item_is_put(server: Server, url: str) -> None:
+    name = url.rpartition("/")[2]
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+
+        async def plant(client: Any) -> None:
+            for at in range(3):
+                await client.request(
+                    f"spoolipc.{name}.chunk.{7:032x}", b"x" * 9, headers={"Spool-At": str(at)}
+                )
+
+        on(server, plant)
+        message = Message((np.arange(3_000_000),), id=f"{7:032x}")
+        writer._producer.put([message], time.monotonic() + 20)
+        assert (reader.get(timeout=20) == np.arange(3_000_000)).all()
+        assert stat(url).bytes == 0
+
+
 def test_pieces_of_a_writer_that_died_are_removed_and_those_of_items_stay(
     server: Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
