@@ -142,7 +142,7 @@ class DirectoryProducer(Side):
                     raise  # else what is staged goes first: nobody could make room by taking it otherwise
         lost: Staged | None = None
         while self.session.step(commit or self._commit_all, staged, seqs):
-            if staged[0] is lost or self.session.is_leaving:
+            if staged[0] is lost or self.session.leaving:
                 raise self._staging.lost()
             lost = staged[0]
             self._staging.write_new(lost)  # its file was lost with the table, or removed by hand

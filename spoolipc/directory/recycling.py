@@ -464,7 +464,7 @@ class Recycler:
             if other is None or other is self or not other.session.is_open or other.session.is_forked:
                 continue
             session = other.session
-            with suppress(SpoolError, OSError):  # no concern of who asks
+            with suppress(SpoolError, OSError), session.in_use():  # errors are no concern of who asks
                 is_here = fs.fstat(session.directories.root).st_dev == root
                 if is_here and session.lock.is_free() and session.step(other.make_room, need):
                     return True

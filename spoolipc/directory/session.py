@@ -78,7 +78,7 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
             raise explained from error
         finally:
             users.pop()
-            if not session.is_open and not users:
+            if not session.is_open:
                 session.let_go()
 
     return cast(Callable[Concatenate[S, P], T], run)
@@ -89,6 +89,7 @@ class Session:
 
     path: the spool's directory. asked: limits, None for what is there. create: make the spool where there is none.
     is_open: one entry until it is closed, or collected without that. users: one entry for each operation under way.
+    leaving: one for each close under way; what a put in another thread has staged is removed meanwhile.
     journal: the index, inside a step. looked_at: HOUSEKEPT when it last made sure that nothing of it is missing.
     dropped: what was given out, and is held by nobody any more, though not settled.
     """
@@ -106,9 +107,10 @@ class Session:
     ) -> None:
         self.path = os.path.abspath(os.fsdecode(path))
         self.is_open = [None]
-        self.is_forked = self.is_leaving = self._is_opening = False
+        self.is_forked = self._is_opening = False
         self.looked_at = 0
         self.users: list[None] = []
+        self.leaving: list[None] = []
         self.dropped: deque[Any] = deque()
         self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
         self.end = f"{self.path}: this {role} was closed; open a new one"
@@ -288,6 +290,17 @@ class Session:
         return fs.storage_error(error, self.path)
 
     @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """In the block, the descriptors stay open, as in an operation."""
+        self.users.append(None)
+        try:
+            yield
+        finally:
+            self.users.pop()
+            if not self.is_open:
+                self.let_go()
+
+    @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
         """In the block, an error of a system call is raised as one that names the path."""
         try:
@@ -389,7 +402,7 @@ class Session:
             return
         if put_off(self.close, last):
             return
-        self.is_leaving = True  # what a put in another thread has staged is removed meanwhile
+        self.leaving.append(None)
         try:
             with contextlib.suppress(SpoolGone, SpoolClosed), self.explaining():
                 while self.step(last) or self.step(self.evict_if_alone):
@@ -399,14 +412,16 @@ class Session:
             with self.lock.mutex:
                 self.is_open.clear()
             self.doorbell.close()
-            if not self.users:
-                self.let_go()
+            self.leaving.pop()
+            self.let_go()
             _sessions.discard(self)
             if adopt := self.on_adopt():
                 adopt(None)
 
     def let_go(self) -> None:
-        """Close every descriptor: nobody is in an operation any more."""
+        """Close every descriptor, when nobody is in an operation or a close any more."""
+        if self.users or self.leaving:
+            return  # whoever is does it
         if self.journal is not _NONE:
             self.journal.close()
         _abandon(self._held, self.is_open)
@@ -446,8 +461,9 @@ class Session:
             self.journal.close()
             self.journal = _NONE
         self._in_child = threading.RLock()
-        self._is_opening = self.is_leaving = False  # what another thread of the parent does, nobody does here
-        self.users, self.dropped = [], deque()
+        self._is_opening = False
+        # What another thread of the parent does, nobody does here.
+        self.users, self.leaving, self.dropped = [], [], deque()
         self.is_forked = True
         self.doorbell.reset()
         if adopt := self.on_adopt():

@@ -275,7 +275,7 @@ class Staging:
 
     def lost(self) -> SpoolError:
         """The error for a staged file that is gone: another thread closes the session, or `items/` takes none."""
-        if self.session.is_leaving:
+        if self.session.leaving:
             return SpoolClosed(self.session.end)
         what = f"items/ takes no file any more; run: spoolipc fsck --repair {self.session.path}"
         return StorageError(errno.ENOENT, what, self.session.path)

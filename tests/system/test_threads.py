@@ -18,6 +18,7 @@ import pytest
 from support.faults import Event, Injector
 
 from spoolipc import Empty, LeaseExpired, ShutDown, SpoolClosed, SpoolReader, SpoolWriter
+from spoolipc.directory import fs
 from spoolipc.directory.session import Side
 
 THREADS = 8
@@ -122,6 +123,36 @@ class Late(list[None]):
         self._close()
         if not self._is_in:
             super().append(user)
+
+
+def test_call_that_ends_as_another_thread_closes_leaves_that_its_descriptors(
+    writer: SpoolWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, begun, amid = writer._producer, threading.Event(), threading.Event()
+    assert isinstance(side, Side)
+    fstat, unlock = fs.fstat, fs.unlock
+
+    def fstat_later(fd: int) -> os.stat_result:
+        status = fstat(fd)
+        begun.set()
+        amid.wait()
+        return status
+
+    def unlock_later(fd: int) -> None:
+        if not side.session.is_open:
+            amid.set()
+            other.join()
+        unlock(fd)
+
+    monkeypatch.setattr(fs, "fstat", fstat_later)
+    other = threading.Thread(target=writer.full)
+    other.start()
+    begun.wait()
+    monkeypatch.setattr(fs, "fstat", fstat)
+    monkeypatch.setattr(fs, "unlock", unlock_later)
+    writer.close()
+    assert amid.is_set()
+    assert not side.session._held
 
 
 def test_put_that_begins_as_another_thread_closes_uses_no_descriptor_that_was_closed(
