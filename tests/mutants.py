@@ -240,7 +240,7 @@ fork-crash | housekeeping | test_fork views_got | transitions.drop(journal.words
 fork-lock | session | test_fork crash_of | in {*self._held} - kept: ==> in ():
 fork-session | session | test_fork of_its_own | self.is_forked = True ==> pass
 fork-opening | session | test_fork announces | no_fork: ==> contextlib.nullcontext():
-fork-ears | doorbell | test_fork that_waits | (after_in_child=ears.forked) ==> (after_in_child=list)
+fork-ears | doorbell | test_fork that_waits | fs.close(self.fd)¶        self._reset() ==> fs.close(self.fd)
 # Ctrl-C, or an exception of a signal handler, amid `get_many`
 put-back | consumer | test_interrupts interrupted_at_any_call | if got.places: ==> if False:
 put-back-amid | consumer | test_interrupts interrupted_at_any_call | if words[W.MARK]: ==> if False:
@@ -300,7 +300,7 @@ mode-taken | message | test_users no_mode_but | self.mode not in (None, 0o700, 0
 group | layout | test_users primary | mode |= stat.S_ISGID ==> pass
 together | layout | test_users together | permit(root, name, limits.mode or PRIVATE) ==> pass
 closed-item | itemfile | test_users closes and items | error.errno == errno.EACCES: ==> False:
-closed-session | liveness | test_users closes and alive | return error.errno in _PLANTED ==> return True
+closed-session | liveness | test_users closes and alive | return error.errno in fs.NO_FILE ==> return True
 # root looks after a user's spool
 as-owner | fs | test_users TestRoot | with _acting(status.st_uid, status.st_gid): ==> if True:
 # modes and group of a spool changed from outside

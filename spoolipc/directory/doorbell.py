@@ -37,6 +37,7 @@ from typing import Final, Literal, Protocol
 from ..errors import SpoolError
 from . import fs
 from . import table as W
+from .layout import Directories
 from .liveness import crashed_among, ring, token_name
 from .lock import no_fork
 from .table import Token, Words
@@ -62,16 +63,13 @@ class Host(Protocol):
 
     path: str
     token: Token
+    directories: Directories
 
     def peek_words(self) -> Words | None:
         """The table's words, to be looked at without the lock; None where they cannot be."""
 
     def take_place(self, kind: int) -> int:
         """A place among those who wait, -1 where there is none: a locked step."""
-
-    @property
-    def alive_directory(self) -> int:
-        """The descriptor of `alive/`."""
 
 
 def take_place(words: Words, token: Token, kind: int, alive: int) -> int:
@@ -155,7 +153,7 @@ class Doorbell:
                 return
             token = words[W.TOKENS + place]
             words[W.SINCES + place] = 0  # before the write: a `since` set after this is for the next ring
-            if token and ring(host.alive_directory, token) and since > fresh:
+            if token and ring(host.directories.alive, token) and since > fresh:
                 count -= 1
 
     def ring_all(self) -> None:

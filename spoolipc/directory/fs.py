@@ -47,7 +47,7 @@ DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILES_LEFT: Final = 16
 _MANY: Final = 1 << 62  # files, where a file system has no number of them
 _AT_ONCE: Final = 1 << 20  # bytes of a read, which takes the memory for all that it is asked for
-_NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
+NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _STATM: Final = Path("/proc/self/statm")
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _TIMENS_OFFSETS: Final = Path("/proc/self/timens_offsets")
@@ -366,7 +366,7 @@ def open_own(directory: int, name: str, flags: int, mode: int = 0o600, *, linked
     try:
         fd = open_at(name, flags | CAREFUL, mode, dir_fd=directory)
     except OSError as error:
-        if error.errno in _NO_FILE:
+        if error.errno in NO_FILE:
             raise _planted(directory, name) from None
         raise
     try:

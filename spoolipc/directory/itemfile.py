@@ -21,7 +21,6 @@ from ..format.item import parse, verify
 from ..message import Contents
 from . import fs
 
-_NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _LOST: Final = (errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
 """Of a file that the device has lost, or the file system finds damaged."""
 
@@ -55,7 +54,7 @@ class ItemFile:
         try:
             self.fd = fs.open_at(name, flags, dir_fd=directory)
         except OSError as error:
-            if error.errno in _NO_FILE:
+            if error.errno in fs.NO_FILE:
                 raise BadItem("not a regular file") from None
             if error.errno == errno.EACCES:
                 check_readable(fs.stat_at(name, dir_fd=directory))

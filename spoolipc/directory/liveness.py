@@ -30,7 +30,6 @@ SPARE: Final = "spare"
 """A file at the top of the spool, laid by for who opens it where no more files can be made."""
 _UNKNOWN: Final = ("unknown", "session")
 _HEX: Final = frozenset("0123456789abcdef")
-_PLANTED: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 
 
 def new_token() -> Token:
@@ -85,7 +84,7 @@ def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
     except OSError as error:
         if fs.is_own_limit(error):
             raise
-        return error.errno in _PLANTED  # no session has such a file
+        return error.errno in fs.NO_FILE  # no session has such a file
     with fs.Closing(fd):
         return fs.lock(fd)
 

@@ -330,11 +330,6 @@ class Session:
 
     # Waiting
 
-    @property
-    def alive_directory(self) -> int:
-        """The descriptor of `alive/`."""
-        return self.directories.alive
-
     def take_place(self, kind: int) -> int:
         """A place among those who wait, -1 where there is none."""
         return self.step(self.place_of, kind)

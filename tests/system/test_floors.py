@@ -36,7 +36,7 @@ FLOORS: Final = {
     "pool": "journal layout liveness transitions",
     "quarantine": "journal layout pool transitions",
     "rebuild": "journal layout liveness quarantine",
-    "doorbell": "liveness lock",
+    "doorbell": "layout liveness lock",
     "session": "doorbell journal layout liveness lock pool rebuild",
     "watch": "doorbell session",
     "visitor": "journal layout lock session transitions",
