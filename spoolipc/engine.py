@@ -184,19 +184,20 @@ class Known(NamedTuple):
     def after(self, done: Collection[str], new: Mapping[str, int]) -> Known:
         """The same when those of `done` are acknowledged, and then others were put."""
         acknowledged = dict(self.acknowledged) | {each: seq for each, seq in self.put.items() if each in done}
-        return Known(_last(acknowledged), _last(dict(self.without(done).put) | dict(new)))
+        return Known(_last(acknowledged, 1024), _last(dict(self.without(done).put) | dict(new), REMEMBERED))
 
     def without(self, ids: Collection[str]) -> Known:
         """The same without some that were not put."""
         return self._replace(put={each: seq for each, seq in self.put.items() if each not in ids})
 
 
-def _last(ids: dict[str, int]) -> dict[str, int]:
-    return dict(list(ids.items())[-REMEMBERED:])
+def _last(ids: dict[str, int], count: int) -> dict[str, int]:
+    return dict(list(ids.items())[-count:])
 
 
-REMEMBERED: Final = 2048
-"""Ids of either kind that are kept of one source."""
+REMEMBERED: Final = 8192
+"""Ids of one source that are kept for as long as it is not known to know that they came: a forwarder that is killed
+leaves up to 256, which a source on servers delivers again some seconds later."""
 
 
 @runtime_checkable

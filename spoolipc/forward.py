@@ -81,7 +81,8 @@ def forward(
     An item that cannot be read is a dead letter of the source; with `keep` it is passed over. One process forwards from
     a source to a destination: another that is begun meanwhile raises SpoolInUse, or makes the first one do so. While
     the destination is full, or an end is away, this waits, and the log says so once. Raises NotASpool for a source that
-    was not there when this was called, TooLarge for an item that the destination never takes, and StorageError.
+    was not there when this was called, TooLarge for an item that the destination never takes, AccessDenied,
+    StorageError.
     """
     one_of("end", end, "shutdown", "writers")
     if flag("keep", keep) and end == "writers":
@@ -152,10 +153,10 @@ class _Forwarder:
                 if isinstance(error, NotASpool) and not self.is_known:
                     raise
                 self._pause = min(2 * self._pause or 0.1, _LONGEST_PAUSE)
-                kind = type(error).__name__
-                if kind != self._said:
+                which = str(error).split(": ")[0]  # its path is what each begins with
+                if which != self._said:
                     _log.warning("%s; forwarding waits for it", error)
-                    self._said = kind
+                    self._said = which
             self._stop.wait(self._pause)
 
     # Moving
@@ -229,8 +230,6 @@ class _Forwarder:
 
     def _count(self, messages: Sequence[Message]) -> None:
         """These were forwarded: tell so, and wait as the rate has it."""
-        if not messages:
-            return
         self._pause, self._said = 0.0, ""
         nbytes = sum(message.nbytes for message in messages)
         self.total += len(messages)
@@ -253,7 +252,9 @@ class _Forwarder:
             for batch in self._batches(consumer.browse(after)):
                 while batch and not self._stop.is_set():
                     count = self._put(producer, source, batch, [*known.put])
-                    known = Known({}, {message.id: message.seq for message in batch[:count]} or known.put)
+                    if not count:
+                        return
+                    known = Known({}, {message.id: message.seq for message in batch[:count]})
                     after = max(known.put.values())
                     self._count(batch[:count])
                     batch = batch[count:]
