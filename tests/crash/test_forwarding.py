@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +19,9 @@ import pytest
 from support.account import check_spool
 from support.faults import STORE, Event, Hook, Injector, at, fail, forked, interrupt, is_look, kill, partly
 from support.forwards import drained, fill
+from support.waits import is_locked
 
-from spoolipc import SpoolError, forward, fsck, gc, stat
+from spoolipc import SpoolError, SpoolInUse, forward, fsck, gc, stat
 
 COUNT: Final = 3
 BATCH: Final = 9000
@@ -146,3 +149,51 @@ def test_error_at_every_system_call_is_told_and_loses_and_doubles_nothing(place:
 
 def test_interrupt_at_every_system_call_loses_and_doubles_nothing(place: Path) -> None:
     faulty(place, interrupt, KeyboardInterrupt)
+
+
+def begin_another(spools: Spools) -> list[str]:
+    """Another forwarder: refused, as the first lives."""
+    with suppress(SpoolInUse):
+        spools.forward()
+    return []
+
+
+def take_for_crashed(spools: Spools) -> list[str]:
+    """Somebody removes the files of the sessions, so that gc takes them for crashed, and another one goes on."""
+    for path in (spools.source, spools.destination):
+        for name in os.listdir(path / "alive") if (path / "spool.json").exists() else ():
+            (path / "alive" / name).unlink()
+            gc(path)
+    return begin_another(spools)
+
+
+def take_there(spools: Spools) -> list[str]:
+    return take(spools.destination)
+
+
+@pytest.mark.parametrize("act", [begin_another, take_for_crashed, take_there], ids=lambda act: act.__name__)
+def test_whatever_others_do_between_two_calls_of_a_forwarder_nothing_is_lost_or_doubled(
+    place: Path, act: Callable[[Spools], list[str]]
+) -> None:
+    done = 0
+    for number, name in events(place / "dry", stores=False):
+        spools = Spools(place / "both")
+        found: list[str] = []
+
+        def meanwhile(_: Event, spools: Spools = spools, found: list[str] = found) -> None:
+            nonlocal done
+            if not any(
+                is_locked(path) for path in (spools.source, spools.destination) if (path / "items").exists()
+            ):
+                with ThreadPoolExecutor() as other:
+                    found += other.submit(act, spools).result(30)
+                done += 1
+
+        with suppress(SpoolInUse), Injector(at(number, meanwhile)):
+            spools.forward()
+        try:
+            spools.verify(found)
+        except BaseException as failure:
+            failure.add_note(f"before event {number}, {name}")
+            raise
+    assert done > 10
