@@ -241,6 +241,7 @@ fork-lock | session | test_fork crash_of | in {*self._held} - kept: ==> in ():
 fork-session | session | test_fork of_its_own | self.is_forked = True ==> pass
 fork-opening | session | test_fork announces | no_fork: ==> contextlib.nullcontext():
 fork-ears | doorbell | test_fork that_waits | fs.close(self.fd)¶        self._reset() ==> fs.close(self.fd)
+fork-heard | doorbell | test_fork parent_hears | (after_in_child=ears.forked) ==> (after_in_child=list)
 # Ctrl-C, or an exception of a signal handler, amid `get_many`
 put-back | consumer | test_interrupts interrupted_at_any_call | if got.places: ==> if False:
 put-back-amid | consumer | test_interrupts interrupted_at_any_call | if words[W.MARK]: ==> if False:

@@ -407,6 +407,23 @@ def test_fork_waits_for_another_thread_that_announces_a_session(spool: Path) -> 
     assert child.ended() == 0
 
 
+def test_child_keeps_no_descriptor_of_what_its_parent_hears(reader: SpoolReader) -> None:
+    """It would read events that are its parent's."""
+    with pytest.raises(Empty):
+        reader.get(timeout=0.05)
+
+    def heard() -> list[str]:
+        paths = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return [path for path in paths if os.path.islink(path) and os.readlink(path) == "anon_inode:inotify"]
+
+    assert len(heard()) == 1
+
+    def look() -> None:
+        assert heard() == []
+
+    assert Forked(look).ended() == 0
+
+
 def test_child_that_waits_is_woken_and_so_is_its_parent(
     writer: SpoolWriter, reader: SpoolReader, gate: int
 ) -> None:
