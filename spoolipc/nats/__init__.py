@@ -23,7 +23,7 @@ from .access import Address, address
 from .consumer import NatsConsumer
 from .link import Link, header, loop, within
 from .producer import NatsProducer
-from .spool import Failed, Spool, msg_id, size_of
+from .spool import Failed, Spool, msg_id, number_of, size_of
 
 T = TypeVar("T")
 _NO_FILES: Final[dict[str, Any]] = {
@@ -103,17 +103,22 @@ class NatsPair:
         while True:
             if by < 0 and await self._unfinished() <= 0:
                 return False
-            revision, data = await spool.last(spool.notes, "tasks")
-            if await spool.note("tasks", str(int(data or 0) + by).encode(), revision):
+            revision, in_work = await self._in_work()
+            if await spool.note("tasks", str(in_work + by).encode(), revision):
                 await spool.tell()
                 return True
 
+    async def _in_work(self) -> tuple[int, int]:
+        """The revision of the count, and the count."""
+        spool = self._consumer.spool
+        revision, data = await spool.last(spool.notes, "tasks")
+        word = data.decode(errors="replace")
+        return revision, -number_of(word[1:]) if word[:1] == "-" else max(0, number_of(word))
+
     async def _unfinished(self) -> int:
         """What is on the spool is counted first: what goes from there is in the count of tasks before."""
-        spool = self._consumer.spool
-        counts = await spool.counts()
-        _, data = await spool.last(spool.notes, "tasks")
-        return int(data or 0) + counts.waiting + counts.in_flight
+        counts = await self._consumer.spool.counts()
+        return (await self._in_work())[1] + counts.waiting + counts.in_flight
 
     def join(self, until: Deadline) -> bool:
         return self.consumer.do(within(until, self._join, until))
@@ -256,7 +261,8 @@ async def _dead(spool: Spool, seqs: Iterable[int] | None) -> list[tuple[int, Any
     wanted = None if seqs is None else values.numbers_of(seqs)
     found = {}
     async for msg in spool.link.read(spool.notes, spool.subject("dead", "*", "*", "*")):
-        found[int(header(msg, "Nats-Subject").split(".")[3])] = msg
+        found[number_of(header(msg, "Nats-Subject").split(".")[3])] = msg
+    found.pop(-1, None)  # somebody else's
     for seq in wanted or ():
         if seq not in found:
             raise errors.NoSuchItem(f"{spool.path}: has no dead letter {seq}; see failed_list()")

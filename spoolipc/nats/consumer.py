@@ -301,7 +301,11 @@ class NatsConsumer(Session):
             note.state == "waits" and note.due <= now for note in (await self.spool.failed()).values()
         )
         others = await self._accepted(await self.spool.pull(ahead)) if ahead and several else []
+        control = await self.spool.agreed()
         for held in (*several, *others):
+            if control.state == "discarded":
+                await self._forget(held)
+                continue
             note = await self._note(held)
             note.attempt, note.state, note.due = held.attempt - 1, "waits", now
             note.undone += 1

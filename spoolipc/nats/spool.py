@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import nats.errors
 import numpy as np
@@ -60,6 +60,17 @@ class Control:
     state: values.State = "open"
     writers: int = 0
     asked: Limits = field(default_factory=Limits)
+
+    @classmethod
+    def read(cls, revision: int, data: bytes) -> Control:
+        """The note of these bytes, or one by which nothing was agreed on where somebody else wrote them."""
+        try:
+            said = json.loads(data)
+            if said["state"] in get_args(values.State):
+                return cls(revision, said["state"], int(said["writers"]), Limits(**said["asked"]))
+        except (ValueError, TypeError, KeyError):
+            pass
+        return cls(revision)
 
     @property
     def limits(self) -> Limits:
@@ -215,15 +226,8 @@ class Spool:
         """The control note, as of the last news of it."""
         agreed = self.control
         if agreed is None:
-            agreed = self.control = await self._read_control()
+            agreed = self.control = Control.read(*await self.last(self.notes, "control"))
         return agreed
-
-    async def _read_control(self) -> Control:
-        revision, data = await self.last(self.notes, "control")
-        if not revision:
-            return Control()
-        said = json.loads(data)
-        return Control(revision, said["state"], said["writers"], Limits(**said["asked"]))
 
     async def last(self, stream: str, *subject: object) -> tuple[int, bytes]:
         """The number and the data of the last message on a subject, as the stream's leader has it; 0 for none."""
@@ -234,7 +238,7 @@ class Spool:
     async def change(self, step: Callable[[Control], Control]) -> Control:
         """Let `step`, which may raise, decide anew what is agreed on; all are told."""
         while True:
-            now = await self._read_control()
+            now = Control.read(*await self.last(self.notes, "control"))
             then = step(now)
             text = json.dumps(asdict(then))
             if revision := await self.note("control", text.encode(), now.revision):
@@ -265,8 +269,8 @@ class Spool:
         """The failures of an item, or of all."""
         found = {}
         async for note in self.link.read(self.notes, self.subject("failed", seq)):
-            found[int(header(note, "Nats-Subject").rpartition(".")[2])] = Failed.read(note.data)
-        return found
+            found[number_of(header(note, "Nats-Subject").rpartition(".")[2])] = Failed.read(note.data)
+        return {seq: note for seq, note in found.items() if seq >= 0}
 
     async def write_failed(self, seq: int, note: Failed) -> None:
         await self.note(f"failed.{seq}", json.dumps(asdict(note)).encode())
@@ -289,7 +293,8 @@ class Spool:
     async def dead(self) -> dict[int, tuple[str, int]]:
         """The dead letters: their ids, and the bytes of their pieces."""
         found = (each.split(".")[3:] for each in await self.subjects(self.notes, "dead", "*", "*", "*"))
-        return {int(seq): (number, int(size)) for seq, number, size in found}
+        known = {number_of(seq): (number, number_of(size)) for seq, number, size in found}
+        return {seq: letter for seq, letter in known.items() if seq >= 0 and letter[1] >= 0}
 
     async def bytes(self) -> int:
         """Bytes of what waits or is in flight, as they are stored."""
@@ -434,7 +439,7 @@ class Spool:
         BadItem."""
         if not header(msg, "Spool-Size"):
             return msg.data
-        end = _number(msg, "Spool-Size") - len(msg.data)
+        end = number_of(header(msg, "Spool-Size")) - len(msg.data)
         subject, began = self.subject("chunk", msg_id(msg)), time.monotonic()
         while True:
             buffer, count, places = None, 0, dict[int, int]()
@@ -446,7 +451,7 @@ class Spool:
                         break
                     buffer = self.memory.buffer(end + len(msg.data))
                 count += 1
-                at = _number(piece, "Spool-At")
+                at = number_of(header(piece, "Spool-At"))
                 if at < 0 or at in places or at + len(piece.data) > end:
                     continue  # it was sent twice, or is nobody's
                 places[at] = at + len(piece.data)
@@ -467,7 +472,7 @@ class Spool:
         """What an item says of itself, without its pieces. Raises BadItem, UnknownVersion."""
         if not header(msg, "Spool-Size"):
             return items.parse(msg.data, len(msg.data))[1]
-        size = _number(msg, "Spool-Size")
+        size = number_of(header(msg, "Spool-Size"))
         if size < 0:
             raise errors.BadItem("claims no number of bytes")
         end = size - len(msg.data)
@@ -509,11 +514,10 @@ def msg_id(msg: Msg) -> str:
 
 def size_of(msg: Msg) -> int:
     """Bytes of an item's file, as it claims."""
-    size = _number(msg, "Spool-Size")
+    size = number_of(header(msg, "Spool-Size"))
     return size if size >= 0 else len(msg.data)
 
 
-def _number(msg: Msg, name: str) -> int:
-    """A header that is a number, -1 for any other."""
-    word = header(msg, name)
+def number_of(word: str) -> int:
+    """The number that a word is, -1 for what is none."""
     return int(word) if word.isascii() and word.isdigit() and len(word) < 19 else -1

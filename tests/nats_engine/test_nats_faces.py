@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc as collector
 import multiprocessing
+import re
 import resource
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nats
 import numpy as np
 import pytest
 from contract.test_async_faces import Faces
@@ -44,7 +46,8 @@ LARGE = 300_000
 
 @pytest.fixture
 def url(server: Server, request: pytest.FixtureRequest) -> str:
-    return server.url(f"{request.node.name[:80].replace('[', '-').replace(']', '')}")
+    name = request.node.name
+    return server.url(re.sub(r"[^a-z0-9]+", "-", f"{name[-100:]}{len(name)}"))
 
 
 class TestAsyncFacesOnServer(OnServer, EngineSuite):
@@ -396,3 +399,53 @@ def test_dead_letter_is_not_put_back(url: str) -> None:
         consumer: Any = reader._consumer
         consumer.do(consumer._put_back([item._delivery.handle.held]))
         assert (reader.qsize(), stat(url).failed) == (0, 1)
+
+
+# Notes that somebody else wrote
+
+PLANTED = {
+    "control": b"{",
+    "control ": b'{"state": "shut", "writers": "x", "asked": []}',
+    "tasks": b"many",
+    "failed.x": b"{}",
+    "failed.7": b"[]",
+    "dead.x.y.z": b"",
+    "dead.7.y.z": b"x",
+    "session.x.y": b"",
+}
+
+
+@pytest.mark.parametrize("subject", PLANTED)
+def test_planted_note_stops_nobody(server: Server, url: str, subject: str) -> None:
+    with SpoolWriter(url, max_attempts=3) as writer, SpoolReader(url) as reader:
+        writer.put_many([np.ones(3)] * 2)
+
+        async def plant() -> None:
+            client = await nats.connect(server.url("").rstrip("/"))
+            name = f"spoolipc.{url.rpartition('/')[2]}"
+            assert b"error" not in (await client.request(f"{name}.{subject.strip()}", PLANTED[subject])).data
+            await client.publish(f"{name}.news", b"control")
+            await client.close()
+
+        asyncio.run(plant())
+        reader.receive().nack()
+        item = reader.receive(timeout=20)
+        assert item.attempt == 2
+        item.reject("no good")
+        writer.put(np.ones(3))
+        assert reader.qsize() == 2
+        assert [len(array) for array in reader.get_many(9)] == [3, 3]
+        queue = JoinableQueue(path=url)
+        queue.put(1)
+        assert queue.get() == 1
+        queue.task_done()
+        queue.join()
+        queue.close()
+        found = stat(url)
+        assert (found.depth, found.in_flight) == (0, 0)
+        assert "no good" in [letter.reason for letter in failed_list(url)]
+        gc(url)
+        with SpoolWriter(url) as other:
+            other.shutdown()
+        with pytest.raises(ShutDown):
+            reader.get(timeout=20)
