@@ -175,7 +175,7 @@ class NatsConsumer(Session):
                 seconds = LOOK if until is None else max(0.0, min(until - time.monotonic(), LOOK))
             messages = await self.spool.pull(1 if seconds else limit, seconds)
             if not seconds and len(messages) < limit:
-                late = min(limit - len(messages), await self.spool.fresh(await self.spool.consumer()))
+                late = min(limit - len(messages), (await self.spool.fresh())[0])
                 messages += await self.spool.pull(late, 0.1) if late > 0 else []
             if found := await self._accepted(messages):
                 return found
@@ -198,8 +198,8 @@ class NatsConsumer(Session):
             return
         writers = not ending and "writer" in await self.spool.sessions()
         news = 0 if ending else await self._news()
-        info = await self.spool.consumer()
-        if info["num_ack_pending"] > len(self.held) or await self.spool.fresh(info):
+        fresh, info = await self.spool.fresh()
+        if fresh or info["num_ack_pending"] > len(self.held):
             return
         if ending:
             raise self._ended("was shut down and has no more items")
@@ -236,7 +236,7 @@ class NatsConsumer(Session):
         held = _Held(msg, seq, delivered, delivered)
         if seq in self.held and self.held[seq].done:
             held.done, self.held[seq] = True, held
-            await self._forget(held)
+            await self._forget([held])
             return None
         if delivered > 1:
             note = await self._note(held)
@@ -288,7 +288,7 @@ class NatsConsumer(Session):
             held.done = True
         if first and self.count is not None:
             await self.count(first)
-        await asyncio.gather(*map(self._forget, taken))
+        await self._forget(taken)
         await self.spool.tell()
 
     async def _put_back(self, several: list[_Held]) -> None:
@@ -304,7 +304,7 @@ class NatsConsumer(Session):
         control = await self.spool.agreed()
         for held in (*several, *others):
             if control.state == "discarded":
-                await self._forget(held)
+                await self._forget([held])
                 continue
             note = await self._note(held)
             note.attempt, note.state, note.due = held.attempt - 1, "waits", now
@@ -382,13 +382,15 @@ class NatsConsumer(Session):
                     case values.Extend(lease):
                         await self._lease(held, lease)
         finally:
-            await asyncio.gather(*map(self._forget, done))
+            if done:
+                await self._forget(done)
             await self.spool.tell()
 
-    async def _forget(self, held: _Held) -> None:
-        """Take an item off the spool."""
-        await self.spool.acknowledge(held.msg)
-        self._let_go(held)
+    async def _forget(self, several: list[_Held]) -> None:
+        """Take items off the spool."""
+        await self.spool.acknowledge([held.msg for held in several])
+        for held in several:
+            self._let_go(held)
 
     def _let_go(self, held: _Held) -> None:
         """It is not in flight here any more; another delivery of the same item may be."""
@@ -403,7 +405,7 @@ class NatsConsumer(Session):
         if most and held.attempt >= most:
             await self._bury(held, note, f"{why}; that was attempt {held.attempt} of {most}")
         elif control.state == "discarded":
-            await self._forget(held)
+            await self._forget([held])
         elif note.attempt > held.attempt:  # it is in flight elsewhere
             self._let_go(held)
         else:
@@ -442,7 +444,7 @@ class NatsConsumer(Session):
         self.spool.memory.trim()
         await self._expire()
         for held in [held for held in self.held.values() if held.due == math.inf]:
-            await (self._forget(held) if held.done else self.link.send(held.msg.reply, b"+WPI"))
+            await (self._forget([held]) if held.done else self.link.send(held.msg.reply, b"+WPI"))
 
     async def leave(self) -> None:
         for held in sorted(self.held.values(), key=lambda held: held.seq):

@@ -302,6 +302,18 @@ class Link:
             pause = min(2 * pause, 1.0)
         return reply
 
+    async def call_all(self, subjects: list[str], payload: bytes) -> None:
+        """The same for several requests whose answers say nothing: sent together, and when not all are answered each
+        by itself."""
+        with self.replies() as (inbox, queue), suppress(TimeoutError, nats.errors.Error):
+            async with asyncio.timeout(TRY):
+                for subject in subjects:
+                    await self.client.publish(subject, payload, inbox)
+                answers = [await queue.get() for _ in subjects]
+                if all(answer is not None and not status(answer) for answer in answers):
+                    return
+        await asyncio.gather(*(self.call(subject, payload) for subject in subjects))
+
     def check(self, began: float, why: str) -> None:
         """Raise ServerUnreachable where nobody waits any longer for what was begun then."""
         if self.denied:

@@ -310,25 +310,20 @@ class Spool:
     async def counts(self) -> Counts:
         """How many items are where."""
         await self.link.loop.settled()
-        found, failed = await asyncio.gather(self.consumer(), self.failed())
-        return Counts(
-            await self.fresh(found), found["num_ack_pending"], found["delivered"]["stream_seq"], failed
-        )
+        (fresh, found), failed = await asyncio.gather(self.fresh(), self.failed())
+        return Counts(fresh, found["num_ack_pending"], found["delivered"]["stream_seq"], failed)
 
-    async def consumer(self) -> dict[str, Any]:
-        """What the server says of the delivery of items."""
-        return await self.link.api(f"CONSUMER.INFO.{self.items}.readers")
-
-    async def fresh(self, consumer: dict[str, Any]) -> int:
-        """How many items were never delivered. The consumer hears of a put a moment after its writer; the stream's last
-        number says whether it has."""
+    async def fresh(self) -> tuple[int, dict[str, Any]]:
+        """How many items were never delivered, and what the server says of delivery. The consumer hears of a put a
+        moment after its writer; the stream's last number says whether it has."""
+        asked = f"CONSUMER.INFO.{self.items}.readers", f"STREAM.INFO.{self.items}"
+        consumer, stream = await asyncio.gather(*map(self.link.api, asked))
         delivered, pending = int(consumer["delivered"]["stream_seq"]), int(consumer["num_pending"])
-        state = (await self.link.api(f"STREAM.INFO.{self.items}"))["state"]
-        if int(state["last_seq"]) == delivered + pending:
-            return pending
+        if int(stream["state"]["last_seq"]) == delivered + pending:
+            return pending, consumer
         async for msg in self.link.read(self.items, self.subject("item", "*"), delivered + 1, 1):
-            return 1 + int(header(msg, "Nats-Num-Pending", "0"))
-        return 0
+            return 1 + int(header(msg, "Nats-Num-Pending", "0")), consumer
+        return 0, consumer
 
     # Its end, and a new beginning
 
@@ -355,17 +350,18 @@ class Spool:
             await self.forget(self.notes, "failed", seq)
         while found := await self.pull(100):
             removed += len(found)
-            await asyncio.gather(*map(self.acknowledge, found))
+            await self.acknowledge(found)
         await self.tell()
         return removed
 
-    async def acknowledge(self, msg: Msg) -> None:
-        """Take an item off the spool, its pieces and what is known of its failures after it."""
-        await self.link.call(msg.reply, b"+ACK")
-        if header(msg, "Spool-Size"):
-            await self.forget(self.items, "chunk", msg_id(msg))
-        if msg.metadata.num_delivered > 1:
-            await self.forget(self.notes, "failed", msg.metadata.sequence.stream)
+    async def acknowledge(self, messages: list[Msg]) -> None:
+        """Take items off the spool, their pieces and what is known of their failures after them."""
+        await self.link.call_all([msg.reply for msg in messages], b"+ACK")
+        for msg in messages:
+            if header(msg, "Spool-Size"):
+                await self.forget(self.items, "chunk", msg_id(msg))
+            if msg.metadata.num_delivered > 1:
+                await self.forget(self.notes, "failed", msg.metadata.sequence.stream)
 
     async def at(self, seq: int) -> dict[str, Any]:
         """The item of that number as the stream's leader has it; {} where it is no more."""
