@@ -413,10 +413,9 @@ def _trying(place: Path, where: str, say: Callable[..., None]) -> Iterator[None]
 
 
 def _is_in_flight(session: Session, number: int) -> bool:
-    records = rows(session.journal.words)
-    found = records[(records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.SEQ] == number)]
-    alive = session.directories.alive
-    return any(not liveness.has_crashed(alive, int(owner)) for owner in found[:, W.OWNER])
+    records, alive = rows(session.journal.words, W.IN_FLIGHT), session.directories.alive
+    found = records[records[:, W.SEQ] == number, W.OWNER]
+    return any(not liveness.has_crashed(alive, owner) for owner in found.tolist())
 
 
 def _rebuild(session: Session, aside: dict[int, str], done: list[bool]) -> tuple[None, int, int]:

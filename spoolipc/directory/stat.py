@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from ..errors import LockTimeout
 from ..message import Limits, SpoolStat, State
 from . import fs, liveness, pool
@@ -97,8 +95,7 @@ def _pinned(visitor: Visitor) -> dict[str, Any]:
     """How many files of `free/` are pinned or reserved, their bytes, and these by process: a step."""
     if visitor.journal is None:
         return {"pinned_files": 0, "pinned_bytes": 0, "pinned_by": {}}
-    records = rows(visitor.journal.words)
-    sizes = records[np.isin(records[:, W.STATE], W.UNLISTED), W.BYTES]
+    sizes = rows(visitor.journal.words, *W.UNLISTED)[:, W.BYTES]
     by = pool.held_by(visitor.directories, visitor.journal.words)
     return {"pinned_files": len(sizes), "pinned_bytes": int(sizes.sum()), "pinned_by": by}
 

@@ -233,11 +233,12 @@ def linked(words: Words, head: int) -> list[int]:
     return found
 
 
-def rows(words: Words) -> Rows:
-    """The records, used now or once, one a row: a view of the words."""
+def rows(words: Words, *states: int) -> Rows:
+    """The records, used now or once, one a row: a view of the words; with `states`, a copy of those in one of them."""
     end = min(max(words[EDGE], HEADER), len(words))
     end -= (end - HEADER) % RECORD
-    return np.frombuffer(words, np.uint64)[HEADER:end].reshape(-1, RECORD)
+    records = np.frombuffer(words, np.uint64)[HEADER:end].reshape(-1, RECORD)
+    return records[np.isin(records[:, STATE], states)] if states else records
 
 
 def owned(words: Words, owners: Collection[int]) -> list[int]:
@@ -253,8 +254,7 @@ def owned(words: Words, owners: Collection[int]) -> list[int]:
 
 def held(words: Words) -> dict[int, int]:
     """Bytes of files pinned or reserved, by the token of who has them."""
-    records = rows(words)
-    records = records[np.isin(records[:, STATE], UNLISTED)]
+    records = rows(words, *UNLISTED)
     owners = np.unique(records[:, OWNER])
     return {int(owner): int(records[records[:, OWNER] == owner, BYTES].sum()) for owner in owners}
 
@@ -273,15 +273,13 @@ def _found(words: Words, field: int, tokens: Collection[int], states: tuple[int,
 
 def owners(words: Words) -> set[int]:
     """The tokens of the sessions that have something."""
-    records = rows(words)
-    return set(np.unique(records[np.isin(records[:, STATE], OWNED), OWNER]).tolist())
+    return set(np.unique(rows(words, *OWNED)[:, OWNER]).tolist())
 
 
 def files(words: Words, states: tuple[int, ...]) -> dict[int, int]:
     """The sizes of the files whose records are in one of `states`, all of `items/` or all of `free/`, by the numbers in
     their names."""
-    records = rows(words)
-    records = records[np.isin(records[:, STATE], states)]
+    records = rows(words, *states)
     numbers = records[:, SEQ if states[0] in IN_ITEMS else FILE]
     return dict(zip(numbers.tolist(), records[:, BYTES].tolist(), strict=True))
 
