@@ -25,7 +25,7 @@ from base64 import b64decode
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any, Final, get_args
 
@@ -375,21 +375,22 @@ class Spool:
         if not pieces:
             return 0
         kept = {each.rpartition(".")[2] for each in await self.subjects(self.items, "item", "*")}
-        kept |= {
-            number for number, _ in (await self.dead()).values()
-        }  # after the items, which become dead letters
+        kept |= {number for number, _ in (await self.dead()).values()}  # after the items, which become such
+        old = list[tuple[int, str, int]]()
         for subject, count in pieces.items():
             number = subject.rpartition(".")[2]
-            # Asked for by name as well: what is told in parts may pass over some, and a dead letter be an item again.
-            if number in kept or (await self.last(self.items, "item", number))[0]:
+            asked = f"STREAM.MSG.GET.{self.items}", {"last_by_subj": subject}
+            if number in kept or not (found := await self.link.api(*asked, missing=True)):
                 continue
-            asked = {"last_by_subj": subject}
-            last = await self.link.api(f"STREAM.MSG.GET.{self.items}", asked, missing=True)
             # RFC 3339, in nanoseconds, which Python does not read.
-            put = (
-                datetime.fromisoformat(f"{last['message']['time'][:19]}+00:00") if last else datetime.now(UTC)
-            )
+            put = datetime.fromisoformat(f"{found['message']['time'][:19]}+00:00")
             if time.time() - put.timestamp() > ORPHANED:
+                old.append((found["message"]["seq"], number, count))
+        for _, number, count in sorted(
+            old
+        ):  # in their order, so that who sent several finds the first missing
+            # Asked for by name as well: what is told in parts may pass over some, and a dead letter be an item again.
+            if not (await self.last(self.items, "item", number))[0]:
                 removed += count if dry_run else await self.forget(self.items, "chunk", number)
         return removed
 
