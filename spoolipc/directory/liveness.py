@@ -82,8 +82,6 @@ def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
     except FileNotFoundError:
         return missing
     except OSError as error:
-        if fs.is_own_limit(error):
-            raise
         return error.errno in fs.NO_FILE  # no session has such a file
     with fs.Closing(fd):
         return fs.lock(fd)

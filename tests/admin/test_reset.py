@@ -17,6 +17,7 @@ from support.peer import Peer
 from spoolipc import (
     LimitMismatch,
     NotASpool,
+    ShutDown,
     SpoolInUse,
     SpoolReader,
     SpoolWriter,
@@ -26,7 +27,7 @@ from spoolipc import (
     set_limits,
     stat,
 )
-from spoolipc.directory import DirectoryEngine, housekeeping
+from spoolipc.directory import DirectoryEngine, housekeeping, reset
 from spoolipc.directory.layout import FILES, PARTS
 from spoolipc.directory.session import Session
 from spoolipc.message import Limits
@@ -99,6 +100,20 @@ def test_removal_killed_at_any_name_is_finished_by_the_next(tmp_path: Path) -> N
         if not killed:
             assert place > 10
             break
+
+
+def test_nothing_is_put_into_a_spool_whose_removal_has_begun(
+    spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(_: object) -> list[int]:
+        with SpoolWriter(spool) as writer, pytest.raises(ShutDown):
+            writer.put(np.zeros(9))
+        return []
+
+    SpoolWriter(spool).close()
+    monkeypatch.setattr(reset, "failed_numbers", meanwhile)
+    remove(spool)
+    assert not spool.exists()
 
 
 def test_spool_that_holds_a_foreign_file_is_not_removed(spool: Path) -> None:

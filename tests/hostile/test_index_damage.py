@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.account import names_in
 from support.damage import item_name, picture, refused
-from support.faults import forked
+from support.faults import Injector, fail, forked
 from support.peek import COUNTS, HEADER_BYTES, POSITIONS, RECORDS, poke
 from support.peer import Peer
 
@@ -28,6 +29,7 @@ from spoolipc import (
     SpoolError,
     SpoolReader,
     SpoolWriter,
+    StorageError,
     UnknownVersion,
     failed_list,
     fsck,
@@ -351,6 +353,31 @@ def test_random_words_in_the_index_cost_no_item(values: dict[int, int], mapped: 
         kept = [int(np.load(letter.path)[0]) for letter in letters]
         assert sorted(got + kept) == sorted([3, *put])
         assert stat(place).failed == len(letters)
+
+
+def test_an_index_that_cannot_be_built_again_now_is_left_as_it_is(path: Path) -> None:
+    """It still tells which numbers were given."""
+    poke(path, "boot", 1)
+    before = (path / "index").read_bytes()
+    with (
+        Injector(lambda event: event.name == "allocate" and fail(errno.EIO)(event)),
+        pytest.raises(StorageError),
+    ):
+        SpoolReader(path)
+    assert (path / "index").read_bytes() == before
+    with SpoolWriter(path) as writer:
+        assert writer.put(array(LAST + 1)) == LAST + 1
+
+
+def test_an_index_and_a_spool_json_that_are_both_lost_are_a_clear_error(path: Path) -> None:
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        overwrite(path, bytes(size(path)))
+        (path / "spool.json").rename(path.parent / "kept")
+        for call in (lambda: writer.put(array(20)), reader.get_nowait):
+            with pytest.raises(SpoolError):
+                call()
+        (path.parent / "kept").rename(path / "spool.json")
+        assert drained(reader) == WAITING
 
 
 def test_qsize_empty_and_full_follow_an_index_that_another_process_built_again(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 from support.arrays import Array
 from support.calls import Call
-from support.faults import Injector
+from support.faults import Event, Injector, fail
 
-from spoolipc import Full, LimitMismatch, ShutDown, SpoolReader, SpoolWriter, TooLarge
+from spoolipc import Full, LimitMismatch, ShutDown, SpoolReader, SpoolWriter, StorageError, TooLarge
 from spoolipc.directory import doorbell, fs, session
 from spoolipc.directory.session import Side
 
@@ -208,6 +209,18 @@ class TestFileSystem:
         with pytest.raises(Full):
             writer.put_nowait(pages(3))
         assert not list((spool / "free").iterdir())
+
+    def test_a_session_for_which_no_file_can_be_made_says_so(self, spool: Path) -> None:
+        SpoolWriter(spool).close()
+        (spool / "spare").unlink()  # which is for that
+
+        def refuse(event: Event) -> None:
+            if event.name == "open_at" and event.args[1] & os.O_EXCL:
+                fail(errno.ENOSPC)(event)
+
+        with Injector(refuse), pytest.raises(StorageError) as raised:
+            SpoolReader(spool)
+        assert raised.value.errno == errno.ENOSPC
 
     def test_a_session_that_was_closed_is_not_asked_to_give_way(
         self, tmp_path: Path, writer: SpoolWriter, free: list[int]
