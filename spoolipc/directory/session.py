@@ -305,9 +305,9 @@ class Session:
         """In the block, an error of a system call is raised as one that names the path."""
         try:
             yield
-        except SpoolError:
-            raise
         except OSError as error:
+            if not fs.is_of_file(error):
+                raise
             raise self.explained(error) from error
 
     # Looking without the lock
