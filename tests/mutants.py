@@ -74,7 +74,6 @@ gc-planted | gc | test_gc dry_run | not stat.S_ISREG(status.st_mode): ==> False:
 alive | liveness | test_gc live_sessions | not fs.lock(fd): ==> False:
 # reader crashes with items in flight
 crashed | housekeeping | test_leases sleeping_reader | = _crashed(session)¶    items ==> = set[int]()¶    items
-crash-order | housekeeping | test_leases who_opens | reversed(active(words)): ==> active(words):
 gc-order | table | test_gc redelivered_in_order | in reversed(active(words)) ==> in active(words)
 first | transitions | test_order before_all | words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] ==> words[W.READY_HEAD]
 # the last writer leaves, is killed at any call, or ends without closing
@@ -85,6 +84,7 @@ writer-crashed | receiving | test_last_writer killed_writer | self.session.step(
 end-awaited | housekeeping | test_last_writer is_settled | = min(below, words[W.ENDING] or below) ==> = 0
 # reader hangs
 lease | housekeeping | test_directory_engine lease_ended | 0 < ends <= now: ==> False:
+lease-order | housekeeping | test_leases ended_together | reversed(active(words)): ==> active(words):
 late | consumer | test_directory_engine lease_ended | 0 < words[record + W.DUE] <= fs.monotonic_ns(): ==> False:
 attempt-asked | consumer | test_directory_engine lease_ended | and words[record + W.ATTEMPT] == delivery.attempt ==>
 sooner | transitions | test_leases shorter_delay | not words[W.NEXT_DUE] or due < ==> not
@@ -328,7 +328,7 @@ remedied | layout | test_users orchestrator | chmod -R {whom}= ==> chmod {whom}=
 # network file system
 network | layout | test_planted network | kind in NETWORK: ==> False:
 # spool deleted while in use
-gone-asleep | housekeeping | test_deleted a_part | session.step(session.see_itself) ==> pass
+gone-asleep | housekeeping | test_taken_away who_sleeps | session.step(session.see_itself) ==> pass
 # a run that ended badly is started again
 in-use | reset | test_reset fresh | if role not in allowed: ==> if False:
 in-use-items | reset | test_directory_engine producer_is_refused | == W.IN_FLIGHT and ==> == W.NOTHING and
@@ -425,6 +425,8 @@ GUARDS: Final = {
     "lock": "test_lock test_reentrance test_giving_way test_stopped_holder test_fork test_ends test_asyncio",
     "liveness": "test_limits test_gc test_last_writer test_leases test_wakeups",
     "reset": "test_reset",
+    "housekeeping": "test_join test_gc test_leases test_taken_away test_stops_nobody test_dead_letters test_shutdown"
+    " test_last_writer test_reset test_giving_way test_bounded_steps test_deleted test_queues",
 }
 """Modules of recovery, forks and the pool, and the tests that hold each of their guards."""
 EXPLAINED: Final = """

@@ -138,16 +138,13 @@ def round_if_due(session: Session) -> None:
     """One round of housekeeping, when nobody kept house within the second or something has ended."""
     words = session.look()
     if is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
-        session.step(round_of, session, False)
+        session.step(round_of, session)
     if session.look()[W.HOUSEKEPT] != session.looked_at:
         session.step(session.see_itself)
 
 
-def round_of(session: Session, force: bool) -> tuple[None, int, int]:
-    """One round; does nothing, unless forced, when somebody did it within the second. A step."""
-    words = session.journal.words
-    if not force and not is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
-        return None, 0, 0
+def round_of(session: Session) -> tuple[None, int, int]:
+    """One round. A step."""
     now = fs.monotonic_ns()
     crashed = _crashed(session)
     items, space, left = _settle_round(session, crashed, now)
@@ -190,21 +187,20 @@ def _settle_round(session: Session, crashed: set[int], now: int) -> tuple[int, i
         if settled == _AT_ONCE:
             soonest = now  # the next step goes on
             break
-        ends, why = words[record + W.DUE], ""
-        if words[record + W.STATE] == W.IN_FLIGHT and words[record + W.OWNER] in crashed:
-            why = "its reader crashed"
-        elif 0 < ends <= now:
-            why = "its lease ended"
+        ends = words[record + W.DUE]
+        if 0 < ends <= now:
+            more, room = put_right(session, record, "its lease ended")
+            items, space, settled = items + more, space + room, settled + 1
         elif ends and (not soonest or ends < soonest):
             soonest = ends
-        if why:
-            more, room = put_right(session, record, why)
-            items, space, settled = items + more, space + room, settled + 1
     rest = owned(session.journal.words, crashed) if crashed else []
-    for record in rest[: _AT_ONCE - settled]:
-        put_right(session, record, "its reader crashed")
-    session.journal.words[W.NEXT_DUE] = soonest
-    return items, space, len(rest) > _AT_ONCE - settled
+    most = _AT_ONCE - settled
+    for record in rest[:most]:
+        more, room = put_right(session, record, "its reader crashed")
+        items, space = items + more, space + room
+    is_left = len(rest) > most
+    session.journal.words[W.NEXT_DUE] = now if is_left else soonest
+    return items, space, is_left
 
 
 def end_loans(session: Session, lenders: Collection[int]) -> bool:

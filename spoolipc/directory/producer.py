@@ -66,7 +66,7 @@ class DirectoryProducer(Side):
         self._places = 0  # for how many more items there was room when the last was put
         try:
             with self.session.explaining():
-                self.session.step(housekeeping.round_of, self.session, True)
+                self.session.step(housekeeping.round_of, self.session)
                 if self._durable:
                     fs.sync_way(self.session.directories.root, Path(self.path))  # who made it may not have
                 if options.fresh:

@@ -104,7 +104,7 @@ class Receiver(Side):
         words = self.session.journal.words
         if self._ends and not (waiting(words) or words[W.IN_FLIGHT_COUNT] or self._has_writer()[0]):
             self._first, self._since = words[W.NEXT_SEQ], fs.monotonic_ns()
-        return housekeeping.round_of(self.session, True)
+        return housekeeping.round_of(self.session)
 
     def _take_place(self) -> None:
         """Where this session says that it looks at items without the lock. A step."""
@@ -208,7 +208,7 @@ class Receiver(Side):
         words = session.journal.words
         items = space = 0
         if housekeeping.is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
-            _, items, space = housekeeping.round_of(session, False)
+            _, items, space = housekeeping.round_of(session)
             words = session.journal.words
         if len(recycler.pins.pending) > leave:
             recycler.reclaim(leave)

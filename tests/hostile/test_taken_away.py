@@ -18,7 +18,7 @@ from support.faults import Event, Injector, fail
 from support.locks import lock_file
 from support.peek import peek_table
 from support.peer import Peer
-from support.waits import is_locked
+from support.waits import is_locked, start_waiting, until
 
 from spoolipc import (
     Empty,
@@ -362,6 +362,20 @@ def test_nothing_is_logged_under_the_lock(spool: Path) -> None:
         log.removeHandler(handler)
     assert len(locked) >= 6
     assert not any(locked)
+
+
+def test_who_sleeps_makes_its_file_again(spool: Path) -> None:
+    """What it has in flight would else not be redelivered if it crashed in its sleep."""
+    with SpoolWriter(spool) as writer, Peer(spool) as peer:
+        before = set(tokens(spool))
+        writer.put(LARGE)
+        peer.run("reader = SpoolReader(path); item = reader.receive()")
+        start_waiting(peer, "len(reader.get(timeout=60))")
+        (file,) = set(tokens(spool)) - before
+        file.unlink()
+        until(file.exists)
+        writer.put(LARGE)
+        assert peer.answer() == len(LARGE)
 
 
 def test_a_session_whose_file_was_exchanged_gives_back_nothing_that_was_taken_from_it(spool: Path) -> None:

@@ -97,6 +97,17 @@ class Stage:
 
         assert forked(work)
 
+    def left_files(self) -> None:
+        """As many sessions crashed that had nothing."""
+        for number in range(self.count):
+            (self.path / "alive" / f"{number + 1:016x}").touch(mode=0o600)
+
+    def left_staged(self) -> None:
+        """A session crashed that had staged as many files."""
+        (self.path / "alive" / f"{1:016x}").touch(mode=0o600)
+        for number in range(self.count):
+            (self.path / "tmp" / f"{1:016x}-{number}.npy").touch(mode=0o600)
+
     def crash_of(self, begin: Callable[[], object]) -> None:
         def work() -> None:
             begin()
@@ -175,6 +186,8 @@ CASES: Final[dict[str, tuple[Callable[[Stage], object], Callable[[Stage], object
     "open after a crash with arrays": (lambda stage: stage.crash_of(stage.got), Stage.open),
     "open after a crash with loans": (lambda stage: stage.crash_of(stage.lent), Stage.open),
     "open after a crash with lent arrays": (lambda stage: stage.crash_of(stage.committed), Stage.open),
+    "open after crashes": (Stage.left_files, lambda stage: stage.kept.append(SpoolReader(stage.path))),
+    "open after a crash with staged files": (Stage.left_staged, Stage.open),
     "gc after a crash with items": (
         lambda stage: stage.crash_of(stage.received),
         lambda stage: spoolipc.gc(stage.path),
@@ -186,7 +199,17 @@ CASES: Final[dict[str, tuple[Callable[[Stage], object], Callable[[Stage], object
     "failed_retry": (Stage.rejected, lambda stage: spoolipc.failed_retry(stage.path, None)),
     "failed_drop": (Stage.rejected, lambda stage: spoolipc.failed_drop(stage.path, None)),
 }
-CORE: Final = ("put_many", "get_many", "get_many, small", "arrays dropped", "close with items", "purge")
+CORE: Final = (
+    "put_many",
+    "get_many",
+    "get_many, small",
+    "arrays dropped",
+    "close with items",
+    "open after a crash with items",
+    "open after a crash with staged files",
+    "open after crashes",
+    "purge",
+)
 
 
 @pytest.mark.usefixtures("unverified")
