@@ -386,9 +386,7 @@ class Spool:
             put = datetime.fromisoformat(f"{found['message']['time'][:19]}+00:00")
             if time.time() - put.timestamp() > ORPHANED:
                 old.append((found["message"]["seq"], number, count))
-        for _, number, count in sorted(
-            old
-        ):  # in their order, so that who sent several finds the first missing
+        for _, number, count in sorted(old):  # in order, so that who sent several finds the first missing
             # Asked for by name as well: what is told in parts may pass over some, and a dead letter be an item again.
             if not (await self.last(self.items, "item", number))[0]:
                 removed += count if dry_run else await self.forget(self.items, "chunk", number)
