@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from .connect import connect
+from .connect import connect, shown
 from .directory import DirectoryEngine, check
 from .directory.check import FsckReport
 from .engine import Collector
@@ -111,7 +111,7 @@ def gc(path: Place, *, dry_run: bool = False, progress: Progress | None = None) 
     admin = connect(path).admin()
     if not isinstance(admin, Collector):
         what = "is in the memory of this process, where a crash leaves nothing to remove"
-        raise UnsupportedOperation(f"{os.fsdecode(path)}: {what}")
+        raise UnsupportedOperation(f"{shown(path)}: {what}")
     return admin.gc(dry_run, progress)
 
 
@@ -130,5 +130,5 @@ def fsck(path: Place, *, repair: bool = False, progress: Progress | None = None)
     engine = connect(path)
     if not isinstance(engine, DirectoryEngine):
         where = "on a server" if engine.crosses_processes else "in the memory of this process"
-        raise UnsupportedOperation(f"{os.fsdecode(path)}: is {where}, which has no files to check")
+        raise UnsupportedOperation(f"{shown(path)}: is {where}, which has no files to check")
     return check.fsck(path, repair, progress)

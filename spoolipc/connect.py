@@ -44,5 +44,10 @@ def connect(path_or_url: str | os.PathLike[str]) -> Engine:
             raise UnsupportedOperation(f"a spool on a server {what}") from None
         return NatsEngine(place)
     known = ", ".join(f"{each}://NAME" for each in SCHEMES)
-    told = re.sub("(?s):.*@", ":...@", place)  # without what may be a password
+    told = shown(place)
     raise ValueError(f"{told!r} is no URL that is known ({known}); the directory of that name is './{told}'")
+
+
+def shown(path_or_url: str | os.PathLike[str]) -> str:
+    """A path or URL as messages show it, without what may be a password."""
+    return re.sub("(?s):.*@", ":...@", os.fsdecode(path_or_url))

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .connect import connect
+from .connect import connect, shown
 from .directory import temporary
 from .engine import Pair, Pairing, Restorer
 from .errors import BadItem, Empty, ShutDown, SpoolClosed, UnsupportedItem, UnsupportedOperation
@@ -107,7 +107,7 @@ class Queue:
                     "allow_pickle needs a private directory: others could run code here; leave mode out"
                 )
             if path is not None and "://" in os.fsdecode(path):
-                raise ValueError(f"allow_pickle needs a directory of this machine, not {os.fsdecode(path)}")
+                raise ValueError(f"allow_pickle needs a directory of this machine, not {shown(path)}")
             mode = 0o700
         limits = Limits(maxsize=most if path is None else most or None, mode=mode)
         if path is not None:

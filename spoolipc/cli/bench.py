@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from spoolipc import SpoolReader, SpoolWriter, __version__
+from spoolipc.connect import shown
 
 SIZES, KINDS, WINDOW, TIMEOUT = (1_000, 64_000, 1_000_000, 54_000_000), ("one way", "round trip"), 8, 120.0
 SPAWN = multiprocessing.get_context("spawn")
@@ -68,7 +69,7 @@ def bench(directory: str | None = None, *, quick: bool = False) -> Json:
     The spools are made in `directory`, /dev/shm where there is one, and removed again. quick: fewer arrays and turns.
     """
     if directory is not None and not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
-        raise ValueError(f"{directory}: is not a directory that spools can be made in")
+        raise ValueError(f"{shown(directory)}: is not a directory that spools can be made in")
     place = directory or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     results: list[Json] = []
     for nbytes in SIZES:

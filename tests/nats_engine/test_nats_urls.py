@@ -6,6 +6,8 @@ import pickle
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from nats_engine.server import Server
 from spoolipc import (
     NotASpool,
+    Queue,
     ServerUnreachable,
     SpoolReader,
     SpoolWriter,
@@ -65,6 +68,37 @@ def test_url_without_its_secrets_is_the_path() -> None:
     with pytest.raises(ValueError, match="is no name") as caught:
         connect(f"nats://me:{SECRET}@host/a.b")
     assert SECRET not in str(caught.value)
+
+
+WRONG = [f"{start}me:{SECRET}@host/name" for start in ("nat://", "NATS://", "nats:/", "nats:")]
+URL = f"nats://me:{SECRET}@127.0.0.1:1/name"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        *(partial(connect, url) for url in WRONG),
+        *(partial(connect, f"{url}/more?what=1") for url in (*WRONG, URL)),
+        partial(fsck, URL),
+        partial(Queue, path=URL, allow_pickle=True),
+        *(partial(main, [word, URL]) for word in ("fsck", "bench")),
+        *(partial(main, [word, url]) for word in ("stat", "gc", "fsck", "bench") for url in WRONG),
+        *(partial(main, ["forward", *ends]) for url in WRONG for ends in ((url, "there"), ("here", url))),
+    ],
+)
+def test_message_tells_no_secret(
+    act: Callable[[], object],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = act()
+    except (ValueError, UnsupportedOperation, SystemExit) as error:
+        code = str(error)
+    assert code
+    assert "hunter" not in f"{code}{capsys.readouterr()}"
 
 
 def test_server_that_is_not_there_is_a_clear_error() -> None:

@@ -79,7 +79,7 @@ FLOORS: Final = {
     "forward": "engine connect",
     "spoolipc": "admin forward item queue mp workers temporary check gc",
     "cli.text": "check gc",
-    "cli.bench": "spoolipc",
+    "cli.bench": "spoolipc connect",
     "cli.main": "spoolipc admin connect forward temporary cli.bench cli.text",
     "__main__": "cli.main",
 }
