@@ -40,7 +40,7 @@ def connect(path_or_url: str | os.PathLike[str]) -> Engine:
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] != "nats":
                 raise
-            what = "needs nats-py, which is not installed: pip install 'spoolipc[nats]'"
+            what = "needs nats-py, which is not installed: pip install nats-py"
             raise UnsupportedOperation(f"a spool on a server {what}") from None
         return NatsEngine(place)
     known = ", ".join(f"{each}://NAME" for each in SCHEMES)

@@ -92,7 +92,7 @@ def options(where: Address) -> dict[str, Any]:
         if name in found:
             _check(where, _word_of(name), found[name], marks)
             if find_spec("nkeys") is None:
-                what = "needs nkeys, which is not installed: pip install 'spoolipc[nats]'"
+                what = "needs nkeys, which is not installed: pip install nkeys"
                 raise UnsupportedOperation(f"{where.path}: {_word_of(name)} {what}")
     if where.scheme == "tls" or any(os.environ.get(each) for each in ("NATS_CA", "NATS_CERT")):
         found["tls"] = _context(where)

@@ -144,7 +144,7 @@ def test_without_the_client_the_error_says_what_to_install(monkeypatch: pytest.M
     for name in [name for name in sys.modules if name.split(".")[0] == "nats" or "spoolipc.nats" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nats", None)  # as if it were not there
-    with pytest.raises(UnsupportedOperation, match=r"pip install 'spoolipc\[nats\]'"):
+    with pytest.raises(UnsupportedOperation, match=r"pip install nats-py"):
         connect("nats://host/name")
 
 
