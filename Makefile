@@ -83,7 +83,7 @@ bench: $(VENV)/.bench  ## measure beside the peers and redraw docs/performance.m
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.report $(if $(findstring --quick,$(ARGS)),benchmarks/results/quick.json)
 
-bench-nats: $(STAMP)  ## measure spools on servers beside plain nats-py; ARGS="--quick" is shorter
+bench-nats: $(VENV)/.bench  ## measure spools on servers beside plain nats-py and others; ARGS="--quick" is shorter
 	$(BIN)/python -m benchmarks.servers $(ARGS)
 
 $(VENV)/.bench: $(STAMP)

@@ -161,18 +161,14 @@ async def _stream(url: str, size: int) -> None:
 def put_plain(url: str, size: int, count: int) -> None:
     async def run() -> None:
         client = await _client(url)
-        stream = client.jetstream(publish_async_max_pending=100_000)
+        stream = client.jetstream()
         data = np.ones(size, np.uint8).tobytes()
         pieces = [data[at : at + PIECE] for at in range(0, size, PIECE)]
-        window: list[asyncio.Future[Any]] = []
-        most = max(1, min(1024, AHEAD // len(pieces[0])))
-        for _ in range(count):
-            for piece in pieces:
-                window.append(await stream.publish_async(f"plain-{size}", piece))
-                if len(window) >= most:
-                    await asyncio.gather(*window[: most // 2 or 1])
-                    del window[: most // 2 or 1]
-        await asyncio.gather(*window)
+        several, most = pieces * count, max(1, min(512, AHEAD // len(pieces[0])))
+        for at in range(0, len(several), most):
+            await asyncio.gather(
+                *[await stream.publish_async(f"plain-{size}", piece) for piece in several[at : at + most]]
+            )
         await client.close()
 
     asyncio.run(run())
