@@ -215,7 +215,7 @@ def test_item_whose_acknowledgement_is_not_answered_is_returned_once(url: str, h
 
         link.call_all = lose
         assert [reader.get(timeout=20)[0] for _ in range(2)] == [1, 0]
-        assert lost.is_set()
+        assert lost.wait(20)
         with pytest.raises(Empty):
             reader.get(timeout=7)  # a server delivers again after 5 seconds
         assert (stat(url).in_flight, stat(url).depth) == (0, 0)
