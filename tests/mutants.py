@@ -408,8 +408,8 @@ memory-bytes | memory/spool | test_memory_engine | if self.bytes + size > most: 
 """
 
 GUARDS: Final = {
-    "transitions": "test_transitions test_order test_leases test_dead_letters test_loans test_recycling"
-    " test_preallocate test_limits test_views test_failed test_fork",
+    "transitions": "test_transitions test_dead_letters test_failed test_loans test_recycling test_leases test_order"
+    " test_index_damage test_preallocate test_limits test_views test_fork",
     "pool": "test_transitions test_limits test_messages test_recycling test_loans test_order_of_calls test_full_disk"
     " test_giving_way test_wakeups",
     "recycling": "test_recycling test_limits test_threads test_taken_away test_syscalls test_call_budget"

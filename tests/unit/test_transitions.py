@@ -406,3 +406,29 @@ def test_of_large_pooled_files_one_already_mapped_is_found_and_of_small_ones_the
     assert find_pooled(spool.words, smaller, size - 1, ()) == (0, 0)
     if size == LARGE:
         assert find_pooled(spool.words, size, size, (), True) == (0, 0)
+
+
+def test_a_queue_that_counts_what_it_does_not_link_is_damage(spool: Spool) -> None:
+    assert transitions.first(spool.words) == 0
+    for length in (W.READY_LENGTH, W.REDELIVERY_LENGTH):
+        spool.words[length] = 1
+        with pytest.raises(W.IndexDamaged):
+            transitions.first(spool.words)
+        spool.words[length] = 0
+
+
+def test_a_file_is_moved_where_it_is_kept_and_is_its_item_until_it_is_to_be_written(spool: Spool) -> None:
+    walk, words = Walk(spool, 1), spool.words
+    new = walk.next("put_new")
+    assert new is not None
+    spool.commit(new)
+    record = transitions.first(words)
+    name = item_name(words[record + W.SEQ])
+    assert transitions.consume(words, record, 3, keep=False)[3] == ("items", name, "", "")
+    forgotten = transitions.dead_letter(words, record, "", "")
+    assert (forgotten[0], forgotten[3]) == (transitions.MEMORY, None)
+    spool.commit(transitions.consume(words, record, 0, keep=True))
+    assert words[record + W.SEQ]
+    spool.commit(transitions.reserve(words, *walk.pooled(), 7))
+    spool.commit(transitions.release(words, record))
+    assert words[record + W.SEQ] == 0
