@@ -66,7 +66,7 @@ class Loop:
     def __init__(self) -> None:
         self.process = os.getpid()
         self._loop = asyncio.new_event_loop()
-        self._beside = set[asyncio.Task[None]]()
+        self._beside = dict[asyncio.Task[None], None]()
         self._thread = threading.Thread(target=self._loop.run_forever, name="spoolipc-nats", daemon=True)
         self._thread.start()
         atexit.register(self.end)
@@ -81,9 +81,10 @@ class Loop:
             raise
 
     async def settled(self) -> None:
-        """Wait for what was begun beside, some seconds at most: who counts is to count what it did."""
-        if others := self._beside - {asyncio.current_task()}:
-            await asyncio.wait(others, timeout=TRY)
+        """Wait for what was begun beside before this, some seconds at most: who counts is to count what it did."""
+        task = asyncio.current_task()
+        if earlier := [*itertools.takewhile(lambda each: each is not task, self._beside)]:
+            await asyncio.wait(earlier, timeout=TRY)
 
     def is_this_thread(self) -> bool:
         return threading.current_thread() is self._thread
@@ -99,8 +100,8 @@ class Loop:
                 await work(*args)
 
         task = self._loop.create_task(run())
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+        self._beside[task] = None
+        task.add_done_callback(self._beside.pop)
 
     def end(self) -> None:
         """Let what was begun beside end, before the process does."""

@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
@@ -70,14 +71,15 @@ class Session:
 
     role: str
     is_remote = True
+    _closed = True  # until there is something to close
 
     def __init__(self, where: Address, limits: Limits, create: bool, options: ProducerOptions | None) -> None:
         self.path, self._process = where.path, os.getpid()
-        self._closed = False
         self.link = Link(where)
         self.spool = Spool(self.link, where.name, where.replicas, where.storage)
         self._token = os.urandom(8).hex()
         self._renewing: asyncio.Task[None] | None = None
+        self._closed = False
         try:
             self.link.loop.run(within(time.monotonic() + _OPENING, self._open, limits, create, options))
         except BaseException:
@@ -106,18 +108,17 @@ class Session:
 
         await self._renew()
         await self.spool.change(agree)
-        self._renewing = asyncio.get_running_loop().create_task(self._renew_always())
+        self._renewing = asyncio.get_running_loop().create_task(_renew_always(weakref.ref(self)))
 
     async def _renew(self) -> None:
         headers = {"Nats-TTL": f"{PRESENCE}s"}
         await self.spool.note(f"session.{self.role}.{self._token}", b"", headers=headers)
 
-    async def _renew_always(self) -> None:
-        while True:
-            await asyncio.sleep(_RENEW)
-            with suppress(errors.SpoolError, nats.errors.Error):
-                await self.renewed()
-                await self._renew()
+    async def say(self) -> None:
+        """Say that it lives, and what a side has to say from time to time."""
+        with suppress(errors.SpoolError, nats.errors.Error):
+            await self.renewed()
+            await self._renew()
 
     async def renewed(self) -> None:
         """What a side has to say from time to time."""
@@ -173,16 +174,20 @@ class Session:
         return (await self.spool.counts()).waiting
 
     def close(self) -> None:
-        if self._closed or os.getpid() != self._process:
-            self._closed = True
-            return
-        self._closed = True
-        # What it has in flight is redelivered after that in any case.
-        end = partial(within, time.monotonic() + ACK_WAIT, self._close)
-        if self.link.loop.is_this_thread():  # which has collected what nobody closed
-            self.link.loop.beside(end)
-        else:
-            self.link.loop.run(end())
+        self._end(wait=not self.link.loop.is_this_thread())  # which may have collected what nobody closed
+
+    def __del__(self) -> None:
+        self._end(wait=False)
+
+    def _end(self, wait: bool) -> None:
+        closed, self._closed = self._closed, True
+        if not closed and os.getpid() == self._process:
+            # What it has in flight is redelivered after that in any case.
+            end = partial(within, time.monotonic() + ACK_WAIT, self._close)
+            if wait:
+                self.link.loop.run(end())
+            else:
+                self.link.loop.beside(end)
 
     async def _close(self) -> None:
         await self.link.loop.settled()
@@ -198,3 +203,13 @@ class Session:
 
     async def leave(self) -> None:
         """What a side does before it is gone."""
+
+
+async def _renew_always(there: weakref.ref[Session]) -> None:
+    """Let a session say that it lives, for as long as somebody holds it."""
+    while True:
+        await asyncio.sleep(_RENEW)
+        if (session := there()) is None:
+            return
+        await session.say()
+        del session

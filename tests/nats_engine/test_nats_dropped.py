@@ -1,0 +1,62 @@
+"""Writers and readers on servers that nobody closes."""
+
+from __future__ import annotations
+
+import gc as collector
+
+import numpy as np
+import pytest
+
+from nats_engine.server import Server
+from spoolipc import JoinableQueue, ShutDown, SpoolReader, SpoolWriter, remove, stat
+from spoolipc.nats import session
+
+
+@pytest.fixture
+def url(server: Server, request: pytest.FixtureRequest) -> str:
+    return server.url(request.node.name[:100])
+
+
+def test_writer_dropped_without_close_has_left(url: str) -> None:
+    with SpoolReader(url, end="writers") as reader:
+        writer = SpoolWriter(url)
+        writer.put(np.ones(3))
+        assert reader.get(timeout=30).sum() == 3
+        del writer
+        collector.collect()
+        with pytest.raises(ShutDown):
+            reader.get(timeout=30)
+        assert stat(url).live_sessions == 1
+
+
+def test_everybody_dropped_at_once_has_left_and_the_spool_can_be_removed(url: str) -> None:
+    faces = [SpoolWriter(url), SpoolReader(url, end="writers"), SpoolReader(url), JoinableQueue(path=url)]
+    assert stat(url).live_sessions == 5
+    faces.clear()
+    collector.collect()
+    assert stat(url).live_sessions == 0
+    remove(url)
+
+
+def test_item_of_a_reader_that_is_dropped_with_it_is_requeued(url: str) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as other:
+        writer.put(np.ones(3))
+        reader = SpoolReader(url)
+        item = reader.receive(timeout=30)
+        assert stat(url).in_flight == 1
+        del item, reader
+        collector.collect()
+        with other.receive(timeout=30) as item:
+            assert item.attempt == 2
+        assert stat(url).live_sessions == 2
+
+
+def test_item_that_is_held_keeps_its_dropped_reader(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_RENEW", 0.01)
+    with SpoolWriter(url) as writer:
+        writer.put(np.ones(3))
+        item = SpoolReader(url).receive(timeout=30)
+        collector.collect()
+        assert stat(url).in_flight == 1
+        item.ack()
+        assert (stat(url).in_flight, stat(url).depth) == (0, 0)
