@@ -148,7 +148,7 @@ def _told(role: str, url: str, count: int, told: Any) -> None:
                 reader.get()
                 after.append(_most())
     else:
-        forward(role, url, until_empty=True, moved=lambda items, _: after.extend([_most()] * items))
+        forward(role, url, end="writers", moved=lambda items, _: after.extend([_most()] * items))
     told.put((role, after))
 
 
