@@ -221,8 +221,11 @@ def test_item_whose_acknowledgement_is_not_answered_is_returned_once(url: str, h
         assert (stat(url).in_flight, stat(url).depth) == (0, 0)
 
 
-def test_servers_that_are_full_refuse_an_item_and_keep_nothing_of_it(tmp_path: Path) -> None:
+def test_servers_that_are_full_refuse_an_item_and_keep_nothing_of_it(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     server = Server(tmp_path, f'jetstream {{ store_dir: "{tmp_path / "store"}", max_file_store: 11000000 }}')
+    request.addfinalizer(server.stop)
     url = server.url("full")
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
         for _ in range(4):
@@ -234,7 +237,6 @@ def test_servers_that_are_full_refuse_an_item_and_keep_nothing_of_it(tmp_path: P
             assert stat(url).bytes == kept
             reader.get(timeout=20)
             writer.put(np.zeros(LARGE))
-    server.stop()
 
 
 def test_item_put_twice_by_its_id_is_stored_once(url: str) -> None:
