@@ -195,10 +195,14 @@ class Link:
 
     async def close(self) -> None:
         self._closed = True
+        heard: list[Any] = [each._wait_for_msgs_task for each in self.client._subs.values()]
         # The client waits for ever for a connection to close on which TLS failed.
         with suppress(Exception):
             async with asyncio.timeout(TRY if self.client.is_connected else 0.1):
                 await self.client.close()
+        for task in heard:  # which it leaves where the connection is lost
+            task.cancel()
+        await asyncio.gather(*heard, return_exceptions=True)  # else they may end as the process does
         self.interrupt()
 
     def interrupt(self) -> None:

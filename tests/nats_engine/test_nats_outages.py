@@ -15,6 +15,7 @@ from typing import Any
 import nats
 import numpy as np
 import pytest
+from support.waits import until
 
 from nats_engine.server import Server, SlowLine
 from spoolipc import (
@@ -116,6 +117,20 @@ def test_calls_wait_for_a_server_that_comes_back_and_keep_their_timeout(own_serv
         own_server.start()
         assert (waiting[0].result(60) == 1).all()
         assert waiting[1].result(60)
+
+
+def test_session_closed_while_its_server_is_away_leaves_no_task_to_its_loop(own_server: Server) -> None:
+    """asyncio prints a line for each that is forgotten."""
+    loop = linking.loop()._loop
+    before = asyncio.all_tasks(loop)
+    with SpoolReader(own_server.url("left")) as reader, SpoolWriter(own_server.url("left")) as writer:
+        own_server.stop()
+        with pytest.raises(ServerUnreachable):
+            reader.get(timeout=0.1)
+        clients = [reader._consumer.link, writer._producer.link]  # type: ignore[attr-defined]
+    until(lambda: asyncio.all_tasks(loop) <= before)
+    assert len(clients) == 2  # and not because nobody knows them any more
+    own_server.start()
 
 
 def test_calls_keep_their_timeout_while_a_server_hangs_and_closing_ends(
