@@ -17,7 +17,14 @@ from .. import __version__
 from ..admin import failed_drop, failed_list, failed_retry, fsck, gc, purge, remove, set_limits, stat
 from ..connect import connect
 from ..directory.temporary import remove_temporary
-from ..errors import NetworkFileSystem, NoSuchItem, NotASpool, SpoolError, UnknownVersion
+from ..errors import (
+    NetworkFileSystem,
+    NoSuchItem,
+    NotASpool,
+    SpoolError,
+    UnknownVersion,
+    UnsupportedOperation,
+)
 from ..forward import forward
 from . import text
 
@@ -95,7 +102,7 @@ _FSCK = """\
 Check every file of a spool and its index against each other: damaged items,
 items the index does not know, files that are missing or of no use, lists that
 contradict themselves, wrong modes, links and other planted things. Without
---repair it changes nothing.
+--repair it changes nothing. A spool on servers has no files to check.
 
 With --repair, damaged items move to failed/ with the reason, modes are closed,
 missing directories made, files of no item removed. Where the index contradicts
@@ -106,7 +113,8 @@ examples:
   %(prog)s /data/spool                  look
   %(prog)s /data/spool --repair && start-readers
 
-exit codes: 0 clean, or clean now; 1 problems are left; 2 not a spool"""
+exit codes: 0 clean, or clean now; 1 problems are left; 2 not the directory of
+a spool"""
 _FORWARD = """\
 Move the items of one spool to another, each a directory's or a server's, each
 item once, whatever crashes when: an item is acknowledged at its source when the
@@ -169,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except KeyboardInterrupt:
         return _complain(KeyboardInterrupt("interrupted"), INTERRUPTED)
-    except (NotASpool, NetworkFileSystem, UnknownVersion, NoSuchItem) as error:
+    except (NotASpool, NetworkFileSystem, UnknownVersion, UnsupportedOperation, NoSuchItem) as error:
         return _complain(error, WRONG_USE)
     except (SpoolError, OSError) as error:
         return _complain(error, PROBLEM)
@@ -208,7 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     one = _command(
         commands, "forward", "move items to another spool", _FORWARD, _FORWARD_EXAMPLES, _run_forward
     )
-    one.add_argument("destination", metavar="TO", type=_directory, help="the spool that gets them")
+    one.add_argument(
+        "destination", metavar="TO", type=_directory, help="the directory or URL of the one that gets them"
+    )
     one.add_argument("--rate", type=float, metavar="BYTES", help="most bytes a second")
     one.add_argument(
         "--max-bytes", type=int, metavar="BYTES", default=64 << 20, help="most on their way at once"
@@ -274,7 +284,8 @@ def _command(
         where = parser.add_mutually_exclusive_group(required=True)
         where.add_argument("--temporary", action="store_true", help="all temporary spools, those of Queue()")
     nargs = "?" if temporary else None
-    where.add_argument("path", metavar="DIR", nargs=nargs, type=_directory, help="the spool's directory")
+    what = "the spool's directory" if run is _run_fsck else "the spool's directory, or its URL on servers"
+    where.add_argument("path", metavar="DIR", nargs=nargs, type=_directory, help=what)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(command=run)
     return parser

@@ -158,10 +158,9 @@ def list_lines(letters: list[DeadLetter]) -> list[str]:
 
 def letter_lines(letter: DeadLetter) -> list[str]:
     """All that is known of a dead letter."""
-    lines = [
-        f"item {letter.seq}: {letter.reason}",
-        f"  file      {letter.path} ({size(letter.bytes)})",
-    ]
+    of = size(letter.bytes)
+    where = f"  file      {letter.path} ({of})" if letter.path else f"  size      {of}"
+    lines = [f"item {letter.seq}: {letter.reason}", where]
     if letter.put_time is not None:
         lines.append(f"  put       {_moment(letter.put_time)}")
     if letter.damage:

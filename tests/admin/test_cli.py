@@ -433,6 +433,20 @@ def test_url_says_why_it_is_not_for_the_command_line(command: str, run: Command)
     assert "'http://host/frames' is no URL that is known" in run(command, "http://host/frames").err
 
 
+def test_check_of_a_spool_on_servers_is_wrong_use(run: Command) -> None:
+    said = run("fsck", "nats://host/frames")
+    assert (said.code, said.out) == (2, "")
+    assert said.err == "spoolipc: nats://host/frames: is on a server, which has no files to check\n"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "forward"])
+def test_help_says_which_commands_take_a_url(command: str, run: Command) -> None:
+    takes_one = bool(
+        re.search(r"^ +DIR .*the spool's directory, or its URL", run(command, "--help").out, re.M)
+    )
+    assert takes_one == (not command.startswith("fsck"))
+
+
 def test_gc_that_built_a_damaged_index_again_says_so_and_exits_with_zero(path: Path, run: Command) -> None:
     (path / "index").write_bytes(b"rubbish" * 10_000)
     said = run("gc", path)

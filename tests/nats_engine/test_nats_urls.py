@@ -178,6 +178,8 @@ def test_command_line_takes_urls(server: Server, capsys: pytest.CaptureFixture[s
         told = capsys.readouterr().out
         assert "no good" in told
         assert "jetstream" in told
+        assert "  size      " in told
+        assert "  file  " not in told
         assert main(["failed", "retry", url]) == 0
         assert reader.qsize() == 3
         assert main(["set", url, "maxsize=7"]) == 0
@@ -185,7 +187,7 @@ def test_command_line_takes_urls(server: Server, capsys: pytest.CaptureFixture[s
         assert main(["purge", url]) == 0
         assert reader.empty()
         assert main(["gc", url]) == 0
-        assert main(["fsck", url]) == 1
+        assert main(["fsck", url]) == 2
         assert main(["rm", url]) == 1
     assert set_limits(url, maxsize=5).maxsize == 5
     assert purge(url) == 0
