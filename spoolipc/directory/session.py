@@ -173,8 +173,6 @@ class Session:
         when it finds the index damaged, so it must not do one thing twice.
         Raises LockTimeout, SpoolGone, SpoolClosed, StorageError, OSError, and what `work` raises.
         """
-        if self.is_forked:
-            self.ready()
         lock, thread = self.lock, get_ident()
         if thread in steps:
             raise reentered(self.path)
