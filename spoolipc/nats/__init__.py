@@ -147,14 +147,17 @@ class NatsAdmin:
         async def run() -> T:
             link = Link(self._where)
             await link.open()
-            await link.loop.settled()
             try:
-                spool = Spool(link, self._where.name, self._where.replicas, self._where.storage)
-                await spool.open(create=False)
-                return await work(spool)
+                await link.loop.settled()
+                return await within(NOW, opened, Spool(link, where.name, where.replicas, where.storage))
             finally:
                 await link.close()
 
+        async def opened(spool: Spool) -> T:
+            await spool.open(create=False)
+            return await work(spool)
+
+        where = self._where
         return loop().run(run())
 
     def stat(self) -> values.SpoolStat:
@@ -180,8 +183,9 @@ class NatsAdmin:
 
     def remove(self) -> None:
         async def remove(spool: Spool) -> None:
-            if sessions := await spool.sessions():
-                raise errors.SpoolInUse(0, f"{spool.path}: is in use: {len(sessions)} sessions have it open")
+            if count := len(await spool.sessions()):
+                have = "1 session has" if count == 1 else f"{count} sessions have"
+                raise errors.SpoolInUse(0, f"{spool.path}: is in use: {have} it open")
             await spool.remove()
 
         self._do(remove)

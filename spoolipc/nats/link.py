@@ -43,6 +43,7 @@ _MOVE: Final = 10.0
 _NO_LEADER: Final = 10008
 """What a server says that does not know, for some seconds, who leads."""
 _limit: Final = ContextVar[float | None]("_limit", default=None)
+_NO_JETSTREAM: Final = "no JetStream answers"
 OLDEST: Final = (2, 12)
 """The first server that stores several messages as one, or none of them."""
 
@@ -155,7 +156,8 @@ class Link:
         return int(self.client.max_payload)
 
     async def open(self) -> None:
-        """Connect. Raises ServerUnreachable, AccessDenied, UnsupportedOperation for a server too old."""
+        """Connect. Raises ServerUnreachable, also where there is no JetStream, AccessDenied, UnsupportedOperation for
+        a server too old."""
         quiet = _Quiet(self, self._where)
         try:
             async with asyncio.timeout(5.0):
@@ -192,6 +194,12 @@ class Link:
         await self.client.subscribe(
             f"{self._inbox}.*", cb=self._hear, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
+        if not self.client._server_info.get("jetstream"):  # but another server of its cluster may have it
+            notes = f"$JS.API.STREAM.INFO.spoolipc-{self._where.name}-notes"
+            if await self.ask(notes) == _NO_JETSTREAM:
+                await self.close()
+                what = f"{_NO_JETSTREAM}; start the server with it: nats-server -js"
+                raise ServerUnreachable(f"{self.path}: {what}")
 
     async def close(self) -> None:
         self._closed = True
@@ -292,11 +300,17 @@ class Link:
             async with asyncio.timeout(seconds):
                 await self.client.publish(subject, payload, inbox, headers)
                 reply = await queue.get()
-        except (TimeoutError, nats.errors.Error) as error:
+        except TimeoutError:
+            return self._silence()
+        except nats.errors.Error as error:
             return _said(error)
         if reply is None:
-            return "the connection was lost"
-        return reply if status(reply) != 503 else "no JetStream answers"
+            return self._silence()
+        return reply if status(reply) != 503 else _NO_JETSTREAM
+
+    def _silence(self) -> str:
+        """Why there is no answer."""
+        return "it says nothing" if self.client.is_connected else "the connection is lost"
 
     async def call(self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None) -> Msg:
         """What is answered, sent again until it is. Raises ServerUnreachable when nothing is for some seconds."""
@@ -367,7 +381,7 @@ class Link:
                     except TimeoutError:
                         reply = None
                     if reply is None or (code := status(reply)) not in (0, 204, 404):
-                        self.check(began, "messages that were asked for do not come")
+                        self.check(began, self._silence())
                         break
                     if code:
                         left = int(header(reply, "Nats-Num-Pending", "0")) if code == 204 else 0

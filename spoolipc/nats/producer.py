@@ -394,7 +394,7 @@ class NatsProducer(Session):
             counts, control = await self.spool.counts(), await self.spool.agreed()
             return counts.waiting >= (control.limits.maxsize or 2**63)
 
-        return self.do(look())
+        return self.do(within(NOW, look))
 
     def join(self, until: Deadline, last: int = 0) -> int:
         return self.do(within(until, self._join, until, last))

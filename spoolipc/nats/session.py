@@ -165,10 +165,10 @@ class Session:
             self.spool.control = None
             return (await self.spool.agreed()).limits.maxsize or 0
 
-        return self.do(read())
+        return self.do(within(NOW, read))
 
     def qsize(self) -> int:
-        return self.do(self._qsize())
+        return self.do(within(NOW, self._qsize))
 
     async def _qsize(self) -> int:
         return (await self.spool.counts()).waiting

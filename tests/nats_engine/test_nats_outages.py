@@ -28,6 +28,10 @@ from spoolipc import (
     UnsupportedItem,
     failed_list,
     failed_retry,
+    gc,
+    purge,
+    remove,
+    set_limits,
     stat,
 )
 from spoolipc.connect import connect
@@ -81,6 +85,7 @@ def test_server_restarted_between_every_two_calls_loses_and_doubles_nothing(
             again(own_server)
             writer.put(np.full(size, float(number)))
         again(own_server)
+        assert reader.peek(timeout=30).seq
         assert reader.qsize() == 3
         for number in range(3):
             again(own_server)
@@ -91,8 +96,37 @@ def test_server_restarted_between_every_two_calls_loses_and_doubles_nothing(
             item.ack()
         again(own_server)
         with pytest.raises(Empty):
-            reader.get(block=False)
+            reader.get(timeout=1)
         assert stat(url).in_flight == 0
+
+
+def test_calls_that_do_not_wait_end_soon_while_the_server_is_away(own_server: Server) -> None:
+    url = own_server.url("soon")
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        own_server.stop()
+        for call in (writer.qsize, writer.full, reader.empty, lambda: reader.maxsize):
+            began = time.monotonic()
+            with pytest.raises(ServerUnreachable, match="no answer from the server: the connection is lost"):
+                call()
+            assert time.monotonic() - began < linking.PATIENCE / 3
+        own_server.start()
+
+
+@pytest.mark.parametrize("call", [stat, purge, remove, gc, failed_list, partial(set_limits, maxsize=3)])
+def test_looking_after_a_spool_ends_soon_where_servers_do_not_answer(
+    url: str, monkeypatch: pytest.MonkeyPatch, call: Any
+) -> None:
+    SpoolWriter(url).close()
+    ask = linking.Link.ask
+
+    async def asked(link: linking.Link, subject: str, *args: Any, **named: Any) -> Any:
+        return "it says nothing" if "API" in subject else await ask(link, subject, *args, **named)
+
+    monkeypatch.setattr(linking.Link, "ask", asked)
+    began = time.monotonic()
+    with pytest.raises(ServerUnreachable, match="it says nothing"):
+        call(url)
+    assert time.monotonic() - began < linking.PATIENCE / 3
 
 
 def test_server_that_is_killed_keeps_what_was_put(own_server: Server) -> None:

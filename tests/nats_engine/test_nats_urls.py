@@ -30,6 +30,7 @@ from spoolipc import (
 )
 from spoolipc.cli.main import main
 from spoolipc.connect import connect
+from spoolipc.nats.link import Link
 
 SECRET = "hunter2-and-more"
 
@@ -130,12 +131,17 @@ def test_older_server_is_an_error_that_names_the_version_needed(version: str, wh
         thread.join(20)
 
 
-def test_server_without_jetstream_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spoolipc.nats.link.PATIENCE", 2.0)
+@pytest.mark.parametrize("call", [SpoolWriter, SpoolReader, stat])
+def test_server_without_jetstream_is_an_error_at_once_that_says_how_to_start_it(
+    tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(Link, "check", lambda self, began, why: asked.append(why))
     server = Server(tmp_path, "# no jetstream")
     try:
-        with pytest.raises(ServerUnreachable, match="no JetStream answers"):
-            SpoolWriter(server.url("name"))
+        with pytest.raises(ServerUnreachable, match=r"no JetStream answers; start .* nats-server -js"):
+            call(server.url("name"))
+        assert not asked, "it was asked again"
     finally:
         server.stop()
 
@@ -188,7 +194,12 @@ def test_command_line_takes_urls(server: Server, capsys: pytest.CaptureFixture[s
         assert reader.empty()
         assert main(["gc", url]) == 0
         assert main(["fsck", url]) == 2
+        capsys.readouterr()
         assert main(["rm", url]) == 1
+        assert "2 sessions have it open" in capsys.readouterr().err
+        reader.close()
+        assert main(["rm", url]) == 1
+        assert "1 session has it open" in capsys.readouterr().err
     assert set_limits(url, maxsize=5).maxsize == 5
     assert purge(url) == 0
     remove(url)
