@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import chain
-from typing import Final, Protocol, cast
+from typing import Final, Protocol, TypeVar, cast
 
 from .connect import connect
 from .engine import (
@@ -44,6 +44,7 @@ from .errors import (
 from .message import NOW, Ack, Delivery, Message, flag, one_of, whole
 
 Place = str | os.PathLike[str]
+T = TypeVar("T")
 Moved = Callable[[int, int], None]
 """Told after each batch: items, bytes."""
 _log = logging.getLogger("spoolipc")
@@ -80,9 +81,10 @@ def forward(
 
     An item that cannot be read is a dead letter of the source; with `keep` it is passed over. One process forwards from
     a source to a destination: another that is begun meanwhile raises SpoolInUse, or makes the first one do so. While
-    the destination is full, or an end is away, this waits, and the log says so once. Raises NotASpool for a source that
-    was not there when this was called, TooLarge for an item that the destination never takes, AccessDenied,
-    StorageError.
+    the destination is full, or an end is away, this waits, and the log says so once, and when it goes on. Servers that
+    do not answer may be away from the first. Raises NotASpool for a source that is not there when it is first looked
+    for, and for a destination that cannot be made a spool then; TooLarge for an item that the destination never takes,
+    UnsafeSpool, AccessDenied, StorageError.
     """
     one_of("end", end, "shutdown", "writers")
     if flag("keep", keep) and end == "writers":
@@ -95,13 +97,14 @@ def forward(
         raise ValueError(f"rate must be a positive number of bytes a second, not {rate!r}")
     one = _Forwarder(stop or threading.Event(), moved, rate, whole("max_bytes", max_bytes, 1), until_empty)
     reading = ConsumerOptions(end=end, values=True, create=False)
+    writing = ProducerOptions(durability=durability)
 
     def move() -> None:
         with ExitStack() as ends:
-            consumer = ends.enter_context(closing(connect(source).consumer(reading)))
-            one.is_known = True
-            writing = ProducerOptions(durability=durability)
-            producer = ends.enter_context(closing(connect(destination).producer(writing)))
+            consumer = one.opened("source", lambda: connect(source).consumer(reading))
+            ends.enter_context(closing(consumer))
+            producer = one.opened("destination", lambda: connect(destination).producer(writing))
+            ends.enter_context(closing(producer))
             if consumer.path == producer.path:
                 raise ValueError(f"{consumer.path} is both source and destination")
             if keep:
@@ -126,7 +129,7 @@ class _To(Producer, Destination, Protocol):
 
 
 class _Forwarder:
-    """What was forwarded, and with what it goes on. is_known: the source has been there."""
+    """What was forwarded, and with what it goes on."""
 
     def __init__(
         self,
@@ -136,13 +139,23 @@ class _Forwarder:
         max_bytes: int,
         until_empty: bool,
     ) -> None:
-        self.total, self.is_known = 0, False
+        self.total = 0
         self._stop, self._moved, self._rate = stop, moved, rate
         # No more at once than a second's: else the rate would come in bursts.
-        self._max_bytes = max_bytes if rate is None else min(max_bytes, int(rate) + 1)
+        self._max_bytes = max_bytes if rate is None else int(min(max_bytes, rate + 1))
         self._until_empty = until_empty
         self._free = time.monotonic()
         self._pause, self._said = 0.0, ""
+        self._known = set[str]()
+        self._is_new = False
+
+    def opened(self, end: str, opening: Callable[[], T]) -> T:
+        """One of the ends, opened. Where there is no spool, one is waited for only if it has been there."""
+        self._is_new = end not in self._known
+        opened = opening()
+        self._known.add(end)
+        self._is_new = False
+        return opened
 
     def run(self, work: Callable[[], None]) -> None:
         """Do it, again and again while one of its ends is away."""
@@ -150,14 +163,24 @@ class _Forwarder:
             try:
                 return work()
             except _AWAY as error:
-                if isinstance(error, NotASpool) and not self.is_known:
+                if isinstance(error, NotASpool) and self._is_new:
                     raise
                 self._pause = min(2 * self._pause or 0.1, _LONGEST_PAUSE)
-                which = str(error).split(": ")[0]  # its path is what each begins with
-                if which != self._said:
-                    _log.warning("%s; forwarding waits for it", error)
-                    self._said = which
+                self._waits(str(error).split(": ")[0], error)  # its path is what each begins with
             self._stop.wait(self._pause)
+
+    def _waits(self, what: str, error: object) -> None:
+        """Tell what is waited for, once until it goes on."""
+        if what != self._said:
+            _log.warning("%s; forwarding waits for it", error)
+            self._said = what
+
+    def _goes_on(self) -> None:
+        """Nothing is waited for but items."""
+        self._pause = 0.0
+        if self._said:
+            _log.warning("forwarding goes on")
+            self._said = ""
 
     # Moving
 
@@ -169,6 +192,7 @@ class _Forwarder:
         waiting: list[Delivery] = []
         done: list[str] = []
         while producer.full():  # what is claimed and then not put has one attempt more
+            self._has_no_room(producer)
             if self._stop.wait(0.2):
                 return
         while not self._stop.is_set():
@@ -179,6 +203,7 @@ class _Forwarder:
             except Empty:
                 if self._until_empty:
                     return
+                self._goes_on()
                 continue
             batch = self._batch(consumer, waiting, here, done)
             while batch:
@@ -188,7 +213,7 @@ class _Forwarder:
                 arrived, batch = batch[:count], batch[count:]
                 done = _acknowledge(consumer, arrived)
                 here |= {message.id for _, message in arrived} - set(done)  # these will be delivered again
-                self._count([message for _, message in arrived])
+                self._count(producer, [message for _, message in arrived])
 
     def _claim(self, consumer: _From) -> list[Delivery]:
         """Some items, as many as may be on their way together. Raises Empty, ShutDown."""
@@ -224,20 +249,28 @@ class _Forwarder:
     def _put(self, producer: _To, source: str, messages: Sequence[Message], done: Sequence[str]) -> int:
         """Put the first of them, as soon as there is room; how many: none when this is to stop."""
         while not self._stop.is_set():
-            with suppress(Full):
+            try:
                 return producer.put_forwarded(source, messages, time.monotonic() + _LOOK, done)
+            except Full:
+                self._has_no_room(producer)
         return 0
 
-    def _count(self, messages: Sequence[Message]) -> None:
+    def _has_no_room(self, producer: _To) -> None:
+        what = f"{producer.path}: has no room"
+        self._waits(what, what)
+
+    def _count(self, producer: _To, messages: Sequence[Message]) -> None:
         """These were forwarded: tell so, and wait as the rate has it."""
-        self._pause, self._said = 0.0, ""
+        self._pause = 0.0
         nbytes = sum(message.nbytes for message in messages)
         self.total += len(messages)
         if self._moved is not None:
             self._moved(len(messages), nbytes)
+        if self._said and not producer.full():  # what is full most of the time is told once
+            self._goes_on()
         if self._rate is not None:
             self._free = max(self._free, time.monotonic()) + nbytes / self._rate
-            self._stop.wait(max(0.0, self._free - time.monotonic()))
+            self._stop.wait(min(max(0.0, self._free - time.monotonic()), threading.TIMEOUT_MAX))
 
     # Copying
 
@@ -256,11 +289,12 @@ class _Forwarder:
                         return
                     known = Known({}, {message.id: message.seq for message in batch[:count]})
                     after = max(known.put.values())
-                    self._count(batch[:count])
+                    self._count(producer, batch[:count])
                     batch = batch[count:]
             if ending:
                 return
             if after == before:
+                self._goes_on()
                 self._stop.wait(1.0)
                 ending = has_ended()
 

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import io
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from .. import __version__
@@ -119,8 +121,8 @@ _FORWARD = """\
 Move the items of one spool to another, each a directory's or a server's, each
 item once, whatever crashes when: an item is acknowledged at its source when the
 destination has it, and the destination remembers which it has. Runs until the
-source has ended, and waits while the destination is full or an end is away.
-Ctrl-C and SIGTERM end it when what is on its way has arrived.
+source has ended, and waits, which it says, while the destination is full or an
+end is away. Ctrl-C and SIGTERM end it when what is on its way has arrived.
 
 With --keep the items are copied and stay at the source, in flight or not, for
 its readers; begun again, it goes on after the last that was copied."""
@@ -189,6 +191,23 @@ def _complain(error: BaseException, code: int) -> int:
     if sys.stderr is not None:
         print(f"spoolipc: {text.one_line(error)}", file=sys.stderr)
     return code
+
+
+class _Log(logging.Handler):
+    """What the log says while a command is at work, printed as errors are, above its bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        if sys.stderr is not None:
+            with suppress(OSError):  # nobody reads it
+                tqdm.write(f"spoolipc: {text.printable(record.getMessage())}", file=sys.stderr)
+
+    def __enter__(self) -> None:
+        logging.getLogger("spoolipc").addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("spoolipc").removeHandler(self)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -377,7 +396,7 @@ def _run_forward(options: argparse.Namespace) -> int:
 
     before = {signum: signal.signal(signum, end) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with _bar("forward", "B") as bar:
+        with _bar("forward", "B") as bar, _Log(logging.WARNING):
             count = forward(
                 options.path,
                 options.destination,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +22,7 @@ import pytest
 from support.forwards import drained, fill
 from support.waits import until
 
-from nats_engine.server import Server
+from nats_engine.server import Server, free_port
 from spoolipc import (
     NotASpool,
     Queue,
@@ -156,6 +159,28 @@ def test_command_moves_items_and_says_how_many(
     assert main(["forward", str(tmp_path / "none"), destination]) == 2
 
 
+@pytest.mark.parametrize("away", ["source", "destination"])
+def test_command_waits_for_servers_that_do_not_answer_when_it_begins_and_says_so(
+    tmp_path: Path, away: str
+) -> None:
+    """Their name may be mistyped, or they may be away."""
+    here, there = str(tmp_path / "here"), f"nats://127.0.0.1:{free_port()}/there"
+    fill(here, 1)
+    ends = (there, here) if away == "source" else (here, there)
+    command = [sys.executable, "-m", "spoolipc", "forward", *ends]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            process.terminate()
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert said.startswith(f"spoolipc: {there}: cannot connect: ")
+    assert said.endswith("; forwarding waits for it\n")
+    assert (process.returncode, rest) == (128 + signal.SIGTERM, "")
+
+
 @pytest.mark.parametrize(
     ("origin", "to"), [("server", "directory"), ("directory", "server"), ("server", "server")]
 )
@@ -274,13 +299,20 @@ def test_servers_that_are_away_at_any_time_are_waited_for_and_told_once(
             with SpoolWriter(source) as writer:
                 writer.put(np.zeros(3))
             assert reader.get(timeout=60).shape == (3,)
+        until(lambda: caplog.text.count("goes on") == 2)
+        one.stop()
+        until(lambda: len(told(caplog)) >= 3, 60)  # another outage, though nothing came since
+        one.start()
+        until(lambda: caplog.text.count("goes on") == 3)
         stop.set()
         thread.join(60)
         assert not thread.is_alive()
         assert sorted(found) == ids
         said = told(caplog)
-        assert len(said) == 2, said
-        assert (str(other.port) in said[0], str(one.port) in said[1]) == (True, True)
+        assert len(said) == 3, said
+        assert [str(each.port) in line for each, line in zip((other, one, one), said, strict=True)] == [
+            True
+        ] * 3
     finally:
         one.stop()
         other.stop()

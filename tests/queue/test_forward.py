@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +29,7 @@ from spoolipc import (
     SpoolReader,
     SpoolWriter,
     StorageError,
+    UnsafeSpool,
     UnsupportedOperation,
     failed_list,
     forward,
@@ -161,8 +164,53 @@ def test_source_that_was_never_there_is_an_error_at_once(source: Path, destinati
     assert not destination.exists()
 
 
+@pytest.mark.parametrize("what", ["foreign", "file", "source/items", "source/inside"])
+@pytest.mark.parametrize("keep", [[], ["--keep"]])
+def test_destination_that_can_never_be_one_is_an_error_at_once(
+    source: Path, tmp_path: Path, what: str, keep: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(source, 1)
+    (tmp_path / "foreign").mkdir()
+    for each in ("foreign/name", "file"):
+        (tmp_path / each).touch()
+    assert main(["forward", str(source), str(tmp_path / what), *keep]) == 2
+    assert capsys.readouterr().err.startswith(f"spoolipc: {tmp_path / what}")
+    assert (stat(source).depth, stat(source).in_flight) == (1, 0)
+
+
+def test_destination_that_others_may_change_is_an_error_at_once(source: Path, destination: Path) -> None:
+    fill(source, 1)
+    SpoolWriter(destination).close()
+    destination.chmod(0o777)
+    with pytest.raises(UnsafeSpool):
+        forward(source, destination)
+
+
+@pytest.mark.parametrize("rate", ["inf", "1e400", "1e308", "1e-320", "1e-12"])
+def test_any_positive_rate_is_one(source: Path, destination: Path, rate: str) -> None:
+    fill(source, 3)
+    stop = Waits()
+    assert forward(source, destination, rate=float(rate), until_empty=True, stop=stop) == 3
+    assert stop.seconds <= 3 * threading.TIMEOUT_MAX
+    assert (stop.seconds > 1) == (float(rate) < 1)
+
+
+@pytest.mark.parametrize("option", ["--rate=nan", "--rate=-inf", "--max-bytes=inf", "--max-bytes=1e400"])
+def test_number_that_is_no_bound_is_wrong_use(
+    source: Path, destination: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(source, 1)
+    try:
+        code = main(["forward", str(source), str(destination), option])
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    assert "must be a" in (said := capsys.readouterr().err) or "invalid int value" in said
+
+
 @pytest.mark.parametrize(
-    "options", [{"rate": 0}, {"rate": -1.0}, {"max_bytes": 0}, {"keep": 1}, {"end": "never"}]
+    "options",
+    [{"rate": 0}, {"rate": -1.0}, {"rate": float("nan")}, {"max_bytes": 0}, {"keep": 1}, {"end": "never"}],
 )
 def test_impossible_options_are_refused(source: Path, destination: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
@@ -498,6 +546,41 @@ def test_order_is_kept_where_the_destination_takes_a_part(source: Path, destinat
     with Running(source, destination), SpoolReader(destination) as reader:
         assert [reader.take(timeout=30).id for _ in ids] == ids
         assert stat(destination).depth == 0
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep"]])
+def test_command_says_once_that_it_waits_and_that_it_goes_on_above_its_bar(
+    source: Path, destination: Path, keep: list[str]
+) -> None:
+    fill(source, 3)
+    SpoolWriter(destination, maxsize=1).close()
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "-m", "spoolipc", "forward", str(source), str(destination), *keep]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    try:
+        with SpoolReader(destination) as reader, SpoolWriter(source) as writer:
+            for number in (1, 2):
+                while said.count(b"waits for it") < number:
+                    said += os.read(ours, 4096)
+                for _ in range(3):
+                    reader.get(timeout=60)
+                while said.count(b"goes on") < number:
+                    said += os.read(ours, 4096)
+                if number == 1:
+                    writer.put_many([np.zeros(1000)] * 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert b"B/s]" in said  # the bar
+    lines = [each.rstrip(b"\r").rpartition(b"\r")[2].decode() for each in said.split(b"\n")[:-1]]
+    waits = f"spoolipc: {destination}: has no room; forwarding waits for it"
+    assert lines == [waits, "spoolipc: forwarding goes on"] * 2
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
