@@ -9,7 +9,8 @@ from typing import Final
 from .engine import Engine
 from .errors import UnsupportedOperation
 
-SCHEMES: Final = ("memory", "nats", "tls")
+SCHEMES: Final = {"memory": "NAME", "nats": "HOST[:PORT]/NAME", "tls": "HOST[:PORT]/NAME"}
+"""What each is followed by."""
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _SLIP: Final = tuple(f"{each}:" for each in SCHEMES)
 
@@ -43,7 +44,7 @@ def connect(path_or_url: str | os.PathLike[str]) -> Engine:
             what = "needs nats-py, which is not installed: pip install nats-py"
             raise UnsupportedOperation(f"a spool on a server {what}") from None
         return NatsEngine(place)
-    known = ", ".join(f"{each}://NAME" for each in SCHEMES)
+    known = ", ".join(f"{scheme}://{rest}" for scheme, rest in SCHEMES.items())
     told = shown(place)
     raise ValueError(f"{told!r} is no URL that is known ({known}); the directory of that name is './{told}'")
 

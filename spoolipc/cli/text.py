@@ -99,6 +99,11 @@ def stat_lines(found: SpoolStat) -> list[str]:
     pinned = "?" if found.pinned_files is None else f"{found.pinned_files:,}"
     pinned_bytes = "?" if found.pinned_bytes is None else size(found.pinned_bytes)
     live = "?" if found.live_sessions is None else f"{found.live_sessions:,}"
+    files = [
+        f"  free        {found.free_files:,} files to be written again, {size(found.free_bytes)}",
+        f"  pinned      {pinned} files still shown by arrays or being written, {pinned_bytes}",
+    ]
+    on_servers = found.waiting_mode == "server"
     lines = [
         f"{found.path}: {found.state}, on {found.file_system} ({medium}), waiting by {found.waiting_mode}",
         f"  waiting     {found.depth:,}{most} items{age}",
@@ -106,8 +111,7 @@ def stat_lines(found: SpoolStat) -> list[str]:
         f"  in flight   {found.in_flight:,}",
         f"  bytes       {size(found.bytes)}{room} in items waiting and in flight",
         f"  failed      {found.failed:,}",
-        f"  free        {found.free_files:,} files to be written again, {size(found.free_bytes)}",
-        f"  pinned      {pinned} files still shown by arrays or being written, {pinned_bytes}",
+        *([] if on_servers else files),
         f"  open in     {live} readers and writers",
         *([] if found.puts is None else [f"  ever        {found.puts:,} put, {found.gets:,} delivered"]),
     ]

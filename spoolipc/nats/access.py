@@ -67,18 +67,24 @@ def address(url: str) -> Address:
     """
     scheme, _, rest = url.partition("://")
     before, _, after = rest.rpartition("@")
-    found = urlsplit(f"{scheme}://{after}")
-    name, query = found.path.removeprefix("/"), dict(parse_qsl(found.query, keep_blank_values=True))
+    found = urlsplit(f"{scheme}://{after}", allow_fragments=False)
+    name, asked = found.path.removeprefix("/"), parse_qsl(found.query, keep_blank_values=True)
+    query = dict(asked)
+    is_repeated = len(asked) > len(query)
     replicas, storage = query.pop("replicas", "1"), query.pop("storage", "file")
     servers = tuple(found.netloc.split(","))
     if not all(re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?", each) for each in servers):
         raise ValueError(
             f"{scheme}: a URL is {scheme}://HOST:PORT/NAME, not {scheme}://{found.netloc}{found.path}"
         )
+    for port in (each.rpartition("]")[2].partition(":")[2] for each in servers):
+        if port and not 0 < int(port) < 65536:
+            raise ValueError(f"{scheme}://{found.netloc}{found.path}: {port} is no port: 1 to 65535")
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a spool on a server: letters, digits, '-' and '_' only")
-    if query or replicas not in ("1", "3", "5") or storage not in ("file", "memory"):
-        what = "known are replicas, of 1, 3 or 5, and storage, of file or memory"
+        what = "1 to 128 letters, digits, '-' and '_'"
+        raise ValueError(f"{name!r} is no name of a spool on a server: {what}")
+    if query or is_repeated or replicas not in ("1", "3", "5") or storage not in ("file", "memory"):
+        what = "known are replicas, of 1, 3 or 5, and storage, of file or memory, each once"
         raise ValueError(f"{scheme}://{found.netloc}{found.path}: after the ? of a URL {what}")
     user, colon, password = before.partition(":")
     given = unquote(user) or None, unquote(password) if colon else None

@@ -75,6 +75,9 @@ class Session:
 
     def __init__(self, where: Address, limits: Limits, create: bool, options: ProducerOptions | None) -> None:
         self.path, self._process = where.path, os.getpid()
+        if limits.mode is not None:
+            what = "mode is of a directory; on servers their accounts say who may use a spool"
+            raise ValueError(f"{self.path}: {what}")
         self.link = Link(where)
         self.spool = Spool(self.link, where.name, where.replicas, where.storage)
         self._token = os.urandom(8).hex()

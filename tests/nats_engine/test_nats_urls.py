@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -54,11 +55,40 @@ SECRET = "hunter2-and-more"
         "nats://host/a?replicas=2",
         "nats://host/a?storage=tape",
         "nats://host/a?what=1",
+        "nats://host/a#b",
+        "nats://host/a?replicas=3#b",
+        "nats://host/a?replicas=3&replicas=3",
+        "nats://host:99999/a",
+        "nats://host,[::1]:0/a",
     ],
 )
 def test_wrong_url_is_a_clear_error(url: str) -> None:
-    with pytest.raises(ValueError, match=r"URL is|is no name|known are"):
+    with pytest.raises(ValueError, match=r"URL is|is no name|known are|is no port"):
         connect(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("nats://host/" + "a" * 300, "1 to 128 letters"),
+        ("nats://host:99999/a", "99999 is no port: 1 to 65535"),
+        ("nats://host/a?storage=file&storage=memory", "each once"),
+        ("http://host/a", r"nats://HOST\[:PORT\]/NAME, tls://HOST\[:PORT\]/NAME"),
+    ],
+)
+def test_wrong_url_is_told_what_is_right(url: str, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        connect(url)
+    assert connect("nats://a,b:4223,[::1]:65535/frames?replicas=3&storage=memory")
+
+
+@pytest.mark.parametrize("open_one", [SpoolWriter, SpoolReader, partial(Queue, 0)])
+def test_mode_of_a_directory_is_refused_on_servers(server: Server, open_one: Any) -> None:
+    url = server.url("mode")
+    with pytest.raises(ValueError, match="mode is of a directory"):
+        open_one(path=url, mode=0o770)
+    with pytest.raises(NotASpool):
+        stat(url)
 
 
 def test_url_without_its_secrets_is_the_path() -> None:
@@ -184,6 +214,7 @@ def test_command_line_takes_urls(server: Server, capsys: pytest.CaptureFixture[s
         told = capsys.readouterr().out
         assert "no good" in told
         assert "jetstream" in told
+        assert not re.search("free|pinned", told), "it has no files"
         assert "  size      " in told
         assert "  file  " not in told
         assert main(["failed", "retry", url]) == 0
