@@ -108,7 +108,8 @@ def gc(path: Place, *, dry_run: bool = False, progress: Progress | None = None) 
     Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError; UnsupportedOperation for a
     spool in memory.
     """
-    admin = connect(path).admin()
+    engine = connect(path)
+    admin = engine.admin() if engine.crosses_processes else None
     if not isinstance(admin, Collector):
         what = "is in the memory of this process, where a crash leaves nothing to remove"
         raise UnsupportedOperation(f"{shown(path)}: {what}")
