@@ -84,13 +84,13 @@ class NatsConsumer(Session):
         self.held: dict[int, _Held] = {}
         self._dropped: deque[_Held] = deque()
         self._verify, self._values = options.verify, options.values
-        self._began = math.inf
+        self._began, self._until_writers = math.inf, options.end == "writers"
         super().__init__(where, options.limits, options.create, None)
-        if options.end == "writers":
-            self.do(self._begin())
 
-    async def _begin(self) -> None:
+    async def begin(self) -> None:
         """See whether there is something whose end this reader waits for."""
+        if not self._until_writers:
+            return
         counts, sessions = await self.spool.counts(), await self.spool.sessions()
         there = counts.waiting or counts.in_flight or "writer" in sessions
         self._began = -1 if there else await self._news()

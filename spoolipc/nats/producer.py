@@ -76,7 +76,9 @@ class NatsProducer(Session):
         self._checksum = options.checksum
         self._records: dict[str, tuple[int, Known]] = {}  # those we wrote last, by source
         super().__init__(where, options.limits, options.create, options)
-        self.do(self.spool.remove_orphans())
+
+    async def begin(self) -> None:
+        await self.spool.remove_orphans()
 
     def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
         packed = [self._packed(message) for message in messages]

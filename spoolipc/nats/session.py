@@ -112,6 +112,10 @@ class Session:
         await self._renew()
         await self.spool.change(agree)
         self._renewing = asyncio.get_running_loop().create_task(_renew_always(weakref.ref(self)))
+        await self.begin()
+
+    async def begin(self) -> None:
+        """What a side does first."""
 
     async def _renew(self) -> None:
         headers = {"Nats-TTL": f"{PRESENCE}s"}

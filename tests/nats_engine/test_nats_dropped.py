@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc as collector
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nats_engine.server import Server
-from spoolipc import JoinableQueue, ShutDown, SpoolReader, SpoolWriter, remove, stat
+from spoolipc import JoinableQueue, ServerUnreachable, ShutDown, SpoolReader, SpoolWriter, remove, stat
+from spoolipc.aio import AsyncSpoolReader, AsyncSpoolWriter
 from spoolipc.nats import session
+from spoolipc.nats.spool import Spool
 
 
 @pytest.fixture
 def url(server: Server, request: pytest.FixtureRequest) -> str:
-    return server.url(request.node.name[:100])
+    return server.url(request.node.name.replace("[", "-").rstrip("]"))
 
 
 def test_writer_dropped_without_close_has_left(url: str) -> None:
@@ -60,3 +65,31 @@ def test_item_that_is_held_keeps_its_dropped_reader(url: str, monkeypatch: pytes
         assert stat(url).in_flight == 1
         item.ack()
         assert (stat(url).in_flight, stat(url).depth) == (0, 0)
+
+
+def test_faces_of_asyncio_dropped_after_their_loop_have_left(url: str) -> None:
+    async def run() -> None:
+        writer, reader = AsyncSpoolWriter(url), AsyncSpoolReader(url)
+        await writer.put(np.ones(3))
+        assert (await reader.get()).sum() == 3
+
+    asyncio.run(run())
+    collector.collect()
+    assert stat(url).live_sessions == 0
+
+
+@pytest.mark.parametrize("face", [SpoolWriter, partial(SpoolReader, end="writers")])
+def test_opening_that_fails_at_its_end_leaves_nobody(
+    url: str, monkeypatch: pytest.MonkeyPatch, face: Any
+) -> None:
+    SpoolWriter(url).close()
+
+    async def away(self: Spool) -> Any:
+        raise ServerUnreachable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "remove_orphans", away)
+        patch.setattr(Spool, "counts", away)
+        with pytest.raises(ServerUnreachable) as held:
+            face(url)
+    assert (str(held.value), stat(url).live_sessions) == ("away", 0)
