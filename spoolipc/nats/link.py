@@ -40,6 +40,8 @@ _PING: Final = 2
 """Seconds between two questions to the server whether it is there; the third without a word ends the connection."""
 _MOVE: Final = 10.0
 """Seconds without an answer after which another server is asked: this one may have lost the others."""
+_TELL: Final = 5.0
+"""Seconds without an answer after which the log says so."""
 _NO_LEADER: Final = 10008
 """What a server says that does not know, for some seconds, who leads."""
 _limit: Final = ContextVar[float | None]("_limit", default=None)
@@ -141,7 +143,7 @@ class Link:
         self.client = Guarded()
         self.late: Callable[[Msg], Awaitable[None]]
         self.lost: Callable[[], None] = lambda: None
-        self._where, self._closed = where, False
+        self._where, self._closed, self._told = where, False, False
         self._moved = -math.inf
         self._moving: asyncio.Task[None] | None = None
         self.denied = ""
@@ -306,7 +308,12 @@ class Link:
             return _said(error)
         if reply is None:
             return self._silence()
-        return reply if status(reply) != 503 else _NO_JETSTREAM
+        if status(reply) == 503:
+            return _NO_JETSTREAM
+        if self._told:
+            self._told = False
+            _log.warning("%s: the server answers again", self.path)
+        return reply
 
     def _silence(self) -> str:
         """Why there is no answer."""
@@ -340,6 +347,9 @@ class Link:
         limit, now = _limit.get(), time.monotonic()
         if self._closed or now >= (began + PATIENCE if limit is None else limit):
             raise ServerUnreachable(f"{self.path}: no answer from the server: {why}")
+        if now > began + _TELL and not self._told:
+            self._told = True
+            _log.warning("%s: no answer from the server: %s; it is waited for", self.path, why)
         if now > max(began, self._moved) + _MOVE and len(self.client.servers) > 1:
             self._moved = now
             self._moving = asyncio.create_task(self.client.force_reconnect())

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nats_engine.server import Server, SlowLine
 from spoolipc import (
     BadItem,
     Empty,
+    LeaseExpired,
     ServerUnreachable,
     SpoolReader,
     SpoolWriter,
@@ -151,6 +153,35 @@ def test_calls_wait_for_a_server_that_comes_back_and_keep_their_timeout(own_serv
         own_server.start()
         assert (waiting[0].result(60) == 1).all()
         assert waiting[1].result(60)
+
+
+def test_log_says_once_that_a_server_is_waited_for_and_that_it_answers(
+    own_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a call has no timeout, as those that settle."""
+    url = own_server.url("told")
+    with SpoolWriter(url) as writer:
+        writer.put(np.zeros(3))
+    with SpoolReader(url) as reader, ThreadPoolExecutor() as threads:
+        link: Any = reader._consumer.link  # type: ignore[attr-defined]
+        check, checks = link.check, []
+
+        def counted(*args: Any) -> None:
+            checks.append(args)
+            check(*args)
+
+        link.check = counted
+        item = reader.receive(timeout=20)
+        own_server.stop()
+        waiting = threads.submit(item.ack)
+        until(lambda: "the connection is lost; it is waited for" in caplog.text)
+        checks.clear()
+        until(lambda: len(checks) >= 3)
+        assert caplog.text.count("it is waited for") == 1
+        own_server.start()
+        with suppress(LeaseExpired):
+            waiting.result(60)
+        assert "the server answers again" in caplog.text
 
 
 def test_session_closed_while_its_server_is_away_leaves_no_task_to_its_loop(own_server: Server) -> None:
