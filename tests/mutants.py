@@ -367,7 +367,6 @@ one-forwards | sources | test_forward second_forwarder | raise SpoolInUse( ==> s
 full-first | forward | test_forward costs_no_attempts | while producer.full(): ==> while False:
 not-there | forward | test_forward source_that_was_never | and self._is_new: ==> and False:
 never-one | forward | test_forward that_can_never_be_one | = end not in self._known ==> = end == "source"
-told-once | forward | test_forward says_once | if what != self._said: ==> if True:
 # a process that uses a temporary spool is killed, or ends
 temporary-used | temporary | test_queues forked_child | or not fs.lock(fd): ==> :
 temporary-new | temporary | test_queues made_anew | fs.lock_shared(fd) and ==> True or
