@@ -79,12 +79,14 @@ class _Sweep:
         while self._step(self._discard):
             pass
         self._step(self._half_written)
+        unsettled = set[int]()
         for names in self._names("tmp"):
             crashed = self._crashed(set(map(temporary_owner, names)))
             if crashed and self.session and not self._step(self._settle_sources, self.session, crashed):
-                continue
+                unsettled |= crashed  # who comes next tries again
+                self.not_removed.append(f"tmp: {sources.NAME} cannot be read or written")
             for name in names:
-                if temporary_owner(name) in crashed:
+                if temporary_owner(name) in crashed - unsettled:
                     self._remove("tmp", name, "temporary_files")
         for names in self._names("free", _FREE_BATCH):
             for number in self._orphans(np.array([*map(item_number, names)], np.uint64)).tolist():
@@ -92,7 +94,7 @@ class _Sweep:
         for names in self._names("failed"):
             self._step(self._histories, names)
         for names in self._names("alive"):
-            for token in self._crashed(set(map(liveness.token_of, names))):
+            for token in self._crashed(set(map(liveness.token_of, names))) - unsettled:
                 self._remove("alive", liveness.token_name(token), "crashed_sessions")
         while self._step(self._evict_some):  # who crashed last has left what nobody writes again
             pass

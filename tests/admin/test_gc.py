@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from support.account import check_spool
 from support.damage import crash, item_name, killed_at, picture
+from support.faults import Event, Injector
 from support.peek import peek_table, poke
 
 from spoolipc import GcReport, SpoolReader, SpoolWriter, failed_show, fsck, gc, stat
@@ -96,6 +98,20 @@ def test_files_that_crashed_sessions_pinned_or_reserved_or_staged_are_removed(pa
     assert counts(report)["abandoned_files"] == owned >= 2
     assert len(files(path, "free")) == free - owned
     assert report.bytes_freed >= 2 * BIG.nbytes
+
+
+def test_what_was_staged_stays_with_its_session_while_nobody_can_note_that_it_was_not_put(path: Path) -> None:
+    crash(path, f"writer = SpoolWriter(path); {HALF_WRITTEN}")
+
+    def unreadable(event: Event) -> None:
+        if event.name == "open_at" and event.args[0] == "sources.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Injector(unreadable):
+        report = gc(path)
+    assert counts(report) == {"not_removed": ("tmp: sources.json cannot be read or written",)}
+    assert files(path, "tmp")
+    assert counts(gc(path)) == {"temporary_files": 1, "crashed_sessions": 1}
 
 
 def test_orphans_are_removed_and_pooled_and_pinned_files_and_histories_in_use_stay(path: Path) -> None:
