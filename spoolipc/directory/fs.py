@@ -348,7 +348,7 @@ def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 
 
 class Closing(int):
-    """A descriptor, which is closed at the end of its `with` block."""
+    """A descriptor, closed at the end of its `with` block. Not for a locked one: an interrupt may keep it open."""
 
     def __enter__(self) -> int:
         return self

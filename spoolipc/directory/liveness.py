@@ -83,8 +83,10 @@ def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
         return missing
     except OSError as error:
         return error.errno in fs.NO_FILE  # no session has such a file
-    with fs.Closing(fd):
+    try:
         return fs.lock(fd)
+    finally:
+        fs.close(fd)
 
 
 def is_alone(alive: int, token: int) -> bool:
@@ -101,10 +103,15 @@ def crashed_among(alive: int, tokens: set[int]) -> set[int]:
 def has_writer(root: int) -> bool:
     """Whether there is a writer, or that cannot be known; the caller holds the index lock."""
     try:
-        with fs.Closing(fs.open_directory("tmp", root)) as fd:
-            return not fs.lock(fd)
+        fd = fs.open_directory("tmp", root)
     except OSError:
         return True
+    try:
+        return not fs.lock(fd)
+    except OSError:
+        return True
+    finally:
+        fs.close(fd)
 
 
 def leave_writers(root: int, tmp: int) -> bool:
@@ -120,13 +127,18 @@ def leave_writers(root: int, tmp: int) -> bool:
 def ring(alive: int, token: int) -> bool:
     """Wake the session of `token`; false when it has crashed or its file is gone, so that another can be woken."""
     try:
-        with fs.Closing(fs.open_own(alive, token_name(token), os.O_RDWR)) as fd:
-            if fs.lock(fd):
-                return False
-            fs.pwrite(fd, b"\n", 0)  # over the same byte: no block is needed, even on a full file system
-            return True
+        fd = fs.open_own(alive, token_name(token), os.O_RDWR)
     except OSError:
         return False
+    try:
+        if fs.lock(fd):
+            return False
+        fs.pwrite(fd, b"\n", 0)  # over the same byte: no block is needed, even on a full file system
+        return True
+    except OSError:
+        return False
+    finally:
+        fs.close(fd)
 
 
 def process_of(alive: int, token: int) -> str:

@@ -107,17 +107,18 @@ def _remove_if_unused(path: str, dry_run: bool = False) -> bool:
         fd = fs.open_directory(Path(path))
     except OSError:  # gone, or another user's
         return False
-    with fs.Closing(fd):
-        try:
-            if fs.user() not in (0, fs.fstat(fd).st_uid) or not fs.lock(fd):
-                return False
-            if not dry_run:
-                _empty(fd)
-                fs.rmdir(path)
-            return True
-        except OSError as error:
-            _log.warning("%s: cannot be removed: %s", path, error.strerror)
+    try:
+        if fs.user() not in (0, fs.fstat(fd).st_uid) or not fs.lock(fd):
             return False
+        if not dry_run:
+            _empty(fd)
+            fs.rmdir(path)
+        return True
+    except OSError as error:
+        _log.warning("%s: cannot be removed: %s", path, error.strerror)
+        return False
+    finally:
+        fs.close(fd)
 
 
 def _empty(directory: int) -> None:
