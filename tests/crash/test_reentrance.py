@@ -173,8 +173,11 @@ def test_a_collection_amid_any_call_closes_what_was_abandoned(
         scene.writer.put(np.zeros(3))
         scene.reader.get_nowait()
 
-    gc.disable()
-    forked(lambda: amid_each_call(place, amid, collect, check, prepare))
+    def work() -> None:
+        gc.disable()
+        amid_each_call(place, amid, collect, check, prepare)
+
+    forked(work)
 
 
 @pytest.mark.exhaustive
