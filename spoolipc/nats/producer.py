@@ -43,7 +43,7 @@ _AHEAD: Final = 65536
 _SLOW: Final = 20.0
 """Seconds in which what is on its way at once arrives over a slow line."""
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
-_ANOTHER, _DUPLICATE = 10071, 10201
+_ANOTHER, _DUPLICATE, _IN_PROCESS = 10071, 10201, 10158
 
 
 class _Sent(NamedTuple):
@@ -258,7 +258,9 @@ class NatsProducer(Session):
             error = reply.get("error")
             if error is None:
                 return [int(reply["seq"]) - sum(counts[index + 1 :]) for index in range(len(counts))]
-            if len(group) > 1:  # the batch may be what is refused: each by itself
+            if error["err_code"] == _IN_PROCESS:  # what was sent first is with the other servers still
+                await self._again(began, error["description"])
+            elif len(group) > 1:  # the batch may be what is refused: each by itself
                 group, counts = group[:1], counts[:1]
             elif error["err_code"] == _DUPLICATE:
                 return [await self._known(group[0])]

@@ -324,6 +324,22 @@ def test_servers_that_are_full_refuse_an_item_and_keep_nothing_of_it(
             writer.put(np.zeros(LARGE))
 
 
+def test_item_that_the_servers_are_storing_still_is_sent_until_they_have_it(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, sent = producing.NatsProducer._batch, []
+
+    async def still_storing(self: Any, messages: Any) -> Any:
+        sent.append(await send(self, messages))
+        in_process = {"err_code": 10158, "description": "duplicate message id is in process"}
+        return sent[-1] if len(sent) > 1 else {"error": in_process}
+
+    monkeypatch.setattr(producing.NatsProducer, "_batch", still_storing)
+    with SpoolWriter(url) as writer:
+        writer.put(np.zeros(3))
+        assert (len(sent), stat(url).depth) == (2, 1)
+
+
 def test_item_put_twice_by_its_id_is_stored_once(url: str) -> None:
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
         for size in (10, LARGE):
