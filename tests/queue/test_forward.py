@@ -563,11 +563,11 @@ def test_command_says_once_that_it_waits_and_that_it_goes_on_above_its_bar(
     try:
         with SpoolReader(destination) as reader, SpoolWriter(source) as writer:
             for number in (1, 2):
-                while said.count(b"waits for it") < number:
+                while said.count(b"waits for it\r\n") < number:
                     said += os.read(ours, 4096)
                 for _ in range(3):
                     reader.get(timeout=60)
-                while said.count(b"goes on") < number:
+                while said.count(b"goes on\r\n") < number:
                     said += os.read(ours, 4096)
                 if number == 1:
                     writer.put_many([np.zeros(1000)] * 3)
