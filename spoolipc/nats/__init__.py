@@ -149,13 +149,11 @@ class NatsAdmin:
             await link.open()
             try:
                 await link.loop.settled()
-                return await within(NOW, opened, Spool(link, where.name, where.replicas, where.storage))
+                spool = Spool(link, where.name, where.replicas, where.storage)
+                await spool.open(create=False)
+                return await work(spool)
             finally:
                 await link.close()
-
-        async def opened(spool: Spool) -> T:
-            await spool.open(create=False)
-            return await work(spool)
 
         where = self._where
         return loop().run(run())

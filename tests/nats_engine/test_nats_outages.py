@@ -59,6 +59,23 @@ def url(server: Server, request: pytest.FixtureRequest) -> str:
     return server.url(f"{request.node.name[:80].replace('[', '-').replace(']', '')}")
 
 
+def test_looking_after_a_spool_asks_until_the_servers_have_a_leader(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SpoolWriter(url).close()
+    asked: list[str] = []
+    ask = linking.Link.ask
+
+    async def silent(link: linking.Link, subject: str, *args: Any) -> Any:
+        asked.append(subject)
+        return "it says nothing" if len(asked) < 5 else await ask(link, subject, *args)
+
+    monkeypatch.setattr(linking, "TRY", 0.2)
+    monkeypatch.setattr(linking.Link, "ask", silent)
+    assert stat(url).depth == 0
+    assert len(set(asked[:5])) == 1
+
+
 def again(server: Server) -> None:
     server.stop()
     server.start()
@@ -271,7 +288,7 @@ def test_what_a_server_hears_once_more_and_late_changes_nothing(
 
 @pytest.mark.parametrize("size", [1_900_000, 2_500_000])
 def test_slow_line_carries_a_large_item(server: Server, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linking, "TRY", 0.5)  # all that is on its way at once takes longer
+    monkeypatch.setattr(linking, "TRY", 0.2)  # all that is on its way at once takes longer
     with SlowLine(server, 16e6) as line:
         url = line.url(f"slow-{size}")
         with SpoolWriter(url) as writer, SpoolReader(url) as reader:
