@@ -1,4 +1,4 @@
-"""The house has floors: a table says which module may import which, and any other import is a fault.
+"""The house has floors: the table of CONTRIBUTING.md says which module may import which; any other is a fault.
 
 Imports inside functions and under `TYPE_CHECKING` count like any other.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Final
@@ -14,75 +15,18 @@ from typing import Final
 import spoolipc
 
 PACKAGE: Final = Path(spoolipc.__file__).parent
-CONTRIBUTING: Final = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
 
-FLOORS: Final = {
-    "errors": "",
-    "message": "",
-    "engine": "",
-    "testing": "engine",
-    "format.header": "",
-    "format.footer": "",
-    "format.item": "format.footer format.header",
-    "format.values": "",
-    "table": "",
-    "fs": "format.item",
-    "lock": "",
-    "liveness": "",
-    "layout": "lock",
-    "itemfile": "format.footer format.header format.item",
-    "transitions": "layout",
-    "journal": "layout liveness transitions",
-    "pool": "journal layout liveness transitions",
-    "quarantine": "journal layout pool transitions",
-    "rebuild": "journal layout liveness quarantine",
-    "doorbell": "layout liveness lock",
-    "session": "doorbell journal layout liveness lock pool rebuild",
-    "watch": "doorbell session",
-    "visitor": "journal layout lock session transitions",
-    "sources": "engine journal layout liveness pool",
-    "recycling": "itemfile layout lock pool session transitions",
-    "housekeeping": "doorbell layout liveness pool quarantine session sources transitions",
-    "gc": "housekeeping journal layout liveness pool quarantine session sources visitor",
-    "stat": "doorbell layout liveness pool quarantine session visitor",
-    "dead_letters": "format.footer itemfile layout quarantine session transitions visitor",
-    "check": "gc itemfile layout liveness quarantine rebuild session visitor",
-    "staging": "format.footer format.item itemfile layout liveness pool recycling session",
-    "reset": "dead_letters gc housekeeping layout liveness lock quarantine session transitions visitor",
-    "producer": "engine format.footer format.item housekeeping itemfile lock pool recycling reset session"
-    " staging transitions watch",
-    "receiving": "engine format.footer format.item housekeeping itemfile journal liveness pool quarantine recycling"
-    " session transitions watch",
-    "consumer": "engine housekeeping itemfile layout lock pool quarantine receiving recycling session transitions",
-    "forwarding": "engine format.item consumer itemfile layout producer session sources staging",
-    "pair": "engine consumer housekeeping journal liveness pool producer session",
-    "temporary": "",
-    "directory": "engine dead_letters forwarding gc pair reset stat",
-    "memory.spool": "format.item",
-    "memory": "engine format.footer format.item memory.spool",
-    "nats.access": "",
-    "nats.link": "nats.access",
-    "nats.memory": "",
-    "nats.spool": "format.footer format.item nats.link nats.memory",
-    "nats.session": "engine nats.access nats.link nats.spool",
-    "nats.producer": "engine format.footer format.item nats.access nats.link nats.session nats.spool",
-    "nats.consumer": "engine nats.access nats.link nats.session nats.spool",
-    "nats": "engine nats.access nats.consumer nats.link nats.producer nats.session nats.spool",
-    "connect": "engine directory memory nats",
-    "admin": "engine connect directory check",
-    "item": "engine format.item",
-    "queue": "engine format.item connect item",
-    "aio": "engine item queue",
-    "torch": "engine item queue",
-    "mp": "engine format.values temporary connect",
-    "workers": "connect mp",
-    "forward": "engine connect",
-    "spoolipc": "admin forward item queue mp workers temporary check gc",
-    "cli.text": "check gc",
-    "cli.bench": "spoolipc connect",
-    "cli.main": "spoolipc admin connect forward temporary cli.bench cli.text",
-    "__main__": "cli.main",
-}
+
+def floor_plan() -> Iterator[tuple[str, str]]:
+    """The rows of the table in CONTRIBUTING.md."""
+    plan = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("## The floor plan")[1].split("\n## ")[0]
+    for line in plan.splitlines():
+        if line.startswith("| `"):
+            module, below, _ = line[1:-1].split("|")
+            yield module.strip(" `"), " ".join(re.findall(r"`([\w.]+)`", below))
+
+
+FLOORS: Final = dict(floor_plan())
 """From the ground up: a module, and which others it may import. Those of `directory/` are named without it."""
 EVERYBODY: Final = {"errors", "message"}
 """What all that stands above these may import, without its being said."""
@@ -175,14 +119,3 @@ def test_the_faces_meet_engines_in_connect_only_and_engines_do_not_meet() -> Non
     assert not allowed("memory") & (in_directory | in_nats)
     assert not any({"memory", "memory.spool", *in_nats} & allowed(name) for name in in_directory)
     assert not any({"memory", "memory.spool", *in_directory} & allowed(name) for name in in_nats)
-
-
-def test_the_floor_plan_of_contributing_is_this_table() -> None:
-    plan = CONTRIBUTING.split("## The floor plan")[1].split("\n## ")[0]
-    told = {}
-    for line in plan.splitlines():
-        if line.startswith("| `"):
-            module, below, _ = line[1:-1].split("|")
-            told[module.strip(" `")] = set(re.findall(r"`([\w.]+)`", below))
-    assert told == {name: set(below.split()) for name, below in FLOORS.items()}
-    assert list(told) == ORDER
