@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+Run = Callable[[str], None]
 BEGIN = """
 import errno, gc, os, resource, sys
 from pathlib import Path
@@ -37,18 +39,21 @@ base = sys.argv[1]
 """
 
 
-def run(place: Path, program: str) -> None:
-    """Run a program in a process of its own, whose limits it may lower. `base` is a directory of its own."""
-    place.mkdir()
-    command = [sys.executable, "-W", "error", "-c", BEGIN + program, str(place)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs a program in a process of its own, whose limits it may lower. `base` is a directory of its own."""
+
+    def run(program: str) -> None:
+        (tmp_path / "base").mkdir()
+        command = [sys.executable, "-W", "error", "-c", BEGIN + program, str(tmp_path / "base")]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+    return run
 
 
-def test_a_reader_with_64_descriptors_gets_100_arrays_and_holds_them(tmp_path: Path) -> None:
-    run(
-        tmp_path / "base",
-        """
+def test_a_reader_with_64_descriptors_gets_100_arrays_and_holds_them(run: Run) -> None:
+    run("""
 fill(f"{base}/spool", 100, 32 << 10)
 limit(resource.RLIMIT_NOFILE, 64)
 with SpoolReader(f"{base}/spool") as reader:
@@ -56,14 +61,11 @@ with SpoolReader(f"{base}/spool") as reader:
     held = [reader.get_nowait() for _ in range(100)]
     assert descriptors() == before
     assert [int(array[-1]) for array in held] == list(range(100))
-""",
-    )
+""")
 
 
-def test_a_process_reads_a_backlog_of_many_spools_with_1024_descriptors(tmp_path: Path) -> None:
-    run(
-        tmp_path / "base",
-        """
+def test_a_process_reads_a_backlog_of_many_spools_with_1024_descriptors(run: Run) -> None:
+    run("""
 paths = [fill(f"{base}/{number}", 150, 20 << 10) for number in range(10)]
 limit(resource.RLIMIT_NOFILE, 1024)
 readers = [SpoolReader(path) for path in paths]
@@ -71,14 +73,11 @@ for reader in readers:
     for number in range(150):
         assert (reader.get_nowait() == number).all()
 assert 700 <= mapped() <= 1024, "bounded for all together"
-""",
-    )
+""")
 
 
-def test_thousands_of_arrays_are_held_and_64_spools_open_with_1024_descriptors(tmp_path: Path) -> None:
-    run(
-        tmp_path / "base",
-        """
+def test_thousands_of_arrays_are_held_and_64_spools_open_with_1024_descriptors(run: Run) -> None:
+    run("""
 limit(resource.RLIMIT_NOFILE, 1024)
 readers = [SpoolReader(f"{base}/{number}") for number in range(64)]
 held = []
@@ -88,16 +87,13 @@ for reader in readers:
         held += reader.get_many(40)
 assert len(held) == 2560
 assert all(array[0] == array[-1] == number for number, array in enumerate(held))
-""",
-    )
+""")
 
 
 @pytest.mark.parametrize("copy", [False, True])
-def test_kept_mappings_leave_address_space_to_the_program(tmp_path: Path, copy: bool) -> None:
+def test_kept_mappings_leave_address_space_to_the_program(run: Run, copy: bool) -> None:
     """Of a backlog larger than the limit each array comes through, and the program has room for its own."""
-    run(
-        tmp_path / "base",
-        f"""
+    run(f"""
 size = 8 << 20
 fill(f"{{base}}/spool", 24, size)
 with SpoolReader(f"{{base}}/spool") as reader:
@@ -106,15 +102,12 @@ with SpoolReader(f"{{base}}/spool") as reader:
         assert reader.get_nowait(copy={copy})[-1] == number
         np.empty(size, "u1")[:] = 1
     assert mapped() > 2
-""",
-    )
+""")
 
 
-def test_kept_mappings_go_where_another_cannot_be_made(tmp_path: Path) -> None:
+def test_kept_mappings_go_where_another_cannot_be_made(run: Run) -> None:
     """Those of another spool too, and for whatever is to be mapped: an item, an index, a loan."""
-    run(
-        tmp_path / "base",
-        """
+    run("""
 size = 2 << 20
 fill(f"{base}/spool", 24, size)
 fill(f"{base}/other", 4, size)
@@ -154,16 +147,13 @@ with SpoolReader(f"{base}/spool") as reader, SpoolReader(f"{base}/other") as oth
         assert error.errno == errno.ENOMEM and "ulimit -v" in str(error), error
     held.clear()
     assert (other.get_nowait() == 0).all()
-""",
-    )
+""")
 
 
 @pytest.mark.parametrize("face", ["SpoolReader", "SpoolWriter"])
-def test_a_session_costs_at_most_8_descriptors_and_none_once_closed(tmp_path: Path, face: str) -> None:
+def test_a_session_costs_at_most_8_descriptors_and_none_once_closed(run: Run, face: str) -> None:
     """Nor does a collection have to come first, or an open that fails leave one."""
-    run(
-        tmp_path / "base",
-        f"""
+    run(f"""
 gc.disable()
 fill(f"{{base}}/spool", 3, 32 << 10)
 SpoolReader(f"{{base}}/spool", maxsize=6).close()
@@ -184,14 +174,11 @@ try:
 except LimitMismatch:
     pass
 assert descriptors() == before
-""",
-    )
+""")
 
 
-def test_an_open_that_finds_no_descriptor_left_says_so_and_leaks_none(tmp_path: Path) -> None:
-    run(
-        tmp_path / "base",
-        """
+def test_an_open_that_finds_no_descriptor_left_says_so_and_leaks_none(run: Run) -> None:
+    run("""
 gc.disable()
 fill(f"{base}/spool", 1, 32 << 10)
 before = descriptors()
@@ -207,14 +194,11 @@ for more in range(12):
     limit(resource.RLIMIT_NOFILE, 1000)
     assert descriptors() == before, more
 assert 8 <= len(failed) < 12
-""",
-    )
+""")
 
 
-def test_a_session_that_found_no_descriptor_left_goes_on_when_there_is_one(tmp_path: Path) -> None:
-    run(
-        tmp_path / "base",
-        """
+def test_a_session_that_found_no_descriptor_left_goes_on_when_there_is_one(run: Run) -> None:
+    run("""
 path = fill(f"{base}/spool", 6, 32 << 10)
 small = np.arange(5)
 def refused(call):
@@ -252,5 +236,4 @@ with SpoolReader(path) as reader, SpoolWriter(path) as writer:
     refused(writer.close)
     SpoolWriter(path).close()  # which finds what could not be left
     assert len(os.listdir(f"{path}/alive")) == 1, "only the reader's is left"
-""",
-    )
+""")
