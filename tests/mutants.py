@@ -117,7 +117,7 @@ deleted | journal | test_index_damage mapped_by_several | status[3] != 1 or stat
 boot | journal | test_index_damage another_boot | raise IndexDamaged("the index is of ==> ("the index is of
 other-spool | journal | test_index_damage another_spools | raise IndexDamaged("the next item ==> ("the next item
 next-seq | transitions | test_index_damage no_number | raise IndexDamaged("the next sequence ==> ("the next sequence
-whole | journal | test_waiting_through_damage | fs.seek(self._fd, 0, os.SEEK_END) >= self.size and ==>
+whole | journal | test_index_damage that_waits | fs.seek(self._fd, 0, os.SEEK_END) >= self.size and ==>
 endless | table | test_fsck survive and without and end | len(found) >= limit: ==> False:
 number-failed | rebuild | test_dead_letters outlive | *waiting[-1:], *failed, ==> *waiting[-1:],
 number-freed | rebuild | test_index_damage was_delivered | *failed, *freed, ==> *failed,
@@ -416,7 +416,7 @@ GUARDS: Final = {
     "recycling": "test_recycling test_limits test_threads test_taken_away test_syscalls test_call_budget"
     " test_process_limits test_loans test_views test_preallocate test_giving_way test_fork test_interrupts",
     "journal": "test_transitions test_index_damage test_copies test_taken_away test_recycling test_gc"
-    " test_order_of_calls test_deleted test_waiting_through_damage test_full_disk test_stops_nobody test_planted"
+    " test_order_of_calls test_deleted test_full_disk test_stops_nobody test_planted"
     " test_both_sides",
     "rebuild": "test_index_damage test_fsck test_preallocate test_recycling test_dead_letters test_leases"
     " test_shutdown test_failed test_taken_away",

@@ -22,6 +22,7 @@ from support.damage import item_name, picture, refused
 from support.faults import Injector, fail, forked
 from support.peek import COUNTS, HEADER_BYTES, POSITIONS, RECORDS, poke
 from support.peer import Peer
+from support.waits import start_waiting, until
 
 from spoolipc import (
     Empty,
@@ -196,6 +197,35 @@ def test_what_was_in_flight_is_delivered_again_unless_it_can_still_be_acknowledg
             assert got == WAITING[1:]
             mine.ack()
         assert np.array_equal(seen, array(WAITING[0]))
+
+
+WAITED_THROUGH = pytest.mark.parametrize(
+    "how", ["truncated to nothing", "truncated to a page", "zero-filled", "deleted"]
+)
+
+
+@WAITED_THROUGH
+def test_reader_that_waits_survives_and_gets_the_next_item(spool: Path, how: str) -> None:
+    with SpoolWriter(spool) as writer, Peer(spool) as peer:
+        peer.run("reader = SpoolReader(path)")
+        start_waiting(peer, "int(reader.get(timeout=20)[0])")
+        HARMS[how](spool)
+        until(lambda: not stat(spool).index_damage)  # it looks once a second, and repairs what it finds
+        writer.put(np.full(3, 5))
+        assert peer.answer() == 5
+        peer.run("reader.close()")
+
+
+@WAITED_THROUGH
+def test_writer_that_waits_survives_and_puts_when_there_is_room(spool: Path, how: str) -> None:
+    with SpoolReader(spool, maxsize=1) as reader, Peer(spool) as peer:
+        peer.run("writer = SpoolWriter(path); writer.put(np.full(3, 1))")
+        start_waiting(peer, "writer.put(np.full(3, 2), timeout=20)")
+        HARMS[how](spool)
+        assert int(reader.get(timeout=20)[0]) == 1
+        assert peer.answer() == 2
+        assert int(reader.get(timeout=20)[0]) == 2
+        peer.run("writer.close()")
 
 
 def test_an_index_of_another_boot_has_no_say_about_times(path: Path) -> None:
