@@ -150,7 +150,7 @@ checksum | format/item | test_verify one_flipped | actual != footer.checksum: ==
 verify | receiving | test_verify a_received | verify(buffer, tail) ==> pass
 vanished | receiving | test_hostile_items vanished | raise BadItem("its file is missing") from None ==> raise
 # spool in the lower layer of an overlay
-overlay | receiving | test_overlay | tail[0] != words[record + W.PUT_TIME] ==> False
+overlay | receiving | test_places lower_layer | tail[0] != words[record + W.PUT_TIME] ==> False
 # file system full: tmpfs and ext4 filled for real
 shortage | staging | test_order_of_calls loan | fs.is_shortage(error): ==> False:
 hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(fd,
@@ -354,7 +354,7 @@ renewed | doorbell | test_taken_away thread_that_waits | ears.renew(self) ==> ea
 # a cleaner of old files
 cleaned | layout | test_taken_away cleaner | fs.lock_shared(root) ==> pass
 # spool in the lower layer of an overlay
-overlaid | receiving | test_overlay | tail[0] != words[record + W.PUT_TIME] and ==> False and
+overlaid | receiving | test_places lower_layer | tail[0] != words[record + W.PUT_TIME] and ==> False and
 # a forwarder between directories killed, failed or interrupted
 not-put | sources | test_forwarding killed | if fs.exists(directories.tmp, file)} ==> if False}
 put-known | engine | test_forwarding killed | if each not in ids}) ==> if False})

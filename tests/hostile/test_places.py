@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.damage import crash, picture
-from support.mounts import tmpfs
+from support.mounts import overlay, tmpfs
 from support.peek import poke
 from support.peer import Peer
 from support.users import give_away
@@ -215,6 +215,39 @@ class TestReadOnly:
         for call in calls:
             with pytest.raises(StorageError, match=f"{frozen}: {os.strerror(errno.EROFS)}"):
                 call(frozen)
+
+
+class TestOverlay:
+    """A spool in the lower layer of an overlay file system, as one that lies in a container's image: a file there keeps
+    its device and inode when it is copied up, and who has it mapped goes on to see the copy below."""
+
+    pytestmark = pytest.mark.fault
+
+    @pytest.mark.parametrize("size", [100, 5000, 200_000])
+    @pytest.mark.parametrize(
+        "take",
+        [
+            "found = float(reader.get_nowait().mean())",
+            "with reader.receive() as item: found = float(item.array.mean())",
+        ],
+        ids=["get", "receive"],
+    )
+    def test_items_of_the_lower_layer_and_later_ones_come_as_they_were_put(
+        self, tmp_path: Path, size: int, take: str
+    ) -> None:
+        lower = tmp_path / "lower"
+        with SpoolWriter(lower / "spool", checksum=True) as writer, SpoolReader(lower / "spool") as reader:
+            writer.put_many([np.full(size, -number - 1.0) for number in range(6)])
+            reader.get_many(2)
+        expected = [-number - 1.0 for number in range(2, 6)]
+        with overlay(tmp_path / "merged", lower) as merged, Peer(merged / "spool") as peer:
+            peer.run("reader = SpoolReader(path, verify=False)")
+            with SpoolWriter(merged / "spool", checksum=True) as writer:
+                for number in range(40):
+                    writer.put(np.full(size, float(number)))
+                    expected.append(float(number))
+                    peer.run(take)
+                    assert peer.ask("found") == expected.pop(0)
 
 
 class TestPaths:
