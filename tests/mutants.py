@@ -229,7 +229,7 @@ ring-delay | session | test_wakeups reader_sleeps | or 0 < words[W.NEXT_DUE] < u
 ring-end | producer | test_processes shutdown_wakes | self.session.doorbell.ring_all() ==> pass
 # wall clock jumps a day either way
 clock | consumer | test_clock leases | return fs.monotonic_ns() ==> return time.time_ns()
-clock-age | stat | test_clock age | max(0.0, ==> max(-1e9,
+clock-age | stat | test_stat oldest | max(0.0, ==> max(-1e9,
 # fork amid traffic, from a thread
 fork-loan | recycling | test_loans fork_during | shared=forked) ==> shared=False)
 fork-pins | lock | test_fork stay_in_the_child | self.begun += 1 ==> pass
@@ -381,7 +381,7 @@ batches | fs | test_gc thousand | islice(entries, size)] ==> entries]
 progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass
 # not in the matrix: shutdown
 end-others | receiving | test_directory_engine end_waits | words[W.IN_FLIGHT_COUNT] <= self._own and ==>
-end-wakes | housekeeping | test_shutdown at_once_when | = 0¶    return MEMBERS ==> = 0¶    return 0
+end-wakes | housekeeping | test_last_writer is_settled and shutdown | = 0¶    return MEMBERS ==> = 0¶    return 0
 discarded | producer | test_directory_engine immediate_shutdown | (now == W.DISCARDED and state == W.DRAINING) ==> False
 # not in the matrix: join
 join-awaited | housekeeping | test_join woken_by_what | if left:¶        await_end ==> if False:¶        await_end
@@ -419,14 +419,14 @@ GUARDS: Final = {
     " test_order_of_calls test_deleted test_full_disk test_stops_nobody test_planted"
     " test_both_sides",
     "rebuild": "test_index_damage test_fsck test_preallocate test_recycling test_dead_letters test_leases"
-    " test_shutdown test_failed test_taken_away",
-    "session": "test_threads test_process_limits test_fork test_recycling test_shutdown test_taken_away"
+    " test_last_writer test_failed test_taken_away",
+    "session": "test_threads test_process_limits test_fork test_recycling test_taken_away"
     " test_last_writer test_join test_messages test_log test_both_sides test_planted test_reentrance test_ends"
     " test_directory_engine test_asyncio",
     "lock": "test_lock test_reentrance test_giving_way test_stopped_holder test_fork test_ends test_asyncio",
     "liveness": "test_limits test_gc test_last_writer test_leases test_wakeups",
     "reset": "test_reset",
-    "housekeeping": "test_join test_gc test_leases test_taken_away test_stops_nobody test_dead_letters test_shutdown"
+    "housekeeping": "test_join test_gc test_leases test_taken_away test_stops_nobody test_dead_letters"
     " test_last_writer test_reset test_giving_way test_bounded_steps test_deleted test_queues",
 }
 """Modules of recovery, forks and the pool, and the tests that hold each of their guards."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.peer import Peer
 
-from spoolipc import Empty, SpoolReader, SpoolWriter, fsck, gc, stat
+from spoolipc import Empty, SpoolReader, SpoolWriter, fsck, gc
 
 DAY = 86_400.0
 Jump = Callable[[float], None]
@@ -84,12 +84,3 @@ def test_sessions_of_another_time_keep_what_they_have(spool: Path, jump: Jump, d
                 reader.get_nowait()
             peer.kill()
             assert int(reader.get(timeout=20)[0]) == 0
-
-
-def test_age_of_the_oldest_item_is_never_negative(spool: Path, jump: Jump, days: int) -> None:
-    with SpoolWriter(spool) as writer:
-        writer.put(np.zeros(3))
-        jump(days * DAY)
-        age = stat(spool).oldest_age
-        assert age is not None
-        assert age > DAY / 2 if days > 0 else age == 0

@@ -1,4 +1,4 @@
-"""A reader with `end="writers"` ends when the last writer has left, however that left, and not before."""
+"""A reader learns of the end at once; with `end="writers"` that is when the last writer has left, however it left."""
 
 from __future__ import annotations
 
@@ -68,11 +68,16 @@ def _thread_of(pool: ThreadPoolExecutor) -> int:
 
 
 @pytest.mark.usefixtures("no_look")
+@pytest.mark.parametrize("end", ["writers", "shutdown"])
 @pytest.mark.parametrize("settle", ["ack", "reject", "last nack", "close"])
-def test_who_waits_is_woken_when_the_last_item_in_flight_is_settled(spool: Path, settle: str) -> None:
-    with ThreadPoolExecutor() as pool, SpoolReader(spool, end="writers") as reader:
+def test_who_waits_is_woken_when_the_last_item_in_flight_is_settled(
+    spool: Path, settle: str, end: Any
+) -> None:
+    with ThreadPoolExecutor() as pool, SpoolReader(spool, end=end) as reader:
         with SpoolWriter(spool, max_attempts=1) as writer:
             writer.put(one(1))
+            if end == "shutdown":
+                writer.shutdown()
         other = SpoolReader(spool)
         item = other.receive()
         waiting = pool.submit(list, reader)
@@ -282,6 +287,40 @@ def test_reader_keeps_its_end_when_it_is_pickled_and_forked(spool: Path, reader:
         SpoolWriter(spool).close()
         with pytest.raises(ShutDown):
             again.get()
+
+
+# What an end leaves
+
+
+def test_immediate_shutdown_leaves_no_file_of_what_waits(writer: SpoolWriter, spool: Path) -> None:
+    writer.put_many(np.full(1 + number, number) for number in range(200))
+    writer.shutdown(immediate=True)
+    assert list((spool / "items").iterdir()) == []
+
+
+def test_immediate_shutdown_leaves_no_history_of_what_is_requeued_after_it(
+    writer: SpoolWriter, spool: Path
+) -> None:
+    writer.put(np.zeros(3))
+    with SpoolReader(spool) as reader:
+        item = reader.receive()
+        writer.shutdown(immediate=True)
+        item.nack()
+    SpoolReader(spool).close()
+    assert os.listdir(spool / "failed") == []
+
+
+def test_who_leaves_leaves_nothing_in_alive_and_tmp(spool: Path) -> None:
+    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
+        lent = writer.loan(5000)
+        writer.put(lent.array)
+        reader.get()
+        reader.close()
+        assert len(list((spool / "alive").iterdir())) == 1
+        assert len(list((spool / "tmp").iterdir())) == 1
+    for part in ("alive", "tmp"):
+        assert list((spool / part).iterdir()) == []
+    lent.array[:] = 1  # and who has it may write it
 
 
 # What somebody takes away

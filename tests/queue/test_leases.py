@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -150,14 +150,3 @@ def test_attempts_are_remembered_when_the_index_is_lost(pair: Pair, spool: Path)
     other = reader.receive(block=False)
     assert other.attempt == 1
     assert [failure.attempt for failure in history(spool, item)] == [1, 2, 3]
-
-
-def test_items_whose_leases_ended_together_are_redelivered_in_their_order(
-    spool: Path, spend: Callable[[float], None]
-) -> None:
-    with SpoolWriter(spool) as writer, SpoolReader(spool, lease=1) as hung, SpoolReader(spool) as reader:
-        writer.put_many([np.full(3, number) for number in range(4)])
-        held = [hung.receive() for _ in range(3)]
-        spend(2)
-        assert [int(array[0]) for array in reader.get_many(4)] == [0, 1, 2, 3]
-        assert len(held) == 3
