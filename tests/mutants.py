@@ -44,7 +44,7 @@ donated | journal | test_kills system and preallocate | fs.exists(directories.fr
 unlinked | journal | test_transitions | directories.remove("free", name) ==> pass
 followed | journal | test_kills system and shutdown | words[W.SHUTDOWN] = read_shutdown(directories.root) ==> pass
 staged | housekeeping | test_kills system and put_large | temporary_owner(entry.name) in crashed: ==> False:
-sessions | housekeeping | test_views ends_without | () if left else crashed - _stuck(session): ==> ():
+sessions | housekeeping | test_stops_nobody session and alive | () if left else crashed - _stuck(session): ==> ():
 repair-cut | check | test_kills system and repair | session.journal.words[W.CAPACITY] = W.ALL_BITS ==> pass
 left-new | fs | test_kills system and open_new | unlink_missing_ok(directory, name) ==> pass
 # killed between two stores to the table, holding the lock
@@ -148,7 +148,7 @@ plain-npy | format/header | test_format_item several | " " * padding ==> " " * 0
 padding | format/item | test_arrays padding | _opaque(copy)[...] = _opaque(array) ==> copy[...] = array
 checksum | format/item | test_verify one_flipped | actual != footer.checksum: ==> False:
 verify | receiving | test_verify a_received | verify(buffer, tail) ==> pass
-vanished | receiving | test_hostile_items vanished | raise BadItem("its file is missing") from None ==> raise
+vanished | receiving | test_log each_fault | raise BadItem("its file is missing") from None ==> raise
 # spool in the lower layer of an overlay
 overlay | receiving | test_places lower_layer | tail[0] != words[record + W.PUT_TIME] ==> False
 # file system full: tmpfs and ext4 filled for real

@@ -20,7 +20,7 @@ from support.calls import Call
 from support.faults import Event, Injector
 from support.peer import Peer
 
-from spoolipc import Empty, Item, LeaseExpired, SpoolReader, SpoolWriter
+from spoolipc import Item, LeaseExpired, SpoolReader, SpoolWriter
 from spoolipc.directory import fs
 
 SIZE = 5000
@@ -135,23 +135,6 @@ def test_view_got_in_another_process_stays_while_this_one_puts(
         traffic(writer, reader)
         found = peer.ask("[float(view[0]) if (view == view[0]).all() else None for view in views]")
         assert found == list(range(10))
-
-
-def test_process_that_ends_without_closing_leaves_nothing_broken(spool: Path) -> None:
-    with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
-        for number in range(4):
-            writer.put(full_of(number))
-        with Peer(spool) as peer:
-            peer.run("writer, reader = SpoolWriter(path), SpoolReader(path); view = reader.get_nowait()")
-            peer.run("item = reader.receive(); also = item.array")
-            peer.run("loan = writer.loan(5000); lent = loan.__enter__(); lent[:] = 7")
-            peer.kill()
-        found = [float(reader.get(timeout=5)[0]) for _ in range(3)]
-        assert sorted(found) == [1, 2, 3]  # 0 was got, 1 was in flight
-        traffic(writer, reader)
-    with SpoolReader(spool) as reader, pytest.raises(Empty):
-        reader.get_nowait()
-    assert list((spool / "tmp").iterdir()) == list((spool / "alive").iterdir()) == []
 
 
 def each(*steps: Callable[[], object]) -> None:

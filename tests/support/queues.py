@@ -61,13 +61,6 @@ def put_given(queue: Any, number: int) -> str:
     return str(queue.path)
 
 
-def finish(tasks: Any) -> None:
-    """Work off tasks until None comes."""
-    while tasks.get(timeout=60) is not None:
-        tasks.task_done()
-    tasks.task_done()
-
-
 def start_and_leave(method: str, path: str) -> None:
     """Make a queue, hand it to a process and end at once; it puts what it got into the spool at `path`."""
     import multiprocessing

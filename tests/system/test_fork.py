@@ -21,7 +21,7 @@ import pytest
 from support.faults import Event, Forked, Injector
 from support.waits import is_locked, until, until_asleep
 
-from spoolipc import AlreadySettled, Empty, Full, Item, LeaseExpired, SpoolReader, SpoolWriter, stat
+from spoolipc import Empty, Full, Item, LeaseExpired, SpoolReader, SpoolWriter, stat
 from spoolipc.directory import DirectoryEngine
 from spoolipc.engine import ConsumerOptions
 from spoolipc.message import Ack
@@ -64,20 +64,6 @@ def drained(reader: SpoolReader) -> Iterator[Array]:
     with contextlib.suppress(Empty):
         while True:
             yield reader.get_nowait()
-
-
-def test_child_and_parent_both_put_and_get(writer: SpoolWriter, reader: SpoolReader) -> None:
-    def both_ways(base: int) -> None:
-        for number in range(50):
-            writer.put(full_of(base + number))
-            assert (reader.get(timeout=20) >= 0).all()
-
-    writer.put(full_of(0))
-    reader.get()
-    child = Forked(lambda: both_ways(100))
-    both_ways(0)
-    assert child.ended() == 0
-    assert reader.empty()
 
 
 def test_child_is_a_session_of_its_own_once_it_uses_the_spool(
@@ -530,31 +516,6 @@ def test_an_item_that_the_parent_holds_never_changes_in_the_child(
     traffic(writer, reader)
     os.eventfd_write(gate, 1)
     assert child.ended() == 0
-
-
-def test_child_forked_while_a_thread_is_in_a_step_settles_nothing_of_its_parents_and_hangs_not(
-    writer: SpoolWriter, reader: SpoolReader
-) -> None:
-    writer.put(full_of(1))
-    item = reader.receive()
-    children: list[Forked] = []
-
-    def work() -> None:
-        for settle in (item.ack, item.nack):
-            with pytest.raises((LeaseExpired, AlreadySettled)):
-                settle()
-        writer.put(full_of(3))
-
-    def fork(event: Event) -> None:
-        if event.name == "rename" and not children:
-            with ThreadPoolExecutor(1) as aside:
-                aside.submit(lambda: children.append(Forked(work))).result(20)
-
-    with ThreadPoolExecutor(1) as threads, Injector(fork):
-        threads.submit(writer.put, full_of(2)).result(20)
-    assert children[0].ended() == 0
-    item.ack()
-    assert [float(array[0]) for array in drained(reader)] == [2, 3]
 
 
 def test_fork_while_another_thread_makes_a_spool_keeps_its_lock_from_nobody(spool: Path, gate: int) -> None:

@@ -529,23 +529,6 @@ class TestEnds:
 
 
 class TestJoinable:
-    def test_join_waits_for_what_others_are_at_work_on(self, context: Any) -> None:
-        queue = JoinableQueue()
-        workers = [context.Process(target=queues.finish, args=(queue,)) for _ in range(2)]
-        for worker in workers:
-            worker.start()
-        for number in range(20):
-            queue.put(number)
-        queue.join()
-        assert queue.empty()
-        for _ in workers:
-            queue.put(None)
-        queue.join()
-        for worker in workers:
-            worker.join(60)
-        with pytest.raises(ValueError, match="called too many times"):
-            queue.task_done()
-
     def test_a_dead_letter_is_no_unfinished_task(self, spool: Path) -> None:
         queue = JoinableQueue(path=spool)
         other = Queue(path=spool, types=[Point])
