@@ -11,7 +11,6 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.damage import item
+from support.damage import crafted, fields, item
 from support.peer import Peer
 
 from spoolipc import BadItem, Empty, SpoolReader, SpoolWriter, UnknownVersion, failed_list, stat
@@ -30,32 +29,6 @@ MEBIBYTE = 2**20
 FOOTER = b"SPOOLFTR"
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """Where many spools are made, for speed."""
-
-
-@cache
-def footer_at(end: int) -> bytes:
-    """The footer of an item of one array that ends at byte `end`."""
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder, SpoolWriter(Path(folder, "spool")) as writer:
-        data = Path(folder, "spool", item(writer.put(np.zeros(end - 128, np.uint8)))).read_bytes()
-        assert data[end:].startswith(FOOTER)
-        return data[end:]
-
-
-def vouched(body: bytes) -> bytes:
-    """Such bytes, with a true footer behind them."""
-    return body + footer_at(len(body))
-
-
-def block(text: str, data: bytes = b"", *, version: int = 1) -> bytes:
-    """An NPY block with this header text, its data at a multiple of 64 bytes, from 128 on."""
-    width = 2 if version == 1 else 4
-    raw = text.encode().ljust(119 - width)
-    raw += b" " * (-(9 + width + len(raw)) % 64) + b"\n"
-    return b"\x93NUMPY" + bytes([version, 0]) + len(raw).to_bytes(width, "little") + raw + data
-
-
-def described(shape: str, descr: str = "'<f8'") -> str:
-    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
 
 
 def trap(victim: Path) -> bytes:
@@ -73,13 +46,11 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 GREEDY: dict[str, Callable[[bytes, Path], bytes]] = {
-    "header of 10 MB": lambda data, _: vouched(
-        block(described("(1,)") + " " * (10 * MEBIBYTE), bytes(8), version=2)
-    ),
+    "header of 10 MB": lambda data, _: crafted(fields(shape=(1,)).ljust(10 * MEBIBYTE), bytes(8), 2),
     "header said to be of 4 GB": lambda data, _: b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + data[12:],
-    "shape of 2^60": lambda data, _: vouched(block(described(f"({2**60},)"), bytes(80))),
-    "element of 2^31 bytes": lambda data, _: vouched(block(described("(1,)", "'|S2147483647'"))),
-    "nested literal bomb": lambda data, _: vouched(block("(" * 9000 + ")" * 900)),
+    "shape of 2^60": lambda data, _: crafted(fields(shape=(2**60,)), bytes(80)),
+    "element of 2^31 bytes": lambda data, _: crafted(fields("|S2147483647", shape=(1,)), b""),
+    "nested literal bomb": lambda data, _: crafted("(" * 9000 + ")" * 900, b""),
 }
 HARMS: dict[str, Callable[[bytes, Path], bytes]] = GREEDY | {
     "truncated in its header": lambda data, _: data[:70],
@@ -88,15 +59,15 @@ HARMS: dict[str, Callable[[bytes, Path], bytes]] = GREEDY | {
     "empty": lambda data, _: b"",
     "one byte": lambda data, _: data[:1],
     "random bytes": lambda data, _: random.Random(1).randbytes(len(data)),
-    "shape larger than the file": lambda data, _: vouched(block(described("(11,)"), bytes(80))),
-    "pickle inside": lambda data, victim: vouched(block(described("(1,)", "'|O'"), trap(victim))),
-    "code in the header": lambda data, victim: vouched(
-        block(f"open({str(victim)!r}, 'w') or {described('(1,)')}", bytes(8))
+    "shape larger than the file": lambda data, _: crafted(fields(shape=(11,)), bytes(80)),
+    "pickle inside": lambda data, victim: crafted(fields("|O", shape=(1,)), trap(victim)),
+    "code in the header": lambda data, victim: crafted(
+        f"open({str(victim)!r}, 'w') or {fields()}", bytes(16)
     ),
     "no footer": lambda data, _: data[: data.rindex(FOOTER)],
     "footer with a flipped bit": lambda data, _: flipped(data, data.rindex(FOOTER) + 20),
-    "footer of another offset": lambda data, _: block(described("(2,)"), bytes(16)) + footer_at(512),
-}  # fmt: skip
+    "footer of another offset": lambda data, _: crafted(fields(), bytes(16), end=512),
+}
 
 
 def harm(path: Path, seq: int, how: str, victim: Path) -> None:
@@ -115,11 +86,11 @@ def victim(tmp_path: Path) -> Iterator[Path]:
     assert not (tmp_path / "victim").exists()
 
 
-def test_vouched_items_are_good_where_their_header_is(spool: Path) -> None:
+def test_crafted_items_are_good_where_their_header_is(spool: Path) -> None:
     """So that what the others refuse is not their footer."""
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
         seq = writer.put(np.zeros(3))
-        (spool / item(seq)).write_bytes(vouched(block(described("(2,)"), bytes(16))))
+        (spool / item(seq)).write_bytes(crafted(fields(), bytes(16)))
         assert np.array_equal(reader.get(timeout=5), np.zeros(2))
 
 

@@ -12,6 +12,7 @@ from typing import Final, ParamSpec
 import pytest
 
 from spoolipc import SpoolReader, SpoolWriter, gc, stat
+from spoolipc.format import footer
 from support.faults import Event, Injector, forked, kill
 from support.peer import Peer
 
@@ -37,6 +38,22 @@ def item_name(number: int) -> str:
 def item(number: int) -> str:
     """The path of an item's file below its spool."""
     return f"items/{item_name(number)}"
+
+
+def crafted(
+    header: str | bytes, data: bytes = bytes(64), version: int = 1, pad: bool = True, end: int = 0
+) -> bytes:
+    """An item with a header of one's own, aligned, and an honest footer, but where `end` says what it should not."""
+    text = header.encode("latin-1") if isinstance(header, str) else header
+    width = 2 if version == 1 else 4
+    if pad:
+        text += b" " * (-(9 + width + len(text)) % 64) + b"\n"
+    body = b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(width, "little") + text + data
+    return body + footer.pack(end or len(body), 1, bytes(16))
+
+
+def fields(descr: object = "<f8", fortran: object = False, shape: object = (2,)) -> str:
+    return repr({"descr": descr, "fortran_order": fortran, "shape": shape})
 
 
 def cut(place: Path) -> None:

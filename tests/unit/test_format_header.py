@@ -10,23 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.damage import crafted, fields
 
 from spoolipc.errors import BadItem, UnsupportedArray
-from spoolipc.format import footer, item
-
-
-def crafted(header: str | bytes, data: bytes = bytes(64), version: int = 1, pad: bool = True) -> bytes:
-    """An item with a header of one's own, aligned, and an honest footer."""
-    text = header.encode("latin-1") if isinstance(header, str) else header
-    width = 2 if version == 1 else 4
-    if pad:
-        text += b" " * (-(9 + width + len(text)) % 64) + b"\n"
-    body = b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(width, "little") + text + data
-    return body + footer.pack(len(body), 1, bytes(16))
-
-
-def fields(descr: object = "<f8", fortran: object = False, shape: object = (2,)) -> str:
-    return repr({"descr": descr, "fortran_order": fortran, "shape": shape})
+from spoolipc.format import item
 
 
 def shaped(*shape: object) -> str:
