@@ -6,24 +6,18 @@ What `support.faults` makes happen at that door, strace makes happen in the kern
 from __future__ import annotations
 
 import re
-import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.account import check_spool
+from support.strace import strace
 
 from spoolipc import SpoolReader, fsck, gc
 
-pytestmark = [
-    pytest.mark.fault,
-    pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed"),
-]
-TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.fault
 ROUND = """
 import contextlib, os, sys
 import numpy as np
@@ -117,24 +111,6 @@ PYTHON = {"futex", "brk", "madvise", "munmap", "getrandom", "getpid", "gettid", 
 LATER = {"close", "getdents64", "lseek", "mmap", "mremap", "prlimit64"}
 """What ends a mapping or reads on in a listing, when Python sees fit, and memory."""
 LINE = re.compile(r'(\d+) +(\w+)\((?:.*"/(call|done|end)(?: (\w+))?")?(.*)')
-
-
-def strace(tmp_path: Path, program: str, *options: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run a program under strace; returns what it ended with, and the lines of the log."""
-    log, source = tmp_path / "log", tmp_path / "program.py"
-    source.write_text(program)
-    command = ["strace", "-f", "-qq", "-s", "200", "-e", "signal=none", "-o", str(log), *options]
-    done = subprocess.run(
-        [*command, sys.executable, "-W", "error", str(source), str(tmp_path / "spool")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=150,
-        env={"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "PATH": "/usr/bin:/bin"},
-    )
-    if "ptrace" in done.stderr:
-        pytest.skip(f"strace may not trace here: {done.stderr.splitlines()[0]}")
-    return done, log.read_text(errors="replace").splitlines()
 
 
 def outside(lines: list[str]) -> Iterator[str]:

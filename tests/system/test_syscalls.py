@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from statistics import median_low
 
 import pytest
+from support.strace import strace
 
 pytestmark = pytest.mark.fault
 
@@ -103,28 +101,13 @@ Rounds = dict[str, list[Counter[str]]]
 @pytest.fixture(scope="module", params=[1000, 50_000])
 def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Rounds]:
     """The array's size in bytes, and the system calls by name in each round of each operation."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
     place = tmp_path_factory.mktemp("counts")
-    strace = ["strace", "-f", "-qq", "-s", "200", "-e", "signal=none", "-o", str(place / "log")]
-    program = [
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        PROGRAM,
-        str(place / "spool"),
-        str(request.param),
-        str(ROUNDS),
-    ]
-    ran = subprocess.run(strace + program, capture_output=True, text=True, check=False, timeout=150)
-    if "ptrace" in ran.stderr:
-        pytest.skip(f"strace may not trace here: {ran.stderr.splitlines()[0]}")
+    ran, lines = strace(place, PROGRAM, args=(request.param, ROUNDS))
     assert ran.returncode == 0, ran.stderr
     found: Rounds = {}
     now: Counter[str] | None = None
     main = ""
-    for match in filter(None, map(LINE.match, (place / "log").read_text().splitlines())):
+    for match in filter(None, map(LINE.match, lines)):
         process, call, mark, name = match.groups()
         if mark:
             main, now = process, Counter() if mark == "begin" else None
