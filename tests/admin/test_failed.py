@@ -11,14 +11,7 @@ import pytest
 from support.damage import cut, item_name, link_out, picture, pipe
 from support.faults import Injector
 
-from spoolipc import (
-    SpoolReader,
-    SpoolWriter,
-    failed_drop,
-    failed_list,
-    failed_retry,
-    failed_show,
-)
+from spoolipc import SpoolReader, SpoolWriter, failed_drop, failed_list, failed_retry, failed_show
 
 
 @pytest.fixture

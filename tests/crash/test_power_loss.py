@@ -241,10 +241,7 @@ def work(recorder: Recorder, path: Path) -> None:
         with writer.loan(LARGE.shape, LARGE.dtype) as array:
             array[:] = whole(value)
 
-    with (
-        SpoolWriter(path, durability="fsync", max_attempts=0) as writer,
-        SpoolReader(path) as reader,
-    ):
+    with SpoolWriter(path, durability="fsync", max_attempts=0) as writer, SpoolReader(path) as reader:
         for value in (1, 2):
             recorder.put(value, lambda value=value: writer.put(whole(value)))  # type: ignore[misc]
         recorder.put(4, lambda: lend(4))

@@ -293,8 +293,7 @@ class TestPaths:
         before = sorted(outer.rglob("*"))
         for face in (SpoolWriter, SpoolReader):
             with pytest.raises(
-                NotASpool,
-                match=f"^{outer / inner}: is inside the spool {outer}; give a path outside of it",
+                NotASpool, match=f"^{outer / inner}: is inside the spool {outer}; give a path outside of it"
             ):
                 face(outer / inner)
         assert sorted(outer.rglob("*")) == before

@@ -355,12 +355,7 @@ class TestRoot:
         theirs.chmod(0o777)
         found = fsck(theirs, repair=True)
         assert found.clean
-        assert {problem.kind for problem in found.problems} == {
-            "mode",
-            "directory",
-            "index",
-            "item",
-        }
+        assert {problem.kind for problem in found.problems} == {"mode", "directory", "index", "item"}
         assert stat(theirs).failed == 3
 
     def test_does_not_open_it_as_a_reader_or_writer(self, theirs: Path) -> None:

@@ -16,14 +16,7 @@ from support.damage import crash, item
 from support.mounts import tmpfs
 from support.peer import Peer
 
-from spoolipc import (
-    Empty,
-    SpoolReader,
-    SpoolWriter,
-    failed_list,
-    failed_show,
-    gc,
-)
+from spoolipc import Empty, SpoolReader, SpoolWriter, failed_list, failed_show, gc
 
 LARGE = 5000
 CRASHED = "its reader crashed"

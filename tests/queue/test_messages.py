@@ -132,10 +132,7 @@ CASES: dict[Callable[[Spool], None], tuple[type[SpoolError], str]] = {
     nothing_to_receive: (Empty, "no item waits"),
     nothing_to_look_at: (Empty, "no item waits"),
     too_large: (TooLarge, r"an item of \d+ bytes can never fit: max_bytes is 100000.*"),
-    put_after_the_end: (
-        ShutDown,
-        r"was shut down; SpoolWriter\(path, reopen=True\) opens it again.*",
-    ),
+    put_after_the_end: (ShutDown, r"was shut down; SpoolWriter\(path, reopen=True\) opens it again.*"),
     get_after_the_end: (
         ShutDown,
         "was shut down and has no more items; a writer begins again with fresh=True",

@@ -22,13 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from support.account import check_spool
 from support.arrays import Array
 from support.model import CLOSE, CRASH, DISCARDED, DRAINING, LEASE, OPEN, Claim, Entry, Model, Session

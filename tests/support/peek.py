@@ -45,13 +45,7 @@ _HEADER: Final = {
     "housekeeping_time": W.HOUSEKEPT,
     "maxsize": W.MAXSIZE,
 }
-_RECORD: Final = {
-    "state": W.STATE,
-    "next": W.NEXT,
-    "seq": W.SEQ,
-    "put_time": W.PUT_TIME,
-    "file": W.FILE,
-}
+_RECORD: Final = {"state": W.STATE, "next": W.NEXT, "seq": W.SEQ, "put_time": W.PUT_TIME, "file": W.FILE}
 HEADER_BYTES: Final = W.HEADER * W.WORD
 COUNTS: Final = range(W.MARK, W.GROUPS)
 """Positions of the words that queues, counts and limits are in; those before them say what the file is."""

@@ -61,12 +61,7 @@ def calls_of(step: Callable[..., None], *args: object) -> int:
 @pytest.mark.parametrize("nbytes", [1000, 64_000])
 @pytest.mark.parametrize(
     ("putting", "most_put", "taking", "most_taken"),
-    [
-        (put, 40, get, 45),
-        (put_metadata, 50, get, 50),
-        (put_two, 50, get, 50),
-        (put, 40, receive, 70),
-    ],
+    [(put, 40, get, 45), (put_metadata, 50, get, 50), (put_two, 50, get, 50), (put, 40, receive, 70)],
 )
 def test_steady_round_makes_few_calls(
     spool: Path,

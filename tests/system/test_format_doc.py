@@ -54,11 +54,7 @@ def position(name: str) -> int:
 
 @pytest.mark.parametrize(
     ("title", "size"),
-    [
-        ("Header", table.HEADER * table.WORD),
-        ("Record", table.RECORD * table.WORD),
-        ("Footer", footer.SIZE),
-    ],
+    [("Header", table.HEADER * table.WORD), ("Record", table.RECORD * table.WORD), ("Footer", footer.SIZE)],
 )
 def test_fields_follow_one_another_and_fill_their_place(title: str, size: int) -> None:
     at = 0

@@ -15,10 +15,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(SECONDS + 200)]
 
 @pytest.mark.parametrize(
     ("roles", "share"),
-    [
-        (["write", "write", "get", "receive", "receive"], 0.7),
-        (["write", "write", "receive"], 0.3),
-    ],
+    [(["write", "write", "get", "receive", "receive"], 0.7), (["write", "write", "receive"], 0.3)],
     ids=["readers of both kinds", "one reader"],
 )
 def test_every_put_is_delivered_and_acknowledged_once_though_anybody_is_killed_at_any_time(

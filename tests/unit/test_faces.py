@@ -15,13 +15,7 @@ import pytest
 import spoolipc
 from spoolipc import memory
 from spoolipc.connect import connect
-from spoolipc.errors import (
-    AlreadySettled,
-    Full,
-    LeaseExpired,
-    UnsupportedArray,
-    UnsupportedOperation,
-)
+from spoolipc.errors import AlreadySettled, Full, LeaseExpired, UnsupportedArray, UnsupportedOperation
 from spoolipc.message import Limits
 from spoolipc.queue import SpoolReader, SpoolWriter
 

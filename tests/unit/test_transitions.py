@@ -370,8 +370,7 @@ def not_moved(spool: Spool, before: Any, table: bytes, transition: Transition) -
 
 
 @pytest.mark.parametrize(
-    ("word", "value"),
-    [(W.MARK, transitions.FOLLOW + 1), (W.STORES, W.JOURNAL_ROOM + 1), (W.JOURNAL, 2**40)],
+    ("word", "value"), [(W.MARK, transitions.FOLLOW + 1), (W.STORES, W.JOURNAL_ROOM + 1), (W.JOURNAL, 2**40)]
 )
 def test_a_journal_that_nobody_wrote_is_damage_and_nothing_is_stored(
     spool: Spool, word: int, value: int
