@@ -76,11 +76,17 @@ def reader(spool: Path) -> Iterator[SpoolReader]:
 @pytest.fixture
 def no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody who waits looks unasked, within the time that a test has."""
-    from spoolipc.directory import doorbell, housekeeping, session
+    from support.waits import look_every
 
-    monkeypatch.setattr(doorbell, "LOOK_EVERY", dict.fromkeys(doorbell.LOOK_EVERY, 1000.0))
-    monkeypatch.setattr(session, "EVERY", 1000.0)
-    monkeypatch.setattr(housekeeping, "_EVERY_NS", 10**15)
+    look_every(1000.0, monkeypatch.setitem, monkeypatch.setattr)
+
+
+@pytest.fixture
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits looks unasked all the time: a test of what only a look finds need not wait for seconds."""
+    from support.waits import OFTEN, look_every
+
+    look_every(OFTEN, monkeypatch.setitem, monkeypatch.setattr)
 
 
 @pytest.fixture

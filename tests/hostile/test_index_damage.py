@@ -22,7 +22,7 @@ from support.damage import item_name, picture, refused
 from support.faults import Injector, fail, forked
 from support.peek import COUNTS, HEADER_BYTES, POSITIONS, RECORDS, poke
 from support.peer import Peer
-from support.waits import start_waiting, until
+from support.waits import LOOK_OFTEN, start_waiting, until
 
 from spoolipc import (
     Empty,
@@ -207,10 +207,10 @@ WAITED_THROUGH = pytest.mark.parametrize(
 @WAITED_THROUGH
 def test_reader_that_waits_survives_and_gets_the_next_item(spool: Path, how: str) -> None:
     with SpoolWriter(spool) as writer, Peer(spool) as peer:
-        peer.run("reader = SpoolReader(path)")
+        peer.run(f"{LOOK_OFTEN}; reader = SpoolReader(path)")
         start_waiting(peer, "int(reader.get(timeout=20)[0])")
         HARMS[how](spool)
-        until(lambda: not stat(spool).index_damage)  # it looks once a second, and repairs what it finds
+        until(lambda: not stat(spool).index_damage)  # by itself it looks, and repairs what it finds
         writer.put(np.full(3, 5))
         assert peer.answer() == 5
         peer.run("reader.close()")

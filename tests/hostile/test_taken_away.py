@@ -18,7 +18,7 @@ from support.faults import Event, Injector, fail
 from support.locks import lock_file
 from support.peek import peek_table
 from support.peer import Peer
-from support.waits import is_locked, start_waiting, until
+from support.waits import LOOK_OFTEN, is_locked, start_waiting, until
 
 from spoolipc import (
     Empty,
@@ -34,7 +34,6 @@ from spoolipc import (
     gc,
     stat,
 )
-from spoolipc.directory.doorbell import LOOK_EVERY
 from spoolipc.directory.lock import IndexLock
 
 LARGE = np.arange(10_000)
@@ -266,11 +265,8 @@ def test_a_session_makes_its_file_again_and_is_woken_through_it(spool: Path) -> 
             reader.get(timeout=10)
 
 
-def test_a_thread_that_waits_hears_through_the_file_that_another_made_again(
-    spool: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("spoolipc.directory.session.EVERY", 600.0)
-    monkeypatch.setitem(LOOK_EVERY, "items", 600.0)
+@pytest.mark.usefixtures("no_look")
+def test_a_thread_that_waits_hears_through_the_file_that_another_made_again(spool: Path) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
         waiting = [Call(reader.get) for _ in range(2)]
         for call in waiting:
@@ -369,7 +365,7 @@ def test_who_sleeps_makes_its_file_again(spool: Path) -> None:
     with SpoolWriter(spool) as writer, Peer(spool) as peer:
         before = set(tokens(spool))
         writer.put(LARGE)
-        peer.run("reader = SpoolReader(path); item = reader.receive()")
+        peer.run(f"{LOOK_OFTEN}; reader = SpoolReader(path); item = reader.receive()")
         start_waiting(peer, "len(reader.get(timeout=60))")
         (file,) = set(tokens(spool)) - before
         file.unlink()

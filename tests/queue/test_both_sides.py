@@ -15,7 +15,6 @@ from support.peer import Peer
 from support.waits import until, until_asleep
 
 from spoolipc import Limits, SpoolReader, SpoolWriter, fsck
-from spoolipc.directory import doorbell
 from spoolipc.directory.pair import DirectoryPair
 from spoolipc.message import NOW, Message
 
@@ -47,13 +46,9 @@ def test_both_sides_have_eight_descriptors_and_none_after_the_close(spool: Path)
     assert (held[1].arrays[0] == 1).all()
 
 
+@pytest.mark.usefixtures("no_look")
 @pytest.mark.parametrize("kind", ["items", "space"])
-def test_each_side_is_woken_for_what_it_waits_for(
-    spool: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for each in ("items", "space"):
-        monkeypatch.setitem(doorbell.LOOK_EVERY, each, 1000.0)  # it does not look by itself
-    monkeypatch.setattr("spoolipc.directory.session.EVERY", 1000.0)
+def test_each_side_is_woken_for_what_it_waits_for(spool: Path, kind: str) -> None:
     with closing(DirectoryPair(spool, Limits(maxsize=1))) as pair, Peer(spool) as peer:
         for _ in range(3):  # whatever it waited for last
             pair.producer.put([ITEM], None)
@@ -114,10 +109,10 @@ def test_a_task_is_unfinished_from_its_put_until_it_is_said_to_be_done(both: Dir
     assert not both.task_done()
 
 
+@pytest.mark.usefixtures("no_look")
 def test_who_joins_is_woken_by_the_last_task_done_of_another_process(
-    both: DirectoryPair, spool: Path, monkeypatch: pytest.MonkeyPatch
+    both: DirectoryPair, spool: Path
 ) -> None:
-    monkeypatch.setitem(doorbell.LOOK_EVERY, "space", 1000.0)
     both.producer.put([ITEM, ITEM], None)
     with Peer(spool) as peer:
         peer.run("from spoolipc.directory.pair import DirectoryPair")

@@ -123,6 +123,7 @@ def test_join_is_woken_once_and_not_by_every_item(spool: Path, monkeypatch: pyte
         assert len(rings) <= 2
 
 
+@pytest.mark.usefixtures("look_often")
 def test_join_goes_on_when_a_reader_is_killed_and_another_does_its_work(spool: Path) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader, Peer(spool) as other:
         writer.put(one(1))
@@ -134,6 +135,7 @@ def test_join_goes_on_when_a_reader_is_killed_and_another_does_its_work(spool: P
             assert joined.result(20)
 
 
+@pytest.mark.usefixtures("look_often")
 def test_join_finds_an_item_whose_last_reader_was_killed_a_dead_letter(spool: Path) -> None:
     with SpoolWriter(spool, max_attempts=1) as writer, Peer(spool) as other:
         writer.put(one(1))

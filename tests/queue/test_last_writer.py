@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from support.faults import Forked, Injector, at, forked, kill
 from support.peer import Peer
-from support.waits import start_waiting, until_asleep
+from support.waits import LOOK_OFTEN, start_waiting, until_asleep
 
 from spoolipc import Empty, ShutDown, SpoolReader, SpoolWriter, stat
 from spoolipc.directory import session
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of threads, from Python 3.12
-LOOKS = 1.3
-"""Seconds in which a reader that waits has looked for crashed sessions."""
+LOOKS = 0.2
+"""Seconds in which a reader that looks often has looked for crashed sessions."""
 END = "[int(array[0]) for array in reader]"
 
 
@@ -94,7 +94,7 @@ def test_who_waits_is_woken_when_the_last_item_in_flight_is_settled(
 def test_killed_writer_does_not_leave_readers_waiting(spool: Path, put: int) -> None:
     with Peer(spool) as producer, Peer(spool) as first, Peer(spool) as second:
         for each in (first, second):
-            each.run('reader = SpoolReader(path, end="writers")')
+            each.run(f'{LOOK_OFTEN}; reader = SpoolReader(path, end="writers")')
         producer.run("writer = SpoolWriter(path)")
         start_waiting(first, END)
         start_waiting(second, END)
@@ -103,6 +103,7 @@ def test_killed_writer_does_not_leave_readers_waiting(spool: Path, put: int) -> 
         assert sorted(first.answer() + second.answer()) == list(range(put))
 
 
+@pytest.mark.usefixtures("look_often")
 def test_writer_of_a_process_that_ended_without_closing_it_has_left(spool: Path, reader: SpoolReader) -> None:
     assert forked(lambda: SpoolWriter(spool).put(one(1))) == 0
     assert [array[0] for array in reader] == [1]
@@ -114,6 +115,7 @@ def test_writer_that_was_dropped_unclosed_has_left(spool: Path, reader: SpoolRea
     assert [array[0] for array in reader] == [1]
 
 
+@pytest.mark.usefixtures("look_often")
 def test_stopped_writer_is_there_and_so_is_one_that_does_nothing(spool: Path, reader: SpoolReader) -> None:
     with Peer(spool) as producer:
         producer.run("writer = SpoolWriter(path)")
@@ -125,6 +127,7 @@ def test_stopped_writer_is_there_and_so_is_one_that_does_nothing(spool: Path, re
         producer.go()
 
 
+@pytest.mark.usefixtures("look_often")
 def test_writer_killed_at_any_call_leaves_nobody_waiting(spool: Path) -> None:
     def write(number: int) -> None:
         with Injector(at(number, kill)), SpoolWriter(spool) as writer:
@@ -145,6 +148,7 @@ def test_writer_killed_at_any_call_leaves_nobody_waiting(spool: Path) -> None:
 # Forks
 
 
+@pytest.mark.usefixtures("look_often")
 def test_forked_writer_counts_from_the_fork(spool: Path, reader: SpoolReader, gate: int, ready: int) -> None:
     writer = SpoolWriter(spool)
 
@@ -166,6 +170,7 @@ def test_forked_writer_counts_from_the_fork(spool: Path, reader: SpoolReader, ga
     assert child.ended() == 0
 
 
+@pytest.mark.usefixtures("look_often")
 @pytest.mark.parametrize("end", ["close", "exit", "crash", "drop"])
 @pytest.mark.parametrize("generations", [1, 2])
 def test_forked_writer_that_was_never_used_counts_until_it_is_closed(
@@ -233,6 +238,7 @@ def _target(number: str) -> str:
         return ""
 
 
+@pytest.mark.usefixtures("look_often")
 def test_forked_writer_counts_on_when_it_could_not_be_opened_again(
     spool: Path, reader: SpoolReader, gate: int, ready: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +340,7 @@ def _remove_index(spool: Path) -> None:
     (spool / "index").unlink()
 
 
+@pytest.mark.usefixtures("look_often")
 @pytest.mark.parametrize("damage", [_remove_tmp, _remove_index])
 def test_end_is_found_where_a_part_was_removed(spool: Path, damage: Callable[[Path], None]) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool, end="writers") as reader:

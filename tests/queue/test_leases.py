@@ -63,6 +63,7 @@ def test_late_acknowledgement_at_the_end_of_the_block_raises_and_hides_no_error(
     assert reader.receive(block=False).attempt == 3
 
 
+@pytest.mark.usefixtures("look_often")
 @pytest.mark.parametrize("lease", [0.3, None])
 def test_hung_reader_loses_its_item_when_the_lease_ends_and_learns_it_when_it_goes_on(
     pair: Pair, spool: Path, lease: float | None
@@ -80,7 +81,7 @@ def test_hung_reader_loses_its_item_when_the_lease_ends_and_learns_it_when_it_go
             assert "lease ended" in peer.ask("said")
         else:
             with pytest.raises(Empty):
-                reader.receive(timeout=1.2)  # crashed sessions are looked for once a second
+                reader.receive(timeout=0.2)  # crashed sessions were looked for
             peer.go()
             peer.run("item.ack()")
 
@@ -90,7 +91,7 @@ def test_shorter_delay_is_over_first_and_one_without_an_end_is_a_long_one(pair: 
     for number in range(5):
         writer.put(np.full(3, number))
     items = [reader.receive() for _ in range(5)]
-    for item, delay in zip(items, (1.0, 0.4, float("inf"), 0.8, 0.6), strict=True):
+    for item, delay in zip(items, (0.5, 0.2, float("inf"), 0.4, 0.3), strict=True):
         item.nack(delay=delay)
     assert [int(reader.get(timeout=20)[0]) for _ in range(4)] == [1, 4, 3, 0]
     with pytest.raises(Empty):

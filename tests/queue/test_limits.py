@@ -16,7 +16,7 @@ from support.calls import Call
 from support.faults import Event, Injector, fail
 
 from spoolipc import Full, LimitMismatch, ShutDown, SpoolReader, SpoolWriter, StorageError, TooLarge
-from spoolipc.directory import doorbell, fs, session
+from spoolipc.directory import fs
 from spoolipc.directory.session import Side
 
 PAGE = 4096
@@ -115,13 +115,10 @@ class TestBytes:
                 reader.get_nowait()
             assert waiting.result() == 11
 
+    @pytest.mark.usefixtures("no_look")
     @pytest.mark.parametrize("maxsize", [0, 100])
     @pytest.mark.parametrize("how", ["ack", "reject"])
-    def test_blocked_put_is_woken_when_an_item_is_settled(
-        self, spool: Path, monkeypatch: pytest.MonkeyPatch, how: str, maxsize: int
-    ) -> None:
-        monkeypatch.setitem(doorbell.LOOK_EVERY, "space", 1000.0)  # it does not look by itself
-        monkeypatch.setattr(session, "EVERY", 1000.0)
+    def test_blocked_put_is_woken_when_an_item_is_settled(self, spool: Path, how: str, maxsize: int) -> None:
         """Though others wait still."""
         with SpoolWriter(spool, max_bytes=3 * PAGE, maxsize=maxsize) as writer, SpoolReader(spool) as reader:
             writer.put_many([pages(2), pages(1)])

@@ -220,6 +220,7 @@ def test_peek_beside_readers_that_take_never_shows_a_wrong_item(spool: Path) -> 
         assert peer.answer() == 1000
 
 
+@pytest.mark.usefixtures("look_often")
 def test_crashed_reader_does_not_keep_the_others_waiting_for_the_end(pair: Pair, spool: Path) -> None:
     writer, reader = pair
     writer.put(np.full(3, 5))
@@ -288,7 +289,8 @@ def test_an_item_dropped_in_a_cycle_is_redelivered_as_the_collector_finds_it(pai
     assert (array == 0).all()
 
 
-def test_an_item_dropped_while_its_reader_waits_is_redelivered_within_a_second_or_so(pair: Pair) -> None:
+@pytest.mark.usefixtures("look_often")
+def test_an_item_dropped_while_its_reader_waits_is_redelivered_by_its_next_look(pair: Pair) -> None:
     writer, reader = pair
     writer.put(np.zeros(3))
     held = [reader.receive()]

@@ -35,8 +35,11 @@ class Call:
 
     def until_asleep(self) -> None:
         """Wait until the call waits for others and takes no step by itself. Fails when it ends instead."""
-        until(lambda: self.done or self._sleeps())
+        self.until_asleep_or_done()
         assert not self.done, f"it did not wait: {self._future}"
+
+    def until_asleep_or_done(self) -> None:
+        until(lambda: self.done or self._sleeps())
 
     def _sleeps(self) -> bool:
         before = self._steps()
@@ -47,7 +50,7 @@ class Call:
         """State and count of steps of the thread, as the kernel says; nothing of a thread that has ended."""
         try:
             said = Path(f"/proc/self/task/{self._thread.native_id}/status").read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return ["State: X"]
         return [line for line in said.splitlines() if line.startswith(("State", "voluntary_ctxt"))]
 

@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 from filelock import lock_descriptor
 
+from spoolipc.directory import doorbell, housekeeping, session
 from support.locks import lock_file
 from support.peer import Peer
 
@@ -70,3 +72,20 @@ def is_locked(path: Path) -> bool:
         return not lock_descriptor(fd, blocking=False)
     finally:
         os.close(fd)
+
+
+OFTEN: Final = 0.05
+LOOK_OFTEN: Final = f"from support.waits import look_every; look_every({OFTEN})"
+"""For a peer that waits for what only a look finds, that the test need not wait for seconds."""
+
+
+def look_every(
+    seconds: float,
+    setitem: Callable[[Any, Any, Any], object] = dict.__setitem__,
+    setattr: Callable[[Any, str, Any], object] = setattr,
+) -> None:
+    """Let who waits in this process look unasked, and keep house, so often."""
+    for kind in doorbell.LOOK_EVERY:
+        setitem(doorbell.LOOK_EVERY, kind, seconds)
+    setattr(session, "EVERY", seconds)
+    setattr(housekeeping, "_EVERY_NS", int(seconds * 1e9))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.calls import Call
 from support.faults import Event, Injector
 
 from spoolipc import Empty, LeaseExpired, ShutDown, SpoolClosed, SpoolReader, SpoolWriter
@@ -209,8 +210,7 @@ def at_once(call: Callable[[], Any], line: int, other: Callable[[], Any], result
 
     results: takes what they return, that of the first first.
     """
-    lines = 0
-    thread = threading.Thread(target=lambda: results.append(other()))
+    lines, begun = 0, list[Call]()
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal lines
@@ -219,8 +219,8 @@ def at_once(call: Callable[[], Any], line: int, other: Callable[[], Any], result
         if event == "line":
             if lines == line:
                 sys.settrace(None)
-                thread.start()
-                thread.join(0.1)  # or it waits for the first
+                begun.append(Call(other))
+                begun[0].until_asleep_or_done()  # it may wait for the first
             lines += 1
         return trace
 
@@ -230,6 +230,5 @@ def at_once(call: Callable[[], Any], line: int, other: Callable[[], Any], result
         results.insert(0, call())
     finally:
         sys.settrace(before)
-        if thread.ident is not None:
-            thread.join()
-    return thread.ident is not None
+        results += [each.result() for each in begun]
+    return bool(begun)
