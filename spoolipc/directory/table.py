@@ -297,12 +297,25 @@ def violations(words: Words) -> list[str]:
     return check.found
 
 
+def _by_state(words: dict[int, tuple[int, ...]]) -> npt.NDArray[np.bool]:
+    """Whether a word, by the state of its record and its place in it, is one of these; of no state that is unknown."""
+    table = np.zeros((POOLED + 2, RECORD), bool)
+    for state, places in words.items():
+        table[state, list(places)] = True
+    return table
+
+
+_NEVER_ZERO: Final = _by_state(NOT_ZERO)
+_EVER_ZERO: Final = _by_state(ZERO)
+
+
 class _Check:
     """One look at all invariants."""
 
     def __init__(self, words: Words) -> None:
         self.words = words
         self.records = rows(words)
+        self.states = np.minimum(self.records[:, STATE], POOLED + 1).astype(np.intp)  # those unknown are one
         self.end = HEADER + len(self.records) * RECORD
         self.seen = bytearray(len(self.records))
         self.found: list[str] = []
@@ -310,6 +323,12 @@ class _Check:
     def expect(self, what: str, said: int, found: int) -> None:
         if said != found:
             self.found.append(f"{what}: the index says {said}, its records {found}")
+
+    def among(self, states: tuple[int, ...]) -> npt.NDArray[np.bool]:
+        """Which records are in one of these states."""
+        asked = np.zeros(POOLED + 2, bool)
+        asked[list(states)] = True
+        return asked[self.states]
 
     def walk(self, name: str, head: int, states: tuple[int, ...]) -> Iterator[int]:
         """The records of one list, until it ends or goes astray, which is noted."""
@@ -342,19 +361,21 @@ class _Check:
             astray += words[record + PREV] != previous
             previous = record
         self.expect("wrong links back in the list of active records", 0, astray)
-        for head in range(BUCKETS, BUCKETS + BUCKET_COUNT):
+        for head in filter(words.__getitem__, range(BUCKETS, BUCKETS + BUCKET_COUNT)):
             for record in self.walk("the pool", head, (POOLED,)):
                 if bucket(words[record + BYTES]) != head:
                     self.found.append("the pool holds a file among those of another size")
         for _ in self.walk("the list of unused records", UNUSED, (NOTHING,)):
             pass
-        unlisted = int(np.isin(self.records[:, STATE], UNLISTED).sum())
+        unlisted = int(self.among(UNLISTED).sum())
         self.expect("records on no list", unlisted, self.seen.count(0))
 
     def fields(self) -> None:
         """Every word of a record is what its state says belongs there."""
         states = self.records[:, STATE]
         self.expect("records of unknown state", 0, int((states > POOLED).sum()))
+        if not np.where(self.records == 0, _NEVER_ZERO[self.states], _EVER_ZERO[self.states]).any():
+            return
         for state in range(POOLED + 1):
             of_state = self.records[states == state]
             if not len(of_state):
@@ -372,25 +393,22 @@ class _Check:
         """Counts and bytes in the header are those of the records."""
         words, states, sizes = self.words, self.records[:, STATE], self.records[:, BYTES]
 
-        def size(*of: int) -> int:
-            return int(sizes[np.isin(states, of)].sum())
-
         self.expect("items in flight", words[IN_FLIGHT_COUNT], int((states == IN_FLIGHT).sum()))
         self.expect("items delayed", words[DELAYED_COUNT], int((states == DELAYED).sum()))
         self.expect("files in the pool", words[POOL_COUNT], int((states == POOLED).sum()))
-        self.expect("bytes of items", words[ITEM_BYTES], size(*IN_ITEMS))
-        self.expect("bytes in the pool", words[POOL_BYTES], size(POOLED))
+        self.expect("bytes of items", words[ITEM_BYTES], int(sizes[self.among(IN_ITEMS)].sum()))
+        self.expect("bytes in the pool", words[POOL_BYTES], int(sizes[states == POOLED].sum()))
 
     def numbers(self) -> None:
         """Sequence numbers, file numbers and times are possible."""
         records, words, states = self.records, self.words, self.records[:, STATE]
-        items = records[np.isin(states, IN_ITEMS)]
-        self.expect("items of the same number", 0, len(items) - len(np.unique(items[:, SEQ])))
+        items = records[self.among(IN_ITEMS)]
+        self.expect("items of the same number", 0, len(items) - len(set(items[:, SEQ].tolist())))
         self.expect("numbers not given out yet", 0, int((items[:, SEQ] >= words[NEXT_SEQ]).sum()))
         self.expect("the check of the next number", words[NEXT_SEQ_CHECK], words[NEXT_SEQ] ^ ALL_BITS)
         used = records[states != NOTHING, FILE]
-        self.expect("files with two records", 0, len(used) - len(np.unique(used)))
-        due = records[np.isin(states, (IN_FLIGHT, DELAYED)), DUE]
+        self.expect("files with two records", 0, len(used) - len(set(used.tolist())))
+        due = records[self.among(IN_ACTIVE), DUE]
         due = due[due > 0]
         if due.size and not 0 < words[NEXT_DUE] <= int(due.min()):
             self.found.append("a lease or delay ends before anybody would look")
