@@ -125,7 +125,7 @@ class Queue:
 
     def _open(self, path: str, fd: int | None, limits: Limits) -> None:
         self._use = _Use(path, fd, limits)
-        self._pair = self._use.pair
+        self._pair, self._mode = self._use.pair, limits.mode
         self.path = self._pair.producer.path
         self.maxsize = self._pair.producer.maxsize
         self._after_fork()
@@ -242,7 +242,7 @@ class Queue:
         self._opened()
         fd = self._use.fd
         handle = None if fd is None or context.get_spawning_popen() is None else reduction.DupFd(fd)
-        options = self._values.types, self._pickles, self._writable
+        options = self._values.types, self._pickles, self._writable, self._mode
         return _received, (type(self), self.path, handle, fd is not None, *options)
 
     def __repr__(self) -> str:
@@ -275,12 +275,13 @@ def _received(
     types: Iterable[type],
     pickles: bool,
     writable: bool,
+    mode: int | None,
 ) -> Queue:
     """The queue that another process sent."""
     queue = cls.__new__(cls)
     queue._set(Values(types), pickles, writable)
     fd = temporary.inherit(handle.detach()) if handle else temporary.use(path) if is_temporary else None
-    queue._open(path, fd, Limits(mode=0o700 if pickles else None))
+    queue._open(path, fd, Limits(mode=mode))
     return queue
 
 

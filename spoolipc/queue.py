@@ -95,12 +95,12 @@ class _Face(Face):
     ) -> None:
         self.close()
 
-    def _pickled(self, **options: Any) -> tuple[Any, ...]:
-        """What `__reduce__` returns: the same path opened with these options."""
+    def _pickled(self, opened: ProducerOptions | ConsumerOptions, **more: Any) -> tuple[Any, ...]:
+        """What `__reduce__` returns: the same path opened in the same way; its limits are there already."""
         if not self._crosses_processes:
             raise UnsupportedOperation(f"{self!r} cannot be pickled: no other process can open {self.path}")
         face: Any = type(self)
-        return partial(face, self.path, **options), ()
+        return partial(face, self.path, mode=opened.limits.mode, create=opened.create, **more), ()
 
 
 class SpoolWriter(_Face):
@@ -122,8 +122,9 @@ class SpoolWriter(_Face):
     checksum: store a CRC-32 with every item, for `SpoolReader(verify=True)` and `spoolipc fsck`; it costs about three
     times what writing a large array does.
     preallocate: (count, nbytes) fills the pool of files that are written again up to `count` arrays of
-    `nbytes` bytes, so that the first puts are as fast as the later ones. They take half of what the file system has
-    free at most, and go when the last session leaves.
+    `nbytes` bytes, so that the first puts are as fast as the later ones: those of all writers but with
+    durability="fsync", which write no file again. They take half of what the file system has free at most, and go when
+    the last session leaves.
 
     Threads may share a writer; it can be pickled (another process opens the same path) and used after a fork,
     unless its spool is in memory.
@@ -269,7 +270,7 @@ class SpoolWriter(_Face):
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = self._options
-        return self._pickled(durability=options.durability, checksum=options.checksum, create=options.create)
+        return self._pickled(options, durability=options.durability, checksum=options.checksum)
 
 
 class SpoolReader(_Face):
@@ -341,7 +342,7 @@ class SpoolReader(_Face):
         if out is not None:
             filling = self._filling(out, copy)  # which refuses what is wrong before anything is taken
             return self._given(self._consumer.take(1, until), False, filling)[0]
-        if copy:
+        if copy is not False:
             return self._given(self._consumer.take(1, until, on_write(copy)), copy, arrays_of)[0]
         taken = self._consumer.take(1, until)
         message = taken[0]
@@ -382,7 +383,7 @@ class SpoolReader(_Face):
             raise ValueError(
                 f"out must be a writable array of numbers, as np.empty(shape, dtype) gives, not {out!r}"
             )
-        if copy:
+        if on_write(copy) or copy:
             raise ValueError("out is an array of your own already; leave copy away")
         if not isinstance(self._consumer, Restorer):
             raise UnsupportedOperation(
@@ -440,7 +441,7 @@ class SpoolReader(_Face):
         nobody else has an item in flight.
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
-        if copy:
+        if copy is not False:
             on_write(copy)  # or it is a ValueError, before anything is received
         return Item(self._consumer, self._consumer.claim(1, self._lease, until)[0], copy)
 
@@ -469,7 +470,7 @@ class SpoolReader(_Face):
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = self._options
-        return self._pickled(lease=self._lease, verify=options.verify, create=options.create, end=options.end)
+        return self._pickled(options, lease=self._lease, verify=options.verify, end=options.end)
 
 
 def _count_and_nbytes(preallocate: tuple[int, int]) -> tuple[int, int]:

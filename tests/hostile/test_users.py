@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import pickle
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from spoolipc import (
     LimitMismatch,
     NoSuchItem,
     NotASpool,
+    Queue,
     ReentrantCall,
     SpoolError,
     SpoolReader,
@@ -231,6 +233,23 @@ class TestGroups:
         for folder, folders, files in os.walk(shared):
             for place in (Path(folder), *(Path(folder, name) for name in (*folders, *files))):
                 assert place.stat().st_gid == GROUP, place
+
+    def test_what_a_member_pickles_opens_the_shared_spool_again(self, shared: Path) -> None:
+        def member() -> None:
+            with SpoolWriter(shared, mode=0o770) as writer, SpoolReader(shared, mode=0o770) as reader:
+                with pickle.loads(pickle.dumps(writer)) as again:
+                    again.put(np.full(10, 5))
+                with pickle.loads(pickle.dumps(reader)) as again:
+                    assert numbers(again, 1) == [5]
+            queue = Queue(path=shared, mode=0o770)
+            again = pickle.loads(pickle.dumps(queue))
+            again.put(7)
+            assert queue.get() == 7
+            again.close()
+            queue.close()
+
+        as_member(lambda: SpoolWriter(shared, mode=0o770).close(), FIRST)
+        as_member(member, SECOND)
 
     def test_what_a_member_has_in_flight_stays_his_until_he_crashes(self, shared: Path) -> None:
         with peer_as(shared, FIRST, [GROUP]) as owner, peer_as(shared, SECOND, [GROUP]) as member:
