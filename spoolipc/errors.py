@@ -138,8 +138,24 @@ class LeaseExpired(SpoolError, TimeoutError):
 
 
 class AlreadySettled(SpoolError, RuntimeError):
-    """The item was acknowledged, requeued or rejected before."""
+    """The item was acknowledged, requeued or rejected before, or the loan committed or discarded."""
 
 
 class NoSuchItem(SpoolError, LookupError):
     """The spool has no dead letter of that number."""
+
+
+# What every engine says in the same words
+
+
+def shut_down(path: str) -> ShutDown:
+    """The error of a put into a spool that takes none any more."""
+    what = "was shut down; SpoolWriter(path, reopen=True) opens it again, fresh=True empties it too"
+    return ShutDown(f"{path}: {what}")
+
+
+def nothing_left(path: str, *, writers_left: bool = False) -> ShutDown:
+    """The error of a get from a spool that has come to its end. writers_left: without a shutdown."""
+    if writers_left:
+        return ShutDown(f"{path}: has ended: no item is left, and no writer")
+    return ShutDown(f"{path}: was shut down and has no more items; a writer begins again with fresh=True")

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterable
 
-from ..errors import BadItem, NoSuchItem, ShutDown, StorageError
+from ..errors import BadItem, NoSuchItem, StorageError, shut_down
 from ..format.footer import Footer
 from ..message import DeadLetter, Retried, StoredArray, numbers_of
 from . import fs, transitions
@@ -121,7 +121,7 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     no item any more: `gc` removes it. A step."""
     journal, directories = session.journal, session.directories
     if journal.words[W.SHUTDOWN]:
-        raise ShutDown(f"{session.path}: was shut down; SpoolWriter(path, reopen=True) opens it again")
+        raise shut_down(session.path)
     part, name = letter_at(directories, number)
     if not fs.exists(directories.places[part], name):
         return None, 0, 0

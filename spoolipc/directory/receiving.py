@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from ..engine import ConsumerOptions
-from ..errors import BadItem, Empty, ShutDown, UnsupportedItem
+from ..errors import BadItem, Empty, ShutDown, UnsupportedItem, nothing_left
 from ..format.footer import Buffer
 from ..format.item import message, parse, verify
 from ..message import Deadline, Message
@@ -113,11 +113,8 @@ class Receiver(Side):
 
     def nothing(self, ended: bool) -> Empty | ShutDown:
         """The error for a step that found no item. ended: nothing can come any more."""
-        if ended and self._left:
-            return ShutDown(f"{self.path}: has ended: no item is left, and no writer")
         if ended:
-            what = "was shut down and has no more items; a writer begins again with fresh=True"
-            return ShutDown(f"{self.path}: {what}")
+            return nothing_left(self.path, writers_left=self._left)
         return Empty(f"{self.path}: no item waits")
 
     def look_ahead(self, words: Words, limit: int, writable: bool) -> list[Opened]:

@@ -73,7 +73,7 @@ class Producer(Session):
 
     def put(self, messages: Sequence[Message], until: Deadline) -> list[int]:
         """Put messages; all are made first, so that none is put where one cannot be stored."""
-        made = [_made(message) for message in messages]
+        made = [self._made(message) for message in messages]
         seqs: list[int] = []
         with self._spool.step(self) as spool:
             try:
@@ -88,12 +88,12 @@ class Producer(Session):
     def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> Watch:
         if isinstance(lacking, int):
             return Watch(self, partial(self._spool.check_end, lacking), news)
-        size = _size(items.layout_of(lacking.arrays), lacking) if lacking else 0
+        size = self._size(items.layout_of(lacking.arrays), lacking) if lacking else 0
         return Watch(self, partial(self._spool.check_room, size), news)
 
     def loan(self, spec: values.ArraySpec, meta: values.Json, until: Deadline) -> Loan:
         layout, message = items.layout_of_spec(spec), Message((), None, meta)
-        size = _size(layout, message)
+        size = self._size(layout, message)
         with self._spool.step(self):
             self._await_room(size, until)
         return Loan(self, layout, message, bytearray(size))
@@ -122,6 +122,22 @@ class Producer(Session):
 
     def _await_room(self, size: int, until: Deadline) -> None:
         retry(lambda: self._spool.check_room(size), self._wait, until)
+
+    def _size(self, layout: items.Layout, message: Message) -> int:
+        """Bytes of an item. Raises TooLarge for more than the memory of the machine."""
+        size = layout.end + footers.SIZE + footers.json_size(message.names, message.meta)
+        if size > _MEMORY:
+            what = f"an item of {size} bytes can never fit: this machine has {_MEMORY}"
+            raise errors.TooLarge(f"{self.path}: {what}")
+        return size
+
+    def _made(self, message: Message) -> Item:
+        """The item of a message that is put now."""
+        layout, now = items.layout_of(message.arrays), time.time_ns()
+        image = np.empty(self._size(layout, message), np.uint8).data
+        items.store(image, layout, message.arrays)  # by numpy, which lets other threads run meanwhile
+        image[layout.end :] = _footer(layout, message, now)
+        return Item(image, now)
 
 
 class Loan:
@@ -271,20 +287,3 @@ class MemoryEngine:
 def _footer(layout: items.Layout, message: Message, put_time: int) -> bytes:
     number = bytes.fromhex(message.id) or os.urandom(16)
     return footers.pack(layout.end, put_time, number, message.names, message.meta)
-
-
-def _size(layout: items.Layout, message: Message) -> int:
-    """Bytes of an item. Raises TooLarge for more than the memory of the machine."""
-    size = layout.end + footers.SIZE + footers.json_size(message.names, message.meta)
-    if size > _MEMORY:
-        raise errors.TooLarge(f"{size} bytes can never fit: this machine has {_MEMORY}")
-    return size
-
-
-def _made(message: Message) -> Item:
-    """The item of a message that is put now."""
-    layout, now = items.layout_of(message.arrays), time.time_ns()
-    image = np.empty(_size(layout, message), np.uint8).data
-    items.store(image, layout, message.arrays)  # by numpy, which lets other threads run meanwhile
-    image[layout.end :] = _footer(layout, message, now)
-    return Item(image, now)

@@ -158,11 +158,15 @@ class Spool:
     def full(self) -> bool:
         return self.waiting() >= (self.limits.maxsize or math.inf)
 
+    def check_open(self) -> None:
+        """Raise ShutDown where no more is put."""
+        if self.state != "open":
+            raise errors.shut_down(self.path)
+
     def check_room(self, size: int) -> None:
         """Raise ShutDown, TooLarge, or Full when there is no room now."""
+        self.check_open()
         most, path = self.limits.max_bytes or math.inf, self.path
-        if self.state != "open":
-            raise errors.ShutDown(f"{path}: was shut down; SpoolWriter(path, reopen=True) opens it again")
         if size > most:
             raise errors.TooLarge(f"{path}: an item of {size} bytes can never fit: max_bytes is {most}")
         if self.full():
@@ -186,10 +190,9 @@ class Spool:
             return found
         others = self.requeued or any(item.owner is not asking for item in self.in_flight.values())
         if self.state == "discarded" or (self.state == "draining" and not others):
-            what = "was shut down and has no more items; a writer begins again with fresh=True"
-            raise errors.ShutDown(f"{self.path}: {what}")
+            raise errors.nothing_left(self.path)
         if self.news > asking.began and not others and not self.has_writer():
-            raise errors.ShutDown(f"{self.path}: has ended: no item is left, and no writer")
+            raise errors.nothing_left(self.path, writers_left=True)
         raise errors.Empty(f"{self.path}: no item waits")
 
     def claim(self, asking: Session, limit: int, lease: float) -> list[Item]:
@@ -267,8 +270,7 @@ class Spool:
         done: dict[int, int] = {}
         with self.step():
             for item in self.letters(seqs):
-                if self.state != "open":
-                    raise errors.ShutDown(f"{self.path}: was shut down")
+                self.check_open()
                 del self.dead[item.seq]
                 done[item.seq] = self.append(Item(item.image, item.put_time))
         return values.Retried(done, {})

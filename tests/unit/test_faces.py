@@ -6,6 +6,7 @@ import copy
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,15 @@ import pytest
 import spoolipc
 from spoolipc import memory
 from spoolipc.connect import connect
-from spoolipc.errors import AlreadySettled, Full, LeaseExpired, UnsupportedArray, UnsupportedOperation
+from spoolipc.errors import (
+    AlreadySettled,
+    Full,
+    LeaseExpired,
+    ShutDown,
+    TooLarge,
+    UnsupportedArray,
+    UnsupportedOperation,
+)
 from spoolipc.message import Limits
 from spoolipc.queue import SpoolReader, SpoolWriter
 
@@ -142,6 +151,10 @@ class TestArguments:
             (lambda w, r: r.get_many("x"), "limit must be a whole number from 1 .*, not 'x'"),
             (lambda w, r: r.get_many(1.5), "limit must be a whole number from 1 .*, not 1.5"),
             (lambda w, r: r.get_many(0), "limit must be a whole number from 1 .*, not 0"),
+            (lambda w, r: r.get(copy=None), 'copy must be True, False or "on-write", not None'),
+            (lambda w, r: r.get(out=np.zeros(1), copy=""), "copy must be True"),
+            (lambda w, r: r.get(out=np.zeros(1), copy="on-write"), "leave copy away"),
+            (lambda w, r: r.receive(copy=0), "copy must be True"),
             (lambda w, r: r.receive().nack(None), "delay must be a non-negative number of seconds, not None"),
             (lambda w, r: r.receive().nack(-1), "delay must be"),
             (lambda w, r: r.receive().nack(float("nan")), "delay must be"),
@@ -261,6 +274,18 @@ class TestWriter:
         assert connect(URL).admin().stat().live_sessions == 2
         with pytest.raises(ValueError, match="durability"):
             SpoolWriter(URL, durability="fsync")
+
+    def test_errors_of_the_engine_name_the_spool_and_what_to_do(
+        self, writer: SpoolWriter, reader: SpoolReader
+    ) -> None:
+        with pytest.raises(TooLarge, match=f"^{URL}: an item of [0-9]+ bytes can never fit"):
+            writer.put(np.broadcast_to(np.zeros(1), (2**50,)))
+        writer.put(ONE)
+        reader.receive().reject("no use")
+        writer.shutdown()
+        for call in (partial(writer.put, ONE), partial(connect(URL).admin().failed_retry, None)):
+            with pytest.raises(ShutDown, match=f"^{URL}: was shut down; .*reopen=True.*fresh=True"):
+                call()
 
 
 class TestReader:
