@@ -207,10 +207,15 @@ class Loan:
     def commit(self, block: bool = True, timeout: float | None = None) -> int:
         """Put the array, which is read-only from now on; returns its sequence number.
 
-        block, timeout: wait for room, as `put` does. Raises what `put` raises, and then it stays a loan;
-        AlreadySettled after a commit or discard.
+        block, timeout: wait for room, as `put` does. Raises what `put` raises, and then it stays a loan, unless `seqs`
+        of the error says that it was put; AlreadySettled after a commit or discard.
         """
-        seq = self._open().commit(deadline_of(block, timeout))
+        try:
+            seq = self._open().commit(deadline_of(block, timeout))
+        except SpoolError as error:
+            if error.seqs:
+                self._lent = None
+            raise
         self._lent = None
         return seq
 

@@ -955,6 +955,7 @@ class LoanSuite(Suite):
         refused((TypeError, ValueError), partial(self.loan, small, {1}))
         self.producer.shutdown(False)
         refused(ShutDown, partial(self.loan, small), partial(loans[0].commit, NOW))
+        loans[0].array[:] = 1  # it is a loan still
         self.producer.close()
         refused(errors.SpoolClosed, partial(loans[1].commit, NOW))
         for loan in loans:

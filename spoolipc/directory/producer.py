@@ -23,7 +23,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from ..engine import ProducerOptions, retry
-from ..errors import AlreadySettled, Full, ShutDown, SpoolClosed, SpoolError, StorageError, TooLarge
+from ..errors import AlreadySettled, Full, SpoolClosed, SpoolError, StorageError, TooLarge, shut_down
 from ..format import footer
 from ..format.item import ALIGN, Layout, layout_of, layout_of_spec, view
 from ..message import NOW, Array, ArraySpec, Deadline, Json, Limits, Message
@@ -158,7 +158,7 @@ class DirectoryProducer(Side):
         limit = words[W.MAX_BYTES]
         self._staging.limits_bytes = limit > 0
         if words[W.SHUTDOWN]:
-            raise self._shut_down()
+            raise shut_down(self.path)
         self._places = places(words, need)
         if not self._recycler.reserved or (limit and need > limit):
             self._refuse_impossible(need)
@@ -175,10 +175,6 @@ class DirectoryProducer(Side):
                 f"{self.path}: an item of {need} bytes can never fit: max_bytes is {limit or 'not set'} and the file"
                 f" system has {total} bytes ({status.f_bavail * status.f_frsize} free)"
             )
-
-    def _shut_down(self) -> ShutDown:
-        what = "was shut down; SpoolWriter(path, reopen=True) opens it again, fresh=True empties it too"
-        return ShutDown(f"{self.path}: {what}")
 
     def _wait_for_room(self, need: int, until: Deadline) -> bool:
         """Wait until there may be room for an item of `need` bytes; false when the deadline is past."""
@@ -216,7 +212,7 @@ class DirectoryProducer(Side):
         recycler, journal, put = self._recycler, self.session.journal, 0
         words = journal.words
         if words[W.SHUTDOWN]:
-            raise self._shut_down()
+            raise shut_down(self.path)
         if recycler.pins.pending:
             recycler.reclaim()
         if words[W.HOUSEKEPT] != self.session.looked_at:
@@ -308,7 +304,9 @@ class DirectoryProducer(Side):
             fs.sync(self.session.directories.items)
         except OSError as error:
             what = f"items {seqs[0]} to {seqs[-1]} are in the spool, but not known to be durable"
-            raise StorageError(error.errno, f"{what}: {error.strerror}", self.path) from error
+            failure = StorageError(error.errno, f"{what}: {error.strerror}", self.path)
+            failure.seqs = tuple(seqs)
+            raise failure from error
 
     @operation
     def watch(self, news: Callable[[], None], lacking: Message | int | None = None) -> SessionWatch:
@@ -346,9 +344,8 @@ class DirectoryProducer(Side):
         staged.pin = Pin(self.session.journal.identity, 0, NO_FILE)
         self._recycler.pins.add(staged.pin, staged.pages.base)
         loan = DirectoryLoan(self, staged)
-        held = _Held(loan, self._dropped.append)
+        held = self.lent[staged.id] = _Held(loan, self._dropped.append)
         held.staged = staged
-        self.lent[staged.id] = held
         if staged.file is not None:
             self._recycler.lent.add(staged.file.number)
         return loan
@@ -370,10 +367,9 @@ class DirectoryProducer(Side):
         (header,), (block,) = layout.headers, layout.blocks
         staged.put_time = time.time_ns()
         staged.tail = footer.pack(layout.end, staged.put_time, staged.id, None, staged.meta)
-        if self._staging.checksum:
-            buffer[block.offset - len(header) : block.offset] = header
-            staged.tail = self._staging.sealed(staged, buffer)
         buffer[block.offset - len(header) : block.offset] = header
+        if self._staging.checksum:
+            staged.tail = self._staging.sealed(staged, buffer)
         buffer[layout.end : staged.need] = staged.tail
         if self._durable:
             with ItemFile(self.session.directories.tmp, staged.name, writable=True) as file:
@@ -494,8 +490,12 @@ class DirectoryLoan:
         self.array.flags.writeable = False
         try:
             seq = self._producer.commit_loan(staged, until)
-        except Full:
-            self.array.flags.writeable = True  # it is a loan still
+        except SpoolError as error:
+            if error.seqs:  # it was put, though it may not be durable
+                staged.pages.flags.writeable = False
+                self._forget(staged)
+            elif not isinstance(error, StorageError):  # after which it may be there all the same
+                self.array.flags.writeable = True
             raise
         staged.pages.flags.writeable = False  # and with it, for good, the array
         self._forget(staged)

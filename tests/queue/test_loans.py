@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from support.arrays import Array, inode_of, same
 from support.calls import Call
+from support.faults import Event, Injector
 from support.peek import peek_table
 
-from spoolipc import Empty, Full, SpoolReader, SpoolWriter
+from spoolipc import AlreadySettled, Empty, Full, SpoolReader, SpoolWriter, StorageError
 
 LARGE = 5000
 
@@ -258,6 +260,28 @@ def test_array_stays_read_only_after_its_block(writer: SpoolWriter, reader: Spoo
             with pytest.raises(ValueError, match="WRITEABLE"):
                 one.setflags(write=True)
         assert (reader.get() == number).all()
+
+
+def test_loan_that_was_put_and_may_not_be_durable_is_put_once(spool: Path, reader: SpoolReader) -> None:
+    def sync(event: Event) -> None:
+        if event.name == "sync" and files(spool, "items"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with SpoolWriter(spool, durability="fsync") as writer:
+        loan = writer.loan(LARGE)
+        array = loan.array
+        array[:] = 1
+        with pytest.raises(StorageError, match=r"items 1 to 1 .*durable") as caught, Injector(sync):
+            loan.commit()
+        assert caught.value.seqs == (1,)
+        for one in (array, array.base):
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                one.setflags(write=True)  # type: ignore[union-attr]
+        with pytest.raises(AlreadySettled):
+            loan.commit()
+        loan.discard()
+    assert (reader.get() == 1).all()
+    assert reader.empty()
 
 
 @pytest.mark.usefixtures("warm")
