@@ -38,7 +38,7 @@ def failed_show(path: Place, seq: int) -> DeadLetter:
     """One dead letter of the spool at `path`. Raises NoSuchItem, and what `stat` raises."""
     for letter in failed_list(path, [seq]):
         return letter
-    raise NoSuchItem(f"{path}: has no dead letter {seq} any more")
+    raise NoSuchItem(f"{shown(path)}: has no dead letter {seq} any more")
 
 
 def failed_retry(path: Place, seqs: Iterable[int] | None = None) -> Retried:

@@ -177,8 +177,8 @@ class Message(NamedTuple):
     arrays: base ndarrays, in order; delivered ones are read-only unless asked for otherwise. names: one for each, None
     for a single unnamed array, () for a value, whose frame is the first array. meta: any JSON value. put_time: wall
     clock, ns; 0 before it is put. id: 32 hexadecimal digits that stay the item's own when it is moved to another spool;
-    "" lets the engine choose. seq, attempt, nbytes: as of the `Delivery`,
-    also of one that was taken at once; 0 before it is put.
+    "" lets the engine choose. seq, attempt, nbytes: as of the `Delivery`, also of one that was taken at once; 0 before
+    it is put.
     """
 
     arrays: tuple[Array, ...]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .connect import connect
 from .errors import Empty, SpoolClosed, TooLarge, UnsupportedItem, WorkerDied
+from .format.values import Values
 from .message import Ack, flag, whole
 from .mp import Queue
 
@@ -68,7 +69,7 @@ def imap(
         raise TypeError(f"function must be callable, not {function!r}")
     count = len(os.sched_getaffinity(0)) if processes is None else whole("processes", processes, 1)
     is_ordered, is_shown = flag("ordered", ordered), flag("progress", progress)
-    kinds = (*types, UnsupportedItem, TooLarge)
+    kinds = (*Values(types).types, UnsupportedItem, TooLarge)
     queues = tuple(Queue(types=kinds, allow_pickle=flag("allow_pickle", allow_pickle)) for _ in range(2))
     return Results(function, arrays, count, is_ordered, is_shown, *queues)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..admin import failed_drop, failed_list, failed_retry, fsck, gc, purge, remove, set_limits, stat
-from ..connect import connect
+from ..connect import connect, shown
 from ..directory.temporary import remove_temporary
 from ..errors import (
     NetworkFileSystem,
@@ -368,7 +368,7 @@ def _run_purge(options: argparse.Namespace) -> int:
 
 def _run_rm(options: argparse.Namespace) -> int:
     remove(options.path)
-    _print(options, None, f"removed {options.path}")
+    _print(options, None, f"removed {shown(options.path)}")
     return DONE
 
 

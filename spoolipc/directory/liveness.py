@@ -33,7 +33,7 @@ _HEX: Final = frozenset("0123456789abcdef")
 
 
 def new_token() -> Token:
-    """A random token of 63 bits, never zero."""
+    """A random token of 62 bits, never zero."""
     return Token(secrets.randbits(62) + 1)
 
 

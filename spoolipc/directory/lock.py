@@ -3,8 +3,7 @@
 Held for microseconds, around transitions and the rename that goes with each, never around array bytes. The kernel
 lets go of it when its holder dies. It cannot be taken away from under a spool: who removes `items/` makes every
 rename into it fail, and who makes `items/` again damages the index first, so nobody goes on under a lock that newcomers
-do not see. A holder that is stopped makes others wait
-until their timeout, which names it.
+do not see. A holder that is stopped makes others wait until their timeout, which names it.
 """
 
 from __future__ import annotations

@@ -144,6 +144,12 @@ def test_rm_deletes_the_spool_unless_it_is_in_use(path: Path, run: Command) -> N
     assert run("rm", path).code == 2
 
 
+def test_rm_tells_no_password_of_a_url(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spoolipc.cli.main.remove", lambda path: None)
+    said = run("rm", "nats://me:hidden@host/frames")
+    assert (said.code, said.out) == (0, "removed nats:...@host/frames\n")
+
+
 def test_set_changes_limits_and_shows_them_as_they_can_be_given_again(path: Path, run: Command) -> None:
     said = run("set", path, "maxsize=7", "max_bytes=2000000000")
     assert said == (0, f"maxsize=7 max_bytes=2000000000 recycle_bytes={1 << 30} max_attempts=5\n", "")

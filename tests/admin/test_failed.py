@@ -11,7 +11,15 @@ import pytest
 from support.damage import cut, item_name, link_out, picture, pipe
 from support.faults import Injector
 
-from spoolipc import SpoolReader, SpoolWriter, failed_drop, failed_list, failed_retry, failed_show
+from spoolipc import (
+    NoSuchItem,
+    SpoolReader,
+    SpoolWriter,
+    failed_drop,
+    failed_list,
+    failed_retry,
+    failed_show,
+)
 
 
 @pytest.fixture
@@ -53,6 +61,15 @@ def test_one_is_shown_with_its_arrays_and_metadata(path: Path) -> None:
     assert letter.put_time is not None
     assert np.load(letter.path).shape == (3, 4)
     assert not letter.damage
+
+
+def test_one_that_is_gone_by_then_is_said_without_the_password_of_its_url(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spoolipc.admin.failed_list", lambda path, seqs: [])
+    with pytest.raises(NoSuchItem, match="@host/frames: has no dead letter 7") as caught:
+        failed_show("nats://me:hidden@host/frames", 7)
+    assert "hidden" not in str(caught.value)
 
 
 def test_retried_ones_are_synced(path: Path) -> None:

@@ -50,6 +50,11 @@ def test_results_come_in_order_or_as_they_are_done(size: int) -> None:
     assert sorted(numbers(imap(double, arrays(20, size), 2, ordered=False))) == [n * 2 for n in range(20)]
 
 
+def test_one_type_in_the_place_of_a_list_is_named() -> None:
+    with pytest.raises(TypeError, match=r"types must be a list of classes, as \[Frame\], not <class"):
+        imap(double, arrays(1), types=RemoteError)  # type: ignore[arg-type]
+
+
 def tell(item: Any) -> Any:
     return {"item": item, "process": os.getpid(), "writable": item["a"].flags.writeable}
 
