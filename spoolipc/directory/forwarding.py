@@ -31,11 +31,7 @@ class DirectoryDestination(DirectoryProducer):
         # Whether an item was put is told by the file it was staged in, whose name nobody else may ever use.
         self._staging.recycles, self._staging.flags = False, NEVER_AGAIN
         self._forwards = True
-        return self.session.step(self._begin, source)
-
-    def _begin(self, source: str) -> tuple[Known, int, int]:
-        session = self.session
-        return sources.begin(session.directories, session.journal, session.token, source), 0, 0
+        return self.session.step(sources.begin, self.session, source)
 
     @operation
     def put_forwarded(
@@ -48,11 +44,8 @@ class DirectoryDestination(DirectoryProducer):
 
         def commit(staged: list[Staged], seqs: list[int]) -> tuple[bool, int, int]:
             """A crash before the first rename leaves files that were noted and are struck out, as do those after."""
-            session = self.session
             files = {(each := one.id.hex()): (numbers[each], one.name) for one in staged}
-            sources.record(
-                session.directories, session.journal, session.token, source, done, files, self._durable
-            )
+            sources.record(self.session, source, done, files, self._durable)
             return self._commit_all(staged, seqs)
 
         try:
@@ -63,21 +56,17 @@ class DirectoryDestination(DirectoryProducer):
             )
             return len(seqs)
         finally:
-            if staged and self._was_struck_out():
+            if staged and self._are_struck_out():
                 for left in staged:
                     self._staging.unstage(left)
 
-    def _was_struck_out(self) -> bool:
-        return self.session.step(self._strike_out)
-
-    def _strike_out(self) -> tuple[bool, int, int]:
-        """What is staged was not put; false where that cannot be noted, and the files must stay. A step."""
-        session = self.session
-        return sources.settle(session.directories, session.journal, (session.token,)), 0, 0
+    def _are_struck_out(self) -> bool:
+        """Note that what is staged was not put; false where that cannot be, and the files must stay."""
+        return self.session.step(sources.settle, self.session, [self.session.token])
 
     def leave(self) -> tuple[bool, int, int]:
         """As of any producer; where what is staged cannot be struck out, it is left as by a crash. A step."""
-        if self._forwards and not self._strike_out()[0]:
+        if self._forwards and not sources.settle(self.session, (self.session.token,))[0]:
             return False, 0, 0
         return super().leave()
 
@@ -88,10 +77,7 @@ class DirectorySource(DirectoryConsumer):
     @operation
     def name(self) -> str:
         """The name of the spool, which no other has."""
-        return self.session.step(self._name)
-
-    def _name(self) -> tuple[str, int, int]:
-        return sources.own_name(self.session.directories, self.session.journal), 0, 0
+        return self.session.step(sources.own_name, self.session)
 
     def browse(self, after: int) -> Iterator[Message]:
         """The items that wait or are in flight, from the one after that number on, copied where they are."""

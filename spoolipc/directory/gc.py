@@ -79,15 +79,7 @@ class _Sweep:
         while self._step(self._discard):
             pass
         self._step(self._half_written)
-        unsettled = set[int]()
-        for names in self._names("tmp"):
-            crashed = self._crashed(set(map(temporary_owner, names)))
-            if crashed and self.session and not self._step(self._settle_sources, self.session, crashed):
-                unsettled |= crashed  # who comes next tries again
-                self.not_removed.append(f"tmp: {sources.NAME} cannot be read or written")
-            for name in names:
-                if temporary_owner(name) in crashed - unsettled:
-                    self._remove("tmp", name, "temporary_files")
+        unsettled = self._temporary()
         for names in self._names("free", _FREE_BATCH):
             for number in self._orphans(np.array([*map(item_number, names)], np.uint64)).tolist():
                 self._remove("free", item_name(number), "orphaned_files")
@@ -209,10 +201,20 @@ class _Sweep:
             del abandoned[0]
         return None, items, space
 
-    def _settle_sources(self, session: Session, crashed: set[int]) -> bool:
-        """What they were about to put, forwarded from elsewhere, did not come; false where that cannot be noted. A
-        step."""
-        return sources.settle(session.directories, session.journal, crashed)
+    def _temporary(self) -> set[int]:
+        """Remove what crashed sessions staged, when it is noted that none of it that was forwarded from elsewhere came;
+        those of whom that cannot be noted, and whose files stay for who comes next."""
+        session, unsettled = self.session, set[int]()
+        for names in self._names("tmp"):
+            crashed = self._crashed(set(map(temporary_owner, names)))
+            if crashed and session is not None and not session.step(sources.settle, session, crashed):
+                unsettled |= crashed
+            for name in names:
+                if temporary_owner(name) in crashed - unsettled:
+                    self._remove("tmp", name, "temporary_files")
+        if unsettled:
+            self.not_removed.append(f"tmp: {sources.NAME} cannot be read or written")
+        return unsettled
 
     def _discard(self) -> int:
         """Discard some of what is left in a spool that was shut down at once; how many. A step."""

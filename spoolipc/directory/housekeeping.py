@@ -216,7 +216,7 @@ def end_loans(session: Session, lenders: Collection[int]) -> bool:
 def _remove_temporary(session: Session, crashed: set[int]) -> bool:
     """Remove temporary files of crashed sessions; whether some may be left. A step."""
     directories, removed = session.directories, 0
-    if not sources.settle(directories, session.journal, crashed):
+    if not sources.settle(session, crashed)[0]:
         return True
     with fs.scan(directories.tmp) as entries:
         for entry in itertools.islice(entries, _NAMES):

@@ -20,11 +20,10 @@ from typing import Any, Final
 from ..engine import Known
 from ..errors import SpoolInUse, StorageError, UnsafeSpool
 from . import fs
-from .journal import Journal
 from .layout import Directories
 from .liveness import has_crashed, process_of, token_name, token_of
 from .pool import with_room
-from .table import Token
+from .session import Session
 
 NAME: Final = "sources.json"
 NEW: Final = "sources.json.new"
@@ -40,30 +39,28 @@ class _Source:
     staged: dict[str, str] = field(default_factory=dict)
 
 
-def own_name(directories: Directories, journal: Journal) -> str:
+def own_name(session: Session) -> tuple[str, int, int]:
     """The name of this spool as a source, which no other has; made at the first call. A step."""
-    name, sources = _read(directories)
+    name, sources = _read(session.directories)
     if not name:
         name = secrets.token_hex(16)
-        _write(directories, journal, name, sources)
-    return name
+        _write(session, name, sources)
+    return name, 0, 0
 
 
-def begin(directories: Directories, journal: Journal, token: Token, source: str) -> Known:
-    """Let the session `token` be the one that forwards from `source`; what came from there. A step.
+def begin(session: Session, source: str) -> tuple[Known, int, int]:
+    """Let this session be the one that forwards from `source`; what came from there. A step.
 
     Raises SpoolInUse while another one does.
     """
-    name, sources = _read(directories)
-    known = _ours(directories, sources, token, source, missing=True).known
-    _write(directories, journal, name, sources)
-    return known
+    name, sources = _read(session.directories)
+    known = _ours(session, sources, source, missing=True).known
+    _write(session, name, sources)
+    return known, 0, 0
 
 
 def record(
-    directories: Directories,
-    journal: Journal,
-    token: Token,
+    session: Session,
     source: str,
     done: Collection[str],
     staged: Mapping[str, tuple[int, str]],
@@ -71,34 +68,34 @@ def record(
 ) -> None:
     """Note what is about to be committed: by ids, the numbers of items at their source and their files in `tmp/`. Of
     `done` the source knows that they came. The commits follow in the same step. Raises SpoolInUse."""
-    name, sources = _read(directories)
-    ours = _ours(directories, sources, token, source, missing=False)
+    name, sources = _read(session.directories)
+    ours = _ours(session, sources, source, missing=False)
     ours.known = ours.known.after(done, {each: seq for each, (seq, _) in staged.items()})
     ours.staged = {each: file for each, (_, file) in staged.items()}
     if durable:
-        fs.sync(directories.tmp)
-    _write(directories, journal, name, sources, durable)
+        fs.sync(session.directories.tmp)
+    _write(session, name, sources, durable)
 
 
-def settle(directories: Directories, journal: Journal, crashed: Collection[int]) -> bool:
+def settle(session: Session, crashed: Collection[int]) -> tuple[bool, int, int]:
     """Strike out what these sessions had staged and did not put, before its files are removed; false where that cannot
     be done, and the files must stay. A step."""
     try:
-        name, sources = _read(directories)
+        name, sources = _read(session.directories)
         theirs = [each for each in sources.values() if token_of(each.session) in crashed and each.staged]
         for each in theirs:
-            _strike_out(directories, each)
+            _strike_out(session.directories, each)
         if theirs:
-            _write(directories, journal, name, sources)
+            _write(session, name, sources)
     except OSError as error:
-        return error.errno == errno.EINVAL  # damaged, it tells nothing any more, as who forwards is told
-    return True
+        # Damaged, it tells nothing any more, as who forwards is told.
+        return error.errno == errno.EINVAL, 0, 0
+    return True, 0, 0
 
 
-def _ours(
-    directories: Directories, sources: dict[str, _Source], token: Token, source: str, *, missing: bool
-) -> _Source:
+def _ours(session: Session, sources: dict[str, _Source], source: str, *, missing: bool) -> _Source:
     """The entry of a source, ours from now on, with no more in it than was put."""
+    directories, token = session.directories, session.token
     found = sources.setdefault(source, _Source(token_name(token)))
     other = token_of(found.session)
     if other != token and not has_crashed(directories.alive, other, missing=missing):
@@ -138,21 +135,15 @@ def _read(directories: Directories) -> tuple[str, dict[str, _Source]]:
         raise StorageError(errno.EINVAL, what, str(directories.path)) from None
 
 
-def _write(
-    directories: Directories,
-    journal: Journal,
-    name: str,
-    sources: dict[str, _Source],
-    durable: bool = False,
-) -> None:
+def _write(session: Session, name: str, sources: dict[str, _Source], durable: bool = False) -> None:
     """Replace the file as a whole; a crash leaves the old one or the new."""
-    root = directories.root
+    root = session.directories.root
     data = json.dumps(
         {"name": name, "sources": {key: asdict(each) for key, each in sources.items()}}
     ).encode()
 
     def make() -> None:
-        fd = fs.make_own(root, NEW, directories.file_mode)
+        fd = fs.make_own(root, NEW, session.directories.file_mode)
         try:
             fs.write_whole(fd, data)
             if durable:
@@ -160,7 +151,7 @@ def _write(
         finally:
             fs.close(fd)
 
-    with_room(directories, journal, make)
+    with_room(session.directories, session.journal, make)
     fs.rename(NEW, NAME, src_dir_fd=root, dst_dir_fd=root)
     if durable:
         fs.sync(root)
