@@ -258,12 +258,12 @@ class _Sweep:
             if number is not None and not is_known(self.spool.directories, number):
                 self._remove("failed", name, "orphaned_histories")
 
-    def _evict_some(self) -> int:
-        """Evict some of what nobody writes again; how many. A step."""
+    def _evict_some(self) -> bool:
+        """Evict some of what nobody writes again; whether to go on. A step."""
         journal, session = self.spool.journal, self.session
-        if journal is None or not (session or liveness.is_alone(self.spool.directories.alive, 0)):
-            return 0
-        words, more = journal.words, 0
+        if journal is None or (session is None and self._living):
+            return False
+        words, more = journal.words, False
         count, size = words[W.POOL_COUNT], words[W.POOL_BYTES]
         if session is not None:
             more, _, _ = session.evict_if_alone()

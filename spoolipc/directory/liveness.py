@@ -20,6 +20,7 @@ import errno
 import json
 import os
 import secrets
+from itertools import islice
 from typing import Any, Final, Literal, get_args
 
 from . import fs
@@ -30,6 +31,8 @@ SPARE: Final = "spare"
 """A file at the top of the spool, laid by for who opens it where no more files can be made."""
 _UNKNOWN: Final = ("unknown", "session")
 _HEX: Final = frozenset("0123456789abcdef")
+_NAMES: Final = 4096  # looked at in one step: about a millisecond
+_SESSIONS: Final = 256  # asked in one step
 
 
 def new_token() -> Token:
@@ -93,6 +96,21 @@ def is_alone(alive: int, token: int) -> bool:
     """Whether no session but that of `token`, 0 for none, is alive; the caller holds the index lock."""
     others = {token_of(name) for name in fs.list_names(alive)} - {0, token}
     return all(has_crashed(alive, other) for other in others)
+
+
+def seems_alone(alive: int, token: int, crashed: set[int]) -> bool | None:
+    """The same, in short steps: None where another call is needed. False where there are very many names, which are
+    left to housekeeping and gc. crashed: those of whom it is known for ever; the caller holds the index lock."""
+    with fs.scan(alive) as entries:
+        names = [entry.name for entry in islice(entries, _NAMES)]
+    others = {*map(token_of, names)} - {0, token} - crashed
+    for other in islice(others, _SESSIONS):
+        if not has_crashed(alive, other):
+            return False
+        crashed.add(other)
+    if len(others) > _SESSIONS:
+        return None
+    return len(names) < _NAMES
 
 
 def crashed_among(alive: int, tokens: set[int]) -> set[int]:

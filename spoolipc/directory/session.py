@@ -111,6 +111,7 @@ class Session:
         self.looked_at = 0
         self.users: list[None] = []
         self.leaving: list[None] = []
+        self._crashed = set[int]()  # others, of whom it is known
         self.dropped: deque[Any] = deque()
         self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
         self.end = f"{self.path}: this {role} was closed; open a new one"
@@ -435,13 +436,14 @@ class Session:
             self.directories.retire(liveness.token_name(self.token))  # now: the next knows to be the last
         return None, 0, 0
 
-    def evict_if_alone(self) -> tuple[int, int, int]:
-        """Evict pooled files, where no other session is there that would write them; how many. A step."""
+    def evict_if_alone(self) -> tuple[bool, int, int]:
+        """Evict some pooled files, where no other session is there that would write them; whether to go on. A step."""
         try:
-            alone = liveness.is_alone(self.directories.alive, self.token)
+            alone = liveness.seems_alone(self.directories.alive, self.token, self._crashed)
         except OSError:  # no descriptor is left, say: that keeps nobody from leaving
             alone = False
-        return evict(self.directories, self.journal, 0, MOST_EVICTED) if alone else 0, 0, 0
+        evicted = evict(self.directories, self.journal, 0, MOST_EVICTED) if alone else 0
+        return alone is None or evicted > 0, 0, 0
 
     def forked(self) -> None:
         """In a forked child: close what was inherited, so that the parent's death is not hidden by it."""

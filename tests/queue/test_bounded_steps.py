@@ -102,6 +102,11 @@ class Stage:
         for number in range(self.count):
             (self.path / "alive" / f"{number + 1:016x}").touch(mode=0o600)
 
+    def left_alone(self) -> None:
+        """And nobody else is there."""
+        self.close()
+        self.left_files()
+
     def left_staged(self) -> None:
         """A session crashed that had staged as many files."""
         (self.path / "alive" / f"{1:016x}").touch(mode=0o600)
@@ -188,6 +193,8 @@ CASES: Final[dict[str, tuple[Callable[[Stage], object], Callable[[Stage], object
     "open after a crash with lent arrays": (lambda stage: stage.crash_of(stage.committed), Stage.open),
     "open after crashes": (Stage.left_files, lambda stage: stage.kept.append(SpoolReader(stage.path))),
     "open after a crash with staged files": (Stage.left_staged, Stage.open),
+    "close after crashes": (Stage.left_files, Stage.close),
+    "gc after crashes, a dry run": (Stage.left_alone, lambda stage: spoolipc.gc(stage.path, dry_run=True)),
     "gc after a crash with items": (
         lambda stage: stage.crash_of(stage.received),
         lambda stage: spoolipc.gc(stage.path),
