@@ -82,8 +82,9 @@ def forward(
     An item that cannot be read is a dead letter of the source; with `keep` it is passed over. One process forwards from
     a source to a destination: another that is begun meanwhile raises SpoolInUse, or makes the first one do so. While
     the destination is full, or an end is away, this waits, and the log says so once, and when it goes on. Servers that
-    do not answer may be away from the first. Raises NotASpool for a source that is not there when it is first looked
-    for, and for a destination that cannot be made a spool then; TooLarge for an item that the destination never takes,
+    do not answer may be away from the first. A destination that is not there is made, but not again where it was
+    removed since: it is waited for. Raises NotASpool for a source that is not there when it is first looked for, and
+    for a destination that cannot be made a spool then; TooLarge for an item that the destination never takes,
     UnsafeSpool, AccessDenied, StorageError.
     """
     one_of("end", end, "shutdown", "writers")
@@ -97,13 +98,15 @@ def forward(
         raise ValueError(f"rate must be a positive number of bytes a second, not {rate!r}")
     one = _Forwarder(stop or threading.Event(), moved, rate, whole("max_bytes", max_bytes, 1), until_empty)
     reading = ConsumerOptions(end=end, values=True, create=False)
-    writing = ProducerOptions(durability=durability)
+
+    def writing() -> ProducerOptions:
+        return ProducerOptions(durability=durability, create=one.is_new)
 
     def move() -> None:
         with ExitStack() as ends:
             consumer = one.opened("source", lambda: connect(source).consumer(reading))
             ends.enter_context(closing(consumer))
-            producer = one.opened("destination", lambda: connect(destination).producer(writing))
+            producer = one.opened("destination", lambda: connect(destination).producer(writing()))
             ends.enter_context(closing(producer))
             if consumer.path == producer.path:
                 raise ValueError(f"{consumer.path} is both source and destination")
@@ -129,7 +132,7 @@ class _To(Producer, Destination, Protocol):
 
 
 class _Forwarder:
-    """What was forwarded, and with what it goes on."""
+    """What was forwarded, and with what it goes on. is_new: the end that is being opened never was before."""
 
     def __init__(
         self,
@@ -147,14 +150,15 @@ class _Forwarder:
         self._free = time.monotonic()
         self._pause, self._said = 0.0, ""
         self._known = set[str]()
-        self._is_new = False
+        self.is_new = False
 
     def opened(self, end: str, opening: Callable[[], T]) -> T:
-        """One of the ends, opened. Where there is no spool, one is waited for only if it has been there."""
-        self._is_new = end not in self._known
+        """One of the ends, opened. Where there is no spool, one is waited for only if it has been there, and only else
+        made: what was removed may come back, as with its disk."""
+        self.is_new = end not in self._known
         opened = opening()
         self._known.add(end)
-        self._is_new = False
+        self.is_new = False
         return opened
 
     def run(self, work: Callable[[], None]) -> None:
@@ -163,7 +167,7 @@ class _Forwarder:
             try:
                 return work()
             except _AWAY as error:
-                if isinstance(error, NotASpool) and self._is_new:
+                if isinstance(error, NotASpool) and self.is_new:
                     raise
                 self._pause = min(2 * self._pause or 0.1, _LONGEST_PAUSE)
                 self._waits(str(error).split(": ")[0], error)  # its path is what each begins with

@@ -364,10 +364,11 @@ struck | housekeeping | test_forwarding killed | if not sources.settle( ==> if F
 struck-gc | gc | test_forwarding killed | not session.step(sources.settle, session, crashed): ==> False:
 new-files | forwarding | test_forwarding killed | recycles, self._staging.flags = False, ==> flags =
 unacknowledged | engine | test_forward known_however | dict(self.without(done).put) | ==> {} |
-# a forwarder's ends are away or full
+# a forwarder's ends are away
 one-forwards | sources | test_forward second_forwarder | raise SpoolInUse( ==> str(
 full-first | forward | test_forward costs_no_attempts | while producer.full(): ==> while False:
-not-there | forward | test_forward source_that_was_never | and self._is_new: ==> and False:
+not-there | forward | test_forward source_that_was_never | and self.is_new: ==> and False:
+made-again | forward | test_forward removed_is_waited_for | create=one.is_new) ==> create=True)
 never-one | forward | test_forward that_can_never_be_one | = end not in self._known ==> = end == "source"
 # a process that uses a temporary spool is killed, or ends
 temporary-used | temporary | test_queues forked_child | or not fs.lock(fd): ==> :

@@ -468,15 +468,19 @@ class Running:
     def __init__(self, *ends: Path, **options: Any) -> None:
         self.stop = threading.Event()
         self.total: int | None = None
+        self.moved: list[None] = []
         self.error: BaseException | None = None
 
         def run() -> None:
             try:
-                self.total = forward(*ends, stop=self.stop, **options)
+                self.total = forward(*ends, stop=self.stop, moved=self._note, **options)
             except BaseException as error:
                 self.error = error
 
         self.thread = threading.Thread(target=run)
+
+    def _note(self, items: int, _: int) -> None:
+        self.moved += [None] * items
 
     def __enter__(self) -> Running:
         self.thread.start()
@@ -506,6 +510,27 @@ def test_source_that_is_away_is_waited_for_and_told_once(
     said = [record.message for record in caplog.records if "waits for it" in record.message]
     assert len(said) == 1, said
     assert str(source) in said[0]
+
+
+def test_destination_that_was_removed_is_waited_for_and_not_made_again(
+    source: Path, destination: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its disk may come back, and who removed it may want it gone."""
+    fill(source, 1)
+    with Running(source, destination) as running:
+        until(lambda: running.moved)
+        shutil.rmtree(destination)
+        with SpoolWriter(source) as writer:
+            writer.put_many([np.zeros(1000)] * 3)
+        until(lambda: "waits for it" in caplog.text)
+        assert not destination.exists()
+        assert stat(source).depth + stat(source).in_flight == 3
+        SpoolWriter(destination).close()
+        until(lambda: len(running.moved) == 4)
+        assert running.error is None
+    said = [record.message for record in caplog.records]
+    assert [each.startswith(str(destination)) for each in said if "waits for it" in each] == [True]
+    assert stat(destination).depth == 3
 
 
 def test_destination_that_is_full_is_waited_for_and_costs_no_attempts(
