@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.damage import cut, item_name, link_out, picture, pipe
-from support.faults import Injector
+from support.faults import Event, Injector
 
 from spoolipc import (
     NoSuchItem,
+    ShutDown,
     SpoolReader,
     SpoolWriter,
+    StorageError,
     failed_drop,
     failed_list,
     failed_retry,
     failed_show,
+    fsck,
+    stat,
 )
 
 
@@ -91,3 +95,50 @@ def test_one_that_cannot_be_read_stays_with_the_reason_until_it_is_dropped(
     assert seqs(path) == [2]
     assert failed_drop(path) == [2]
     assert Path("/etc/passwd").exists()
+
+
+def test_a_spool_that_was_shut_down_takes_none_back(path: Path) -> None:
+    with SpoolWriter(path) as writer:
+        writer.shutdown()
+    with pytest.raises(ShutDown, match="reopen=True"):
+        failed_retry(path)
+    assert seqs(path) == [1, 2, 3]
+    assert stat(path).depth == 1
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_one_that_somebody_drops_as_it_is_read_is_not_retried(path: Path, moment: str) -> None:
+    def act(event: Event, _: object = None) -> None:
+        if event.name == "open_at" and event.args[0] == item_name(2):
+            assert failed_drop(path, [2]) == [2]
+
+    with Injector(act) if moment == "before" else Injector(after=act):
+        done = failed_retry(path)
+    assert (done.seqs, done.damaged) == ({1: 5, 3: 6}, {})
+    assert seqs(path) == []
+    assert stat(path).failed == 0
+
+
+def test_one_that_somebody_else_drops_meanwhile_is_dropped_once(path: Path) -> None:
+    listed: list[list[int]] = []
+
+    def act(event: Event, _: object) -> None:
+        if event.name == "list_names" and not listed:
+            listed.append([])
+            listed.append(failed_drop(path, [2]))
+
+    with Injector(after=act):
+        assert failed_drop(path) == [1, 3]
+    assert listed == [[], [2]]
+    assert stat(path).failed == 0
+
+
+def test_a_directory_planted_at_its_name_is_refused_and_stays(path: Path) -> None:
+    planted = path / "failed" / item_name(2)
+    planted.unlink()
+    planted.mkdir()
+    with pytest.raises(StorageError, match="is a directory, which spoolipc did not make"):
+        failed_drop(path, [2])
+    assert seqs(path) == [1, 2, 3]
+    planted.rmdir()
+    assert fsck(path, repair=True).problems

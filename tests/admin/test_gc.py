@@ -66,6 +66,23 @@ def test_items_of_a_crashed_reader_are_redelivered_in_order_however_many(path: P
             one.ack()
 
 
+def test_a_table_built_again_amid_it_leaves_what_had_crashed_owning_nothing(path: Path) -> None:
+    """The records found before stand for other files now, or none."""
+    with SpoolWriter(path) as writer:
+        writer.put_many([np.full(2, number) for number in range(20)])
+    crash(path, "reader = SpoolReader(path); kept = [reader.receive() for _ in range(8)]; kept.pop(2).ack()")
+    crashed = files(path, "alive")
+
+    def lose(event: Event) -> None:
+        if event.name == "stat_at" and event.args[0] in crashed:
+            (path / "index").unlink(missing_ok=True)
+
+    with Injector(lose):
+        assert counts(gc(path)) == {"crashed_sessions": 1}
+    assert peek_table(path).queue == tuple(number for number in range(1, 21) if number != 3)
+    assert fsck(path).problems == ()
+
+
 def test_an_item_whose_every_reader_crashed_is_dead_lettered(spool: Path) -> None:
     with SpoolWriter(spool, max_attempts=1) as writer:
         writer.put(BIG)
@@ -237,9 +254,15 @@ def test_a_dry_run_says_what_would_be_done_and_foreign_files_are_left_alone(path
 
 def test_work_of_live_sessions_is_not_touched(path: Path) -> None:
     with SpoolWriter(path) as writer, SpoolReader(path) as reader:
-        for number in range(4):
+        for number in range(-2, 4):
             writer.put(BIG + number)
+        for _ in range(2):
+            reader.get()
         view, taken = reader.get(), reader.receive()
+        pooled = stat(path).free_files
+        assert pooled
+        assert counts(gc(path)) == {}
+        assert stat(path).free_files == pooled
         with writer.loan(BIG.shape, BIG.dtype) as loan:
             loan[:] = 7
             assert counts(gc(path)) == {}
