@@ -94,6 +94,8 @@ class Suite:
     """How an engine is reached, and what the tests do with it. place: of the test's spool."""
 
     durability: ClassVar[engines.Durability] = "none"
+    looks: ClassVar[float] = 1.3
+    """Seconds that are longer than between two looks of the engine for crashed sessions."""
     place: str
 
     def engine(self, place: str) -> Engine:
@@ -232,8 +234,8 @@ class SharedSuite(Suite):
         self.put(0, 1)
         leased, endless = self.claim(0.1), self.claim()
         self.settle(leased, Extend(30))
-        with pytest.raises(Empty):  # for longer than between two looks for crashed sessions
-            self.other.claim(1, None, time.monotonic() + 1.3)
+        with pytest.raises(Empty):
+            self.other.claim(1, None, time.monotonic() + self.looks)
         again = []  # an engine may requeue what nobody holds any more
         for delivery in (endless, leased):
             waiting = self.claim_other_aside()
@@ -1115,7 +1117,7 @@ class Remote:
     """A consumer in a process of its own: what is asked of it is done there, by `served`."""
 
     def __init__(self, engine: Engine) -> None:
-        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), serve, (engine,))
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), serve, (engine,))
         self._pid = self._process.submit(os.getpid).result(30)
 
     def __getattr__(self, name: str) -> Call:

@@ -118,12 +118,17 @@ class Faces:
         return connect(self.path).admin()
 
 
+@pytest.mark.usefixtures("look_often")
 class TestAsyncFacesOfADirectory(EngineSuite):
+    looks = 0.2
+
     def engine(self, place: str) -> Engine:
         return Faces(place)
 
 
 class TestAsyncFacesInMemory(EngineSuite):
+    looks = 0.1
+
     @pytest.fixture(autouse=True)
     def _clear(self) -> Iterator[None]:
         yield

@@ -7,6 +7,8 @@ from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
+import pytest
+
 from spoolipc.directory import DirectoryEngine
 from spoolipc.directory.pair import DirectoryPair
 from spoolipc.engine import Consumer, Engine, Producer
@@ -23,9 +25,12 @@ from spoolipc.testing import (
 )
 
 
+@pytest.mark.usefixtures("look_often")
 class TestDirectoryEngine(
     EngineSuite, LoanSuite, PreallocateSuite, RestoreSuite, WatchSuite, DamageSuite, ProcessSuite
 ):
+    looks = 0.2
+
     def engine(self, place: str) -> Engine:
         return DirectoryEngine(place)
 
@@ -37,7 +42,9 @@ class TestDurableDirectoryEngine(TestDirectoryEngine):
     durability = "fsync"
 
 
+@pytest.mark.usefixtures("look_often")
 class TestBothSidesOfOneSession(EngineSuite, LoanSuite, PreallocateSuite, WatchSuite, DamageSuite):
+    looks = TestDirectoryEngine.looks
     engine = TestDirectoryEngine.engine
     damage = TestDirectoryEngine.damage
 

@@ -12,6 +12,8 @@ from spoolipc.testing import EngineSuite, LoanSuite, RestoreSuite, WatchSuite
 
 
 class TestMemoryEngine(EngineSuite, LoanSuite, RestoreSuite, WatchSuite):
+    looks = 0.1  # it has none for crashed sessions
+
     @pytest.fixture(autouse=True)
     def _clear(self) -> Iterator[None]:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import random
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import nats
 import numpy as np
 import pytest
 from support.forwards import drained, fill
+from support.peer import FORKSERVER
 from support.waits import until
 
 from nats_engine.server import Server, free_port
@@ -38,9 +38,6 @@ from spoolipc.cli.main import main
 from spoolipc.message import NOW, Message
 from spoolipc.nats.link import Link
 from spoolipc.nats.producer import NatsProducer
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["spoolipc.forward", "spoolipc.directory", "spoolipc.nats"])
 
 
 @pytest.fixture
@@ -68,7 +65,7 @@ def test_forwarder_killed_at_random_loses_and_doubles_nothing(
     dice = random.Random(kills)
     found: list[str] = []
     for _ in range(kills):
-        process = PROCESSES.Process(target=forward, args=(source, destination), kwargs={"rate": 3e6})
+        process = FORKSERVER.Process(target=forward, args=(source, destination), kwargs={"rate": 3e6})
         process.start()
         process.join(dice.uniform(0.05, 0.8))
         process.kill()
@@ -125,7 +122,7 @@ def test_forwarder_waits_for_room_and_for_servers_that_come_back(tmp_path: Path)
         source, destination = str(tmp_path / "source"), server.url("waits")
         ids = fill(source, 5)
         SpoolWriter(destination, maxsize=2).close()
-        process = PROCESSES.Process(target=partial(forward, source, destination, until_empty=True))
+        process = FORKSERVER.Process(target=partial(forward, source, destination, until_empty=True))
         process.start()
         found: list[str] = []
         with SpoolReader(destination) as reader:

@@ -21,8 +21,8 @@ import numpy as np
 import spoolipc
 
 FORKSERVER: Final = multiprocessing.get_context("forkserver")
-"""Forks processes that have imported what a peer needs, and have nothing of the tests."""
-FORKSERVER.set_forkserver_preload(["numpy", "spoolipc"])
+"""Forks processes that have imported all that they may need, and have nothing else of the tests."""
+FORKSERVER.set_forkserver_preload(["spoolipc." + name for name in "testing cli.main mp workers nats".split()])
 _SERVE: Final = "import os, sys, support.peer as peer; peer.serve(int(sys.argv[1]), sys.argv[2], os.environ)"
 
 

@@ -11,7 +11,6 @@ it tells `rejects WRITER N`, and they are dead-lettered.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import tempfile
@@ -25,11 +24,11 @@ from typing import Any, Literal
 
 import numpy as np
 from support.account import check_spool
+from support.peer import FORKSERVER
 from support.waits import until
 
 from spoolipc import Empty, Full, SpoolReader, SpoolStat, SpoolWriter, failed_list, gc, stat
 
-SPAWN = multiprocessing.get_context("spawn")
 Role = Literal["write", "get", "receive"]
 SIZES = (40, 3_000, 20_000, 150_000)
 MAXSIZE = 24
@@ -167,9 +166,9 @@ class Soak:
         file = self.place / f"log-{number}"
         spool, stop = str(self.spool), str(self.stop)
         if role == "write":
-            process = SPAWN.Process(target=write, args=(spool, str(file), number, stop), daemon=True)
+            process = FORKSERVER.Process(target=write, args=(spool, str(file), number, stop), daemon=True)
         else:
-            process = SPAWN.Process(target=read, args=(spool, str(file), role, stop), daemon=True)
+            process = FORKSERVER.Process(target=read, args=(spool, str(file), role, stop), daemon=True)
         process.start()
         life = Life(role, process, file, number if role == "write" else -1)
         self.lives.append(life)
