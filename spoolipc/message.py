@@ -9,7 +9,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -136,7 +136,7 @@ class Limits:
     mode: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for name, value in zip(Limits.__slots__, _values(self), strict=True):
             if value is not None:
                 object.__setattr__(self, name, whole(name, value))
         if self.mode not in (None, 0o700, 0o770):
@@ -145,20 +145,21 @@ class Limits:
             raise ValueError(f"mode must be 0o700, or 0o770 to share the spool with a group, not {how}")
 
 
+_values: Final = operator.attrgetter(*Limits.__slots__)  # `astuple` copies each, which takes long
 DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_attempts=5, mode=0o700)
 """What is in force where nobody asked."""
 
 
 def completed(limits: Limits, others: Limits) -> Limits:
     """Limits, and the others where there are none."""
-    pairs = zip(astuple(limits), astuple(others), strict=True)
+    pairs = zip(_values(limits), _values(others), strict=True)
     return Limits(*(one if one is not None else other for one, other in pairs))
 
 
 def differing(limits: Limits, others: Limits) -> dict[str, tuple[int, int]]:
     """The limits that both have and that differ, by name."""
-    pairs = zip(asdict(limits).items(), astuple(others), strict=True)
-    return {name: (one, other) for (name, one), other in pairs if None not in (one, other) and one != other}
+    pairs = zip(Limits.__slots__, _values(limits), _values(others), strict=True)
+    return {name: (one, other) for name, one, other in pairs if None not in (one, other) and one != other}
 
 
 def joined(limits: Limits | None, beside: Limits) -> Limits:

@@ -371,7 +371,7 @@ def read_limits(place: Path, root: int) -> Limits | None:
         what = f"the spool has format {version}, this release knows format {FORMAT}"
         raise UnknownVersion(errno.EINVAL, what, str(place))
     try:
-        return Limits(**{name: said[name] for name in asdict(DEFAULTS)})
+        return Limits(**{name: said[name] for name in Limits.__slots__})
     except (KeyError, TypeError, ValueError):
         raise NotASpool(errno.EINVAL, "spool.json lacks a limit or has a bad one", str(place)) from None
 

@@ -14,9 +14,8 @@ import itertools
 import logging
 import time
 from array import array
+from collections import Counter
 from typing import Final
-
-import numpy as np
 
 from ..errors import NotASpool
 from ..message import Limits
@@ -123,13 +122,11 @@ def _still_in_flight(directories: Directories, old: Words | None, there: set[int
     records = rows(old)
     mine = (records[:, W.STATE] == W.IN_FLIGHT) & (records[:, W.OWNER] > 0)
     mine &= (records[:, W.ATTEMPT] > 0) & (records[:, W.ATTEMPT] < MOST_ATTEMPTS)
-    found = records[mine]
-    alive = {
-        int(owner) for owner in np.unique(found[:, W.OWNER]) if not has_crashed(directories.alive, int(owner))
-    }
-    numbers, counts = np.unique(found[:, W.SEQ], return_counts=True)
-    once = set(numbers[counts == 1].tolist()) & there
-    return {row[W.SEQ]: row for row in found.tolist() if row[W.OWNER] in alive and row[W.SEQ] in once}
+    found = records[mine].tolist()
+    alive = {owner for owner in {row[W.OWNER] for row in found} if not has_crashed(directories.alive, owner)}
+    counts = Counter(row[W.SEQ] for row in found)
+    once = {number for number in there if counts[number] == 1}
+    return {row[W.SEQ]: row for row in found if row[W.OWNER] in alive and row[W.SEQ] in once}
 
 
 def _fill(

@@ -238,7 +238,17 @@ def rows(words: Words, *states: int) -> Rows:
     end = min(max(words[EDGE], HEADER), len(words))
     end -= (end - HEADER) % RECORD
     records = np.frombuffer(words, np.uint64)[HEADER:end].reshape(-1, RECORD)
-    return records[np.isin(records[:, STATE], states)] if states else records
+    return records[_among(records[:, STATE], states)] if states else records
+
+
+def _among(values: npt.NDArray[np.uint64], asked: Collection[int]) -> npt.NDArray[np.bool]:
+    """Which values are one of those asked for, as a rule a few."""
+    if len(asked) > 8:
+        return np.isin(values, np.array(list(asked), np.uint64))
+    found = np.zeros(len(values), bool)
+    for each in asked:
+        found |= values == each
+    return found
 
 
 def owned(words: Words, owners: Collection[int]) -> list[int]:
@@ -255,8 +265,8 @@ def owned(words: Words, owners: Collection[int]) -> list[int]:
 def held(words: Words) -> dict[int, int]:
     """Bytes of files pinned or reserved, by the token of who has them."""
     records = rows(words, *UNLISTED)
-    owners = np.unique(records[:, OWNER])
-    return {int(owner): int(records[records[:, OWNER] == owner, BYTES].sum()) for owner in owners}
+    owners = set(records[:, OWNER].tolist())
+    return {owner: int(records[records[:, OWNER] == owner, BYTES].sum()) for owner in owners}
 
 
 def lent(words: Words, lenders: Collection[int]) -> list[int]:
@@ -266,14 +276,14 @@ def lent(words: Words, lenders: Collection[int]) -> list[int]:
 
 def _found(words: Words, field: int, tokens: Collection[int], states: tuple[int, ...]) -> list[int]:
     records = rows(words)
-    found = np.isin(records[:, field], np.array(list(tokens), np.uint64)) & np.isin(records[:, STATE], states)
+    found = _among(records[:, field], tokens) & _among(records[:, STATE], states)
     at: list[int] = (np.flatnonzero(found) * RECORD + HEADER).tolist()
     return at
 
 
 def owners(words: Words) -> set[int]:
     """The tokens of the sessions that have something."""
-    return set(np.unique(rows(words, *OWNED)[:, OWNER]).tolist())
+    return set(rows(words, *OWNED)[:, OWNER].tolist())
 
 
 def files(words: Words, states: tuple[int, ...]) -> dict[int, int]:
