@@ -317,6 +317,9 @@ def _by_state(words: dict[int, tuple[int, ...]]) -> npt.NDArray[np.bool]:
 
 _NEVER_ZERO: Final = _by_state(NOT_ZERO)
 _EVER_ZERO: Final = _by_state(ZERO)
+_IN_ITEMS, _IN_ACTIVE, _UNLISTED = (
+    np.isin(np.arange(POOLED + 2), states) for states in (IN_ITEMS, IN_ACTIVE, UNLISTED)
+)
 
 
 class _Check:
@@ -333,12 +336,6 @@ class _Check:
     def expect(self, what: str, said: int, found: int) -> None:
         if said != found:
             self.found.append(f"{what}: the index says {said}, its records {found}")
-
-    def among(self, states: tuple[int, ...]) -> npt.NDArray[np.bool]:
-        """Which records are in one of these states."""
-        asked = np.zeros(POOLED + 2, bool)
-        asked[list(states)] = True
-        return asked[self.states]
 
     def walk(self, name: str, head: int, states: tuple[int, ...]) -> Iterator[int]:
         """The records of one list, until it ends or goes astray, which is noted."""
@@ -377,7 +374,7 @@ class _Check:
                     self.found.append("the pool holds a file among those of another size")
         for _ in self.walk("the list of unused records", UNUSED, (NOTHING,)):
             pass
-        unlisted = int(self.among(UNLISTED).sum())
+        unlisted = int(_UNLISTED[self.states].sum())
         self.expect("records on no list", unlisted, self.seen.count(0))
 
     def fields(self) -> None:
@@ -406,19 +403,19 @@ class _Check:
         self.expect("items in flight", words[IN_FLIGHT_COUNT], int((states == IN_FLIGHT).sum()))
         self.expect("items delayed", words[DELAYED_COUNT], int((states == DELAYED).sum()))
         self.expect("files in the pool", words[POOL_COUNT], int((states == POOLED).sum()))
-        self.expect("bytes of items", words[ITEM_BYTES], int(sizes[self.among(IN_ITEMS)].sum()))
+        self.expect("bytes of items", words[ITEM_BYTES], int(sizes[_IN_ITEMS[self.states]].sum()))
         self.expect("bytes in the pool", words[POOL_BYTES], int(sizes[states == POOLED].sum()))
 
     def numbers(self) -> None:
         """Sequence numbers, file numbers and times are possible."""
         records, words, states = self.records, self.words, self.records[:, STATE]
-        items = records[self.among(IN_ITEMS)]
+        items = records[_IN_ITEMS[self.states]]
         self.expect("items of the same number", 0, len(items) - len(set(items[:, SEQ].tolist())))
         self.expect("numbers not given out yet", 0, int((items[:, SEQ] >= words[NEXT_SEQ]).sum()))
         self.expect("the check of the next number", words[NEXT_SEQ_CHECK], words[NEXT_SEQ] ^ ALL_BITS)
         used = records[states != NOTHING, FILE]
         self.expect("files with two records", 0, len(used) - len(set(used.tolist())))
-        due = records[self.among(IN_ACTIVE), DUE]
+        due = records[_IN_ACTIVE[self.states], DUE]
         due = due[due > 0]
         if due.size and not 0 < words[NEXT_DUE] <= int(due.min()):
             self.found.append("a lease or delay ends before anybody would look")
