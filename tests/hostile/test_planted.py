@@ -307,32 +307,33 @@ NO_MOUNTS = (
 REFUSED = """
 import sys; from pathlib import Path
 from spoolipc import NetworkFileSystem, SpoolWriter; from support.damage import refused
-refused(Path(sys.argv[1]), NetworkFileSystem, f"lies on a network file system .{sys.argv[2]}.*NATS")
-SpoolWriter(sys.argv[1] + "-beside").close()  # the parent is local
+path, table, *kinds = sys.argv[1:]
+for kind in kinds:
+    rows = "21 1 0:1 / / rw - ext4 /dev/root rw", f"22 21 0:2 / {path} rw shared:1 - {kind} server:/export rw"
+    Path(table).write_text("\\n".join(rows) + "\\n")
+    refused(Path(path), NetworkFileSystem, f"lies on a network file system .{kind}.*NATS")
+    SpoolWriter(path + "-beside").close()  # the parent is local
 """
 
 
 @pytest.mark.fault
 @pytest.mark.skipif(NO_MOUNTS, reason="mounting over the mount table needs root and unshare")
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "9p", "fuse.sshfs"])
-def test_a_network_file_system_is_refused_and_the_remedy_named(path: Path, tmp_path: Path, kind: str) -> None:
-    table = tmp_path / "mountinfo"
-    table.write_text(
-        "21 1 0:1 / / rw - ext4 /dev/root rw\n"
-        f"22 21 0:2 / {path} rw,relatime shared:1 - {kind} server:/export rw\n"
-    )
+def test_a_network_file_system_is_refused_and_the_remedy_named(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").touch()
     script = 'mount --bind "$0" /proc/$$/mountinfo && exec "$@"'
+    table, kinds = str(tmp_path / "mountinfo"), ["nfs", "nfs4", "cifs", "9p", "fuse.sshfs"]
     command = [
         "unshare",
         "-m",
         "sh",
         "-c",
         script,
-        str(table),
+        table,
         sys.executable,
         "-c",
         REFUSED,
         str(path),
-        kind,
+        table,
+        *kinds,
     ]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])

@@ -107,7 +107,7 @@ def test_the_command_ends_with_the_reason_when_an_array_arrives_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli_bench, "SIZES", (TINY,))
-    monkeypatch.setitem(cli_bench.CARRIERS, "limit", lambda path, nbytes: (FalseRing(nbytes),) * 2)
+    monkeypatch.setattr(cli_bench, "CARRIERS", {"false": lambda path, nbytes: (FalseRing(nbytes),) * 2})
     assert cli.main(["bench", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "spoolipc: an array could not be passed: a damaged array arrived\n"
     assert not list(tmp_path.iterdir()), "it left something behind"

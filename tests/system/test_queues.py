@@ -430,7 +430,9 @@ class TestPickle:
         assert not got["frame"].flags.owndata
         for each in (np.array([None, 1]), np.asfortranarray(np.ones((200, 90))), [np.ones(500)] * 1500):
             queue.put(each)
-            assert str(queue.get()) == str(each)
+            found = queue.get()
+            assert type(found) is type(each)
+            assert np.array_equal(found, each)
 
     def test_nothing_is_unpickled_where_that_was_not_asked_for(self, spool: Path) -> None:
         with_pickle, without = Queue(path=spool, allow_pickle=True), Queue(path=spool)
