@@ -278,8 +278,8 @@ lender | recycling | test_loans keeps_its_file | words[record + W.LOAN]: ==> Fal
 loan-left | staging | test_loans after_an_exception | staged.file is not None and staged.loan: ==> False:
 loan-closed | producer | test_loans read_only | self.array.flags.writeable = False ==> pass
 loan-reopened | producer | test_loans read_only_after | staged.pages.flags.writeable = False  # and ==> pass  # and
-loan-undurable | producer | test_loans may_not_be_durable | staged.pages.flags.writeable = False¶                self ==> self
-loan-written | producer | test_directory_engine refused_where | elif not isinstance(error, StorageError): ==> elif False:
+loan-undurable | producer | test_loans may_not_be | staged.pages.flags.writeable = False¶                self ==> self
+loan-written | producer | test_directory_engine refused_where | not isinstance(error, StorageError): ==> False:
 base | receiving | test_views any_view | , pages.base, single ==> , pages, single
 acked-at-once | consumer | test_views another_thread_acknowledges | claim.is_acked = True ==> pass
 never-recycled | pool | test_recycling zero | not limit or pooled + size ==> pooled + size
