@@ -54,7 +54,6 @@ stores | journal | test_transitions | # A crash from here on ==> stores = []  #
 # another session acts between any two system calls
 put-lost | producer | test_interleavings put-lose | not recycler.is_ours(file): ==> False:
 ahead | consumer | test_interleavings get-get | and ahead[-1][0][5:7] == (seq, words[record + W.ATTEMPT] + 1): ==> :
-peeked | consumer | test_interleavings peek_tells | if fs.exists(items, name) ==> if True
 unlocked | session | test_processes every_item and spawn | not fs.lock(lock.fd): ==> False:
 lost-file | producer | test_interleavings put-lose | self._staging.write_new(lost) ==> pass
 # Ctrl-C wherever a signal can come

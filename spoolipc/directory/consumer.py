@@ -129,8 +129,7 @@ class DirectoryConsumer(Receiver):
                     try:
                         found, shown, single = self.open(words, record, seq, writable)
                     except BadItem as error:
-                        recycler.mappings.forget(words[record + W.FILE])
-                        set_aside(self.session.directories, journal, record, _who(), f"damaged: {error}")
+                        self._set_aside(record, f"damaged: {error}")
                         space += 1
                         continue
                 pin = None
@@ -242,24 +241,23 @@ class DirectoryConsumer(Receiver):
             if not record or words[W.SHUTDOWN] == W.DISCARDED:
                 break
             # First, so that whoever requeues it after an interrupt finds it.
-            taken.append(self._delivery(record, 1))
+            taken.append(self._delivery(record))
             journal.commit(transitions.claim(words, record, token, due))
         space += len(taken)
         return not taken and self.has_ended(), items + pass_on(words, 0), space
 
-    def _delivery(self, record: int, more: int) -> Delivery:
-        """The item at `record`. more: 1 for one that is about to be in flight here. A step."""
+    def _delivery(self, record: int) -> Delivery:
+        """The item at `record`, which is about to be in flight here. A step."""
         session = self.session
         journal = session.journal
         words = journal.words
         seq, data_end = words[record + W.SEQ], words[record + W.DATA_END]
         put_time = words[record + W.PUT_TIME] if data_end else 0
-        attempt, handle = words[record + W.ATTEMPT] + more, Claim(journal.identity, record, seq, data_end)
-        if more:
-            given = _Given(handle, session.dropped.append)
-            given.table, given.record, given.seq, given.attempt = journal.identity, record, seq, attempt
-            handle.given = id(given)
-            self.given[handle.given] = given
+        attempt, handle = words[record + W.ATTEMPT] + 1, Claim(journal.identity, record, seq, data_end)
+        given = _Given(handle, session.dropped.append)
+        given.table, given.record, given.seq, given.attempt = journal.identity, record, seq, attempt
+        handle.given = id(given)
+        self.given[handle.given] = given
         return Delivery(seq, attempt, put_time, words[record + W.BYTES], handle)
 
     def give_back(self) -> None:
@@ -446,13 +444,16 @@ class DirectoryConsumer(Receiver):
 
     def _reject(self, deliveries: Sequence[Delivery], reason: str) -> tuple[None, int, int]:
         """Dead-letter items. A step."""
-        journal = self.session.journal
         for delivery in deliveries:
-            record = self._still_ours(delivery)
-            self.recycler.mappings.forget(journal.words[record + W.FILE])
-            set_aside(self.session.directories, journal, record, _who(), reason)
+            self._set_aside(self._still_ours(delivery), reason)
             self.given.pop(delivery.handle.given, None)
-        return None, pass_on(journal.words, len(deliveries)), len(deliveries)
+        return None, pass_on(self.session.journal.words, len(deliveries)), len(deliveries)
+
+    def _set_aside(self, record: int, why: str) -> None:
+        """Make a dead letter of an item in flight here, or of the first. A step."""
+        journal = self.session.journal
+        self.recycler.mappings.forget(journal.words[record + W.FILE])
+        set_aside(self.session.directories, journal, record, _who(), why)
 
     def _extend(self, deliveries: Sequence[Delivery], due: int) -> tuple[None, int, int]:
         for delivery in deliveries:
@@ -468,46 +469,31 @@ class DirectoryConsumer(Receiver):
         return retry(self._peek_one, self.wait_for_item, until)
 
     def _peek_one(self) -> Peeked:
-        items = self.session.directories.items
         while True:
-            delivery, ended = self.session.step(self._peek)
-            if delivery is None:
+            found, ended = self.session.step(self._peek)
+            if found is not None:
+                return found
+            if ended is not None:
                 raise self.nothing(ended)
-            name = item_name(delivery.seq)
-            try:
-                with ItemFile(items, name) as file:
-                    said = file.contents(delivery.handle.data_end)
-                if fs.exists(items, name):  # else its file may have been written again while it was read
-                    return Peeked(
-                        delivery.seq,
-                        delivery.attempt,
-                        said.put_time / 1e9,
-                        delivery.size,
-                        said.names,
-                        said.meta,
-                    )
-            except FileNotFoundError:
-                self.session.step(self._set_peeked_aside, delivery.seq, "its file is missing")
-            except BadItem as error:
-                self.session.step(self._set_peeked_aside, delivery.seq, f"damaged: {error}")
 
-    def _peek(self) -> tuple[tuple[Delivery | None, bool], int, int]:
+    def _peek(self) -> tuple[tuple[Peeked | None, bool | None], int, int]:
+        """The next item; without one, whether nothing can come any more, None where it was damaged and is a dead letter
+        now. A step, so that the file is not written again while it is read."""
         items, space = self.begin()
         words = self.session.journal.words
         record = first(words)
         if not record or words[W.SHUTDOWN] == W.DISCARDED:
             return (None, self.has_ended()), items, space
-        return (self._delivery(record, 0), False), items, space
-
-    def _set_peeked_aside(self, seq: int, why: str) -> tuple[None, int, int]:
-        """Dead-letter an item that was peeked at, if it is still the next. A step."""
-        journal = self.session.journal
-        record = first(journal.words)
-        if not record or journal.words[record + W.SEQ] != seq:
-            return None, 0, 0
-        self.recycler.mappings.forget(journal.words[record + W.FILE])
-        set_aside(self.session.directories, journal, record, _who(), why)
-        return None, pass_on(journal.words, 1), 1
+        seq = words[record + W.SEQ]
+        try:
+            with ItemFile(self.session.directories.items, item_name(seq)) as file:
+                said = file.contents(words[record + W.DATA_END])
+        except (BadItem, FileNotFoundError) as error:
+            is_missing = isinstance(error, FileNotFoundError)
+            self._set_aside(record, f"damaged: {'its file is missing' if is_missing else error}")
+            return (None, None), items + pass_on(words, 1), space + 1
+        attempt, size = words[record + W.ATTEMPT], words[record + W.BYTES]
+        return (Peeked(seq, attempt, said.put_time / 1e9, size, said.names, said.meta), None), items, space
 
 
 def _who() -> str:

@@ -306,4 +306,4 @@ def test_peek_tells_of_no_other_item_though_the_file_is_written_again(place: Pat
         if number > len(injector.met):
             break
     assert seqs == [1, 2]
-    assert told == {1, 2}
+    assert told <= {1, 2}
