@@ -123,7 +123,6 @@ number-freed | rebuild | test_index_damage was_delivered | *failed, *freed, ==> 
 number-donated | rebuild | test_preallocate loss_of | number < W.FIRST_DONATED: ==> True:
 kept | rebuild | test_fsck live_session | row[W.OWNER] in alive and row[W.SEQ] in once} ==> False}
 kept-claims | receiving | test_fsck live_session | self.kept[seq] = kept.get(seq, before) ==> pass
-kept-letters | rebuild | test_index_damage stops_no_tool | words[W.FAILED_COUNT] = len(failed) ==> pass
 kept-limits | rebuild | test_fsck contradicts_the | set_limits(words, _limits(directories, old)) ==> pass
 kept-shutdown | rebuild | test_fsck contradicts_the | words[W.SHUTDOWN] = read_shutdown(directories.root) ==> pass
 only-index | housekeeping | test_index_damage only_the | read_shutdown(session.directories.root) ==> W.DISCARDED

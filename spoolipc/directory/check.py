@@ -43,7 +43,7 @@ from .layout import (
     read_shutdown,
     write_limits,
 )
-from .quarantine import failed_numbers, history_number, is_known, set_file_aside
+from .quarantine import history_number, is_known, set_file_aside
 from .rebuild import limits_in, old_table
 from .session import Session
 from .table import IndexDamaged, Words, files, owners, rows, violations
@@ -269,7 +269,7 @@ class _Look:
             self.found.append(Problem(kind, where, what))
 
     def _contradictions(self) -> list[str]:
-        """What the table says otherwise than spool.json, the shutdown marker and `failed/`: a step."""
+        """What the table says otherwise than spool.json and the shutdown marker: a step."""
         if self.visitor.journal is None:
             return []
         words, limits = self.visitor.journal.words, agree(self.directories, Limits())
@@ -279,7 +279,6 @@ class _Look:
             "recycle_bytes": (words[W.RECYCLE_BYTES], limits.recycle_bytes),
             "max_attempts": (words[W.MAX_ATTEMPTS], limits.max_attempts),
             "state of shutdown": (words[W.SHUTDOWN], read_shutdown(self.directories.root)),
-            "number of dead letters": (words[W.FAILED_COUNT], len(failed_numbers(self.directories))),
         }
         return [f"{what}: the index says {a}, the directory {b}" for what, (a, b) in said.items() if a != b]
 

@@ -2,8 +2,7 @@
 
 A dead letter is an item that was rejected, failed in every attempt or was damaged (`quarantine.py` says where it is),
 with its history in `failed/SEQ.jsonl`. To retry one is a put whose file is there already: one transition that renames
-the file into `items/` under a new number. To drop one is a transition that renames it into `free/`, where `gc` finds it
-if the unlinking that follows is never reached. Either way the count of dead letters changes with the rename.
+the file into `items/` under a new number. To drop one is to unlink it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
 from collections.abc import Iterable
 
 from ..errors import BadItem, NoSuchItem, StorageError, shut_down
@@ -20,7 +18,7 @@ from ..message import DeadLetter, Retried, StoredArray, numbers_of
 from . import fs, transitions
 from . import table as W
 from .itemfile import ItemFile
-from .layout import Directories, item_name
+from .layout import Directories
 from .quarantine import failed_numbers, forget_history, letter_at, read_history
 from .session import Session
 from .visitor import Visitor, administration
@@ -65,7 +63,7 @@ def failed_drop(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> lis
     a directory that somebody has planted."""
     with administration(path) as session:
         wanted = _wanted(session.directories, seqs)
-        return [number for number in wanted if session.step(drop_letter, session, number)]
+        return [number for number in wanted if drop_letter(session.directories, number)]
 
 
 def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
@@ -137,18 +135,16 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     return seq, 1, 0
 
 
-def drop_letter(session: Session, number: int) -> tuple[bool, int, int]:
-    """Remove a dead letter; false when it is gone already. A step."""
-    journal, directories = session.journal, session.directories
+def drop_letter(directories: Directories, number: int) -> bool:
+    """Remove a dead letter; false when it is gone already. A crash after the first call leaves a history of no item."""
     part, name = letter_at(directories, number)
     try:
-        mode = fs.stat_at(name, dir_fd=directories.places[part]).st_mode
+        fs.unlink(name, dir_fd=directories.places[part])
     except FileNotFoundError:
-        return False, 0, 0
-    if stat.S_ISDIR(mode):
+        return False
+    except IsADirectoryError as error:
         where = str(directories.path / part / name)
-        raise StorageError(errno.EISDIR, "is a directory, which spoolipc did not make; remove it", where)
-    journal.commit(transitions.drop_letter(journal.words, number, part, name))
-    directories.remove("free", item_name(number))
+        what = "is a directory, which spoolipc did not make; remove it"
+        raise StorageError(errno.EISDIR, what, where) from error
     forget_history(directories, number)
-    return True, 0, 0
+    return True

@@ -50,7 +50,6 @@ def rebuild(directories: Directories, why: str) -> Journal:
     words = journal.words
     _fill(words, directories, waiting, _still_in_flight(directories, old, set(waiting)))
     known = max([0, *waiting[-1:], *failed, *freed, _last_seq(old)])
-    words[W.FAILED_COUNT] = len(failed)
     words[W.SHUTDOWN] = read_shutdown(directories.root)
     words[W.NEXT_SEQ] = words[W.FIRST_SEQ] = known + 1
     words[W.NEXT_SEQ_CHECK] = known + 1 ^ W.ALL_BITS

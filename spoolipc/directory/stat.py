@@ -40,6 +40,7 @@ def stat(path: str | os.PathLike[str]) -> SpoolStat:
             stuck_on = visitor.holder()
         return SpoolStat(
             path=visitor.path,
+            failed=len(failed_numbers(visitor.directories)),
             **counts,
             limits=agree(visitor.directories, Limits()),
             file_system=kind,
@@ -59,7 +60,6 @@ def _counted(words: Words) -> dict[str, Any]:
         "in_flight": words[W.IN_FLIGHT_COUNT],
         "bytes": words[W.ITEM_BYTES],
         "oldest_age": _oldest_age(words),
-        "failed": words[W.FAILED_COUNT],
         "puts": words[W.NEXT_SEQ] - words[W.FIRST_SEQ],
         "gets": words[W.DELIVERED_TOTAL],
         "free_files": words[W.POOL_COUNT],
@@ -71,7 +71,7 @@ def _counted(words: Words) -> dict[str, Any]:
 def _listed(visitor: Visitor) -> dict[str, Any]:
     """What the directories say, for a spool without an index."""
     counts = dict.fromkeys(
-        "depth bytes failed delayed in_flight puts gets free_files free_bytes wanted_bytes".split(), 0
+        "depth bytes delayed in_flight puts gets free_files free_bytes wanted_bytes".split(), 0
     )
     directories = visitor.directories
     for names in fs.batches(directories.items):
@@ -79,7 +79,6 @@ def _listed(visitor: Visitor) -> dict[str, Any]:
             with suppress(FileNotFoundError):
                 counts["bytes"] += fs.stat_at(name, dir_fd=directories.items).st_size
                 counts["depth"] += item_number(name) is not None
-    counts["failed"] = len(failed_numbers(directories))
     return {**counts, "state": _STATES[read_shutdown(directories.root)], "oldest_age": None}
 
 

@@ -82,7 +82,7 @@ DELAYED_COUNT: Final = _at()
 UNUSED: Final = _at()  # head of the list of records that stand for nothing
 EDGE: Final = _at()  # position of the first record never used
 FIRST_SEQ: Final = _at()  # NEXT_SEQ when this index was built
-FAILED_COUNT: Final = _at()
+_at()  # room for one word more
 DONE_TOTAL: Final = _at()  # tasks said to be done, of those in DELIVERED_TOTAL
 SHUTDOWN: Final = _at()  # OPEN, DRAINING or DISCARDED
 NEXT_DUE: Final = _at()  # monotonic ns at which a lease or delay ends, 0 for none

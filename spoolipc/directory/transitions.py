@@ -157,8 +157,6 @@ def put_new(words: Words, record: int, size: int, source: str, name: str) -> Tra
     _append(words, stores, W.READY, record)
     stores += (W.NEXT_SEQ, seq + 1, W.NEXT_SEQ_CHECK, seq + 1 ^ W.ALL_BITS)
     stores += (W.ITEM_BYTES, words[W.ITEM_BYTES] + size)
-    if source != "tmp":
-        stores += (W.FAILED_COUNT, max(0, words[W.FAILED_COUNT] - 1))
     return (ARRIVE, seq, stores, (source, name, "items", item_name(seq)))
 
 
@@ -282,7 +280,6 @@ def dead_letter(words: Words, record: int, part: str, name: str) -> Transition:
     stores = _removal(words, record)
     if not part:
         return (MEMORY, 0, stores, None)
-    stores += (W.FAILED_COUNT, words[W.FAILED_COUNT] + 1)
     return (LEAVE, seq, stores, ("items", item_name(seq), part, name))
 
 
@@ -369,9 +366,3 @@ def limit_stores(limits: Limits) -> Stores:
     stores = [W.MAXSIZE, limits.maxsize or 0, W.MAX_BYTES, limits.max_bytes or 0]
     stores += (W.RECYCLE_BYTES, limits.recycle_bytes or 0, W.MAX_ATTEMPTS, limits.max_attempts or 0)
     return stores
-
-
-def drop_letter(words: Words, number: int, part: str, name: str) -> Transition:
-    """A dead letter's file, `name` in `part`, moves to free/ to be unlinked, no item and no pooled file."""
-    stores = [W.FAILED_COUNT, max(0, words[W.FAILED_COUNT] - 1)]
-    return (DONATE, number, stores, (part, name, "free", item_name(number)))

@@ -40,7 +40,6 @@ _HEADER: Final = {
     "pooled": W.POOL_COUNT,
     "in_flight": W.IN_FLIGHT_COUNT,
     "delayed": W.DELAYED_COUNT,
-    "failed": W.FAILED_COUNT,
     "shutdown": W.SHUTDOWN,  # 0, 1 draining, 2 discarded
     "housekeeping_time": W.HOUSEKEPT,
     "maxsize": W.MAXSIZE,
@@ -134,7 +133,6 @@ def peek_table(path: str | os.PathLike[str]) -> Peek:
         "pooled_bytes": words[W.POOL_BYTES],
         "item_bytes": words[W.ITEM_BYTES],
         "delivered_total": words[W.DELIVERED_TOTAL],
-        "failed": words[W.FAILED_COUNT],
         "capacity": (words[W.CAPACITY] - W.HEADER) // W.RECORD,
     }
     pooled = tuple(

@@ -298,24 +298,6 @@ class Walk:
         self.spool.next_limits = Limits(*self.random.sample(range(100), 4))
         return transitions.set_limits(self.spool.next_limits)
 
-    def _drop_letter(self) -> Transition | None:
-        letters = [letter for letter in self.spool.names if is_letter(*letter)]
-        if not letters:
-            return None
-        part, name = min(letters)
-        return transitions.drop_letter(self.words, int(name[:20]), part, name)
-
-
-def is_letter(part: str, name: str) -> bool:
-    """Whether this is the file of a dead letter."""
-    return (part == "failed" and len(name) == 24) or name.endswith(".failed.npy")
-
-
-def unsettled(spool: Spool, transition: Transition) -> None:
-    """What whoever makes `drop_letter` does next."""
-    if transition[3] is not None and is_letter(*transition[3][:2]):
-        spool.names.discard(("free", transition[3][3]))
-
 
 @pytest.mark.parametrize("seed", range(TABLES))
 def test_a_transition_ended_before_any_store_is_finished_or_forgotten(spool: Spool, seed: int) -> None:
@@ -331,7 +313,6 @@ def test_a_transition_ended_before_any_store_is_finished_or_forgotten(spool: Spo
         stores = spool.commit(transition)
         assert spool.words[W.MARK] == CLEAN
         after, finished = spool.state(), spool.table()
-        unsettled(spool, transition)
         spool.check()
         moved = after[1:] != before[1:]
         for number in range(stores):
@@ -346,7 +327,6 @@ def test_a_transition_ended_before_any_store_is_finished_or_forgotten(spool: Spo
         if moved and transition[3] is not None:
             not_moved(spool, before, table, transition)
         spool.restore(after)
-        unsettled(spool, transition)
     assert len(made) > len(ARROWS) * 0.8, sorted(ARROWS - made)
 
 
