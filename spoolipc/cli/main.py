@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 from .. import __version__
 from ..admin import failed_drop, failed_list, failed_retry, fsck, gc, purge, remove, set_limits, stat
@@ -158,14 +158,11 @@ examples:
   %(prog)s /data --json > bench.json
 
 exit codes: 0 done, 1 a carrier could not be measured, 2 wrong use"""
+Answer: TypeAlias = tuple[Any, list[str], int]
+"""What a command returns: a value, the same as lines for people, and its exit code."""
+_PLACE = "the spool's directory, or its URL on servers"
 _AS_IT_IS = argparse.RawDescriptionHelpFormatter
 _LIMITS = ("maxsize", "max_bytes", "recycle_bytes", "max_attempts")
-_ACTIONS = {
-    "list": "one line for each dead letter: number, size, attempts, the reason",
-    "show": "all that is known of dead letters: arrays, metadata, every failure",
-    "retry": "requeue dead letters at the end, as new items",
-    "drop": "remove dead letters and their histories for good",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,8 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a name may be of any bytes
         options = _parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
+        command: Callable[[argparse.Namespace], Answer] = options.command
+        value, lines, code = command(options)
+        _print(options, value, lines)
+        return code
     except KeyboardInterrupt:
         return _complain(KeyboardInterrupt("interrupted"), INTERRUPTED)
     except (NotASpool, NetworkFileSystem, UnknownVersion, UnsupportedOperation, NoSuchItem) as error:
@@ -216,24 +215,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    one = _command(commands, "gc", "remove what crashed processes left", _GC, _GC_EXAMPLES, _run_gc, True)
+    one = _command(commands, "gc", _run_gc, "remove what crashed processes left", _GC, _GC_EXAMPLES, "")
+    where = one.add_mutually_exclusive_group(required=True)
+    where.add_argument("--temporary", action="store_true", help="all temporary spools, those of Queue()")
+    where.add_argument("path", metavar="DIR", type=_directory, nargs="?", help=_PLACE)
     one.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    _command(commands, "stat", "show what is in a spool", _STAT, _STAT_EXAMPLES, _run_stat)
-    _command(commands, "purge", "remove the items that wait", _PURGE, _PURGE_EXAMPLES, _run_purge)
-    _command(commands, "rm", "delete a spool", _RM, _RM_EXAMPLES, _run_rm)
-    one = _command(commands, "set", "change the limits of a spool", _SET, _SET_EXAMPLES, _run_set)
+    _command(commands, "stat", _run_stat, "show what is in a spool", _STAT, _STAT_EXAMPLES)
+    _command(commands, "purge", _run_purge, "remove the items that wait", _PURGE, _PURGE_EXAMPLES)
+    _command(commands, "rm", _run_rm, "delete a spool", _RM, _RM_EXAMPLES)
+    one = _command(commands, "set", _run_set, "change the limits of a spool", _SET, _SET_EXAMPLES)
     one.add_argument("limits", metavar="NAME=NUMBER", type=_limit, nargs="*", help="what they are to be")
-    one = _command(
-        commands, "fsck", "check files and index against each other", _FSCK, _FSCK_EXAMPLES, _run_fsck
-    )
+    about, place = "check files and index against each other", "the spool's directory"
+    one = _command(commands, "fsck", _run_fsck, about, _FSCK, _FSCK_EXAMPLES, place)
     one.add_argument("--repair", action="store_true", help="put right what can be, losing nothing silently")
-    bench = _described(commands, "bench", "measure how fast arrays pass here", _BENCH, _BENCH_EXAMPLES)
-    bench.add_argument("path", metavar="DIR", nargs="?", help="where to make the spools (default: /dev/shm)")
-    bench.add_argument("--json", action="store_true", help="print JSON, for programs")
-    bench.add_argument("--quick", action="store_true", help="fewer arrays and rounds")
-    bench.set_defaults(command=_run_bench)
     one = _command(
-        commands, "forward", "move items to another spool", _FORWARD, _FORWARD_EXAMPLES, _run_forward
+        commands, "bench", _run_bench, "measure how fast arrays pass here", _BENCH, _BENCH_EXAMPLES, ""
+    )
+    one.add_argument("path", metavar="DIR", nargs="?", help="where to make the spools (default: /dev/shm)")
+    one.add_argument("--quick", action="store_true", help="fewer arrays and rounds")
+    one = _command(
+        commands, "forward", _run_forward, "move items to another spool", _FORWARD, _FORWARD_EXAMPLES
     )
     one.add_argument(
         "destination", metavar="TO", type=_directory, help="the directory or URL of the one that gets them"
@@ -249,10 +250,14 @@ def _parser() -> argparse.ArgumentParser:
         commands, "failed", "list, show, retry or drop dead letters", _FAILED, _FAILED_EXAMPLES
     )
     actions = failed.add_subparsers(title="actions", metavar="ACTION", required=True)
-    runs = {"list": _run_list, "show": _run_show, "retry": _run_retry, "drop": _run_drop}
-    for name, what in _ACTIONS.items():
+    for name, run, what in (
+        ("list", _run_list, "one line for each dead letter: number, size, attempts, the reason"),
+        ("show", _run_show, "all that is known of dead letters: arrays, metadata, every failure"),
+        ("retry", _run_retry, "requeue dead letters at the end, as new items"),
+        ("drop", _run_drop, "remove dead letters and their histories for good"),
+    ):
         example = f"example:\n  %(prog)s /data/spool{'' if name == 'list' else ' 17'}"
-        one = _command(actions, name, what, what[0].upper() + what[1:] + ".", example, runs[name])
+        one = _command(actions, name, run, what, what[0].upper() + what[1:] + ".", example)
         one.add_argument("seqs", metavar="SEQ", type=_seq, nargs="*", help="their numbers; none for all")
     return parser
 
@@ -291,26 +296,21 @@ def _described(commands: Any, name: str, help: str, about: str, examples: str) -
 def _command(
     commands: Any,
     name: str,
+    run: Callable[[argparse.Namespace], Answer],
     help: str,
     about: str,
     examples: str,
-    run: Callable[[argparse.Namespace], int],
-    temporary: bool = False,
+    place: str = _PLACE,
 ) -> argparse.ArgumentParser:
     parser = _described(commands, name, help, about, examples)
-    where: argparse._ActionsContainer = parser
-    if temporary:
-        where = parser.add_mutually_exclusive_group(required=True)
-        where.add_argument("--temporary", action="store_true", help="all temporary spools, those of Queue()")
-    nargs = "?" if temporary else None
-    what = "the spool's directory" if run is _run_fsck else "the spool's directory, or its URL on servers"
-    where.add_argument("path", metavar="DIR", nargs=nargs, type=_directory, help=what)
+    if place:
+        parser.add_argument("path", metavar="DIR", type=_directory, help=place)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(command=run)
     return parser
 
 
-def _print(options: argparse.Namespace, value: Any, *lines: str) -> None:
+def _print(options: argparse.Namespace, value: Any, lines: list[str]) -> None:
     if sys.stdout is None:
         return  # it was closed: the exit code says how it went
     said = json.dumps(_plain(value), indent=2) if options.json else "\n".join(map(text.printable, lines))
@@ -343,50 +343,43 @@ def _bar(what: str, unit: str) -> Any:
     return tqdm(desc=what, unit=unit, unit_scale=True, delay=1.0, disable=off, leave=False)
 
 
-def _run_gc(options: argparse.Namespace) -> int:
+def _run_gc(options: argparse.Namespace) -> Answer:
     if options.temporary:
         removed = remove_temporary(dry_run=options.dry_run)
-        _print(options, removed, *removed or ["no temporary spool that nobody uses"])
-        return DONE
+        return removed, removed or ["no temporary spool that nobody uses"], DONE
     with _bar("gc", " names") as bar:
         done = gc(options.path, dry_run=options.dry_run, progress=lambda seen, _: bar.update(seen - bar.n))
-    _print(options, done, *text.gc_lines(done))
-    return PROBLEM if done.not_removed else DONE
+    return done, text.gc_lines(done), PROBLEM if done.not_removed else DONE
 
 
-def _run_stat(options: argparse.Namespace) -> int:
+def _run_stat(options: argparse.Namespace) -> Answer:
     found = stat(options.path)
-    _print(options, found, *text.stat_lines(found))
-    return PROBLEM if found.index_damage or found.stuck_on else DONE
+    return found, text.stat_lines(found), PROBLEM if found.index_damage or found.stuck_on else DONE
 
 
-def _run_purge(options: argparse.Namespace) -> int:
+def _run_purge(options: argparse.Namespace) -> Answer:
     count = purge(options.path)
-    _print(options, count, f"removed {text.count(count, 'item')}")
-    return DONE
+    return count, [f"removed {text.count(count, 'item')}"], DONE
 
 
-def _run_rm(options: argparse.Namespace) -> int:
+def _run_rm(options: argparse.Namespace) -> Answer:
     remove(options.path)
-    _print(options, None, f"removed {shown(options.path)}")
-    return DONE
+    return None, [f"removed {shown(options.path)}"], DONE
 
 
-def _run_set(options: argparse.Namespace) -> int:
+def _run_set(options: argparse.Namespace) -> Answer:
     asked = dict(options.limits)
     limits = set_limits(options.path, **asked) if asked else stat(options.path).limits
-    _print(options, limits, text.limits_line(limits))
-    return DONE
+    return limits, [text.limits_line(limits)], DONE
 
 
-def _run_fsck(options: argparse.Namespace) -> int:
+def _run_fsck(options: argparse.Namespace) -> Answer:
     with _bar("fsck", " names") as bar:
         found = fsck(options.path, repair=options.repair, progress=lambda seen, _: bar.update(seen - bar.n))
-    _print(options, found, *text.fsck_lines(found))
-    return DONE if found.clean else PROBLEM
+    return found, text.fsck_lines(found), DONE if found.clean else PROBLEM
 
 
-def _run_forward(options: argparse.Namespace) -> int:
+def _run_forward(options: argparse.Namespace) -> Answer:
     stop, got = threading.Event(), list[int]()
 
     def end(signum: int, _: object) -> None:
@@ -411,11 +404,11 @@ def _run_forward(options: argparse.Namespace) -> int:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    _print(options, count, f"{'copied' if options.keep else 'moved'} {text.count(count, 'item')}")
-    return 128 + got[0] if got else DONE
+    said = f"{'copied' if options.keep else 'moved'} {text.count(count, 'item')}"
+    return count, [said], 128 + got[0] if got else DONE
 
 
-def _run_bench(options: argparse.Namespace) -> int:
+def _run_bench(options: argparse.Namespace) -> Answer:
     from .bench import bench, table
 
     # What was made is removed on the way out.
@@ -424,30 +417,25 @@ def _run_bench(options: argparse.Namespace) -> int:
         found = bench(options.path, quick=options.quick)
     finally:
         signal.signal(signal.SIGTERM, before)
-    _print(options, found, *table(found["results"]))
-    return DONE
+    return found, table(found["results"]), DONE
 
 
-def _run_list(options: argparse.Namespace) -> int:
+def _run_list(options: argparse.Namespace) -> Answer:
     letters = failed_list(options.path, options.seqs or None)
-    _print(options, letters, *text.list_lines(letters) or [text.NO_LETTERS])
-    return DONE
+    return letters, text.list_lines(letters) or [text.NO_LETTERS], DONE
 
 
-def _run_show(options: argparse.Namespace) -> int:
+def _run_show(options: argparse.Namespace) -> Answer:
     letters = failed_list(options.path, options.seqs or None)
     lines = [line for letter in letters for line in ("", *text.letter_lines(letter))]
-    _print(options, letters, *lines[1:] or [text.NO_LETTERS])
-    return DONE
+    return letters, lines[1:] or [text.NO_LETTERS], DONE
 
 
-def _run_retry(options: argparse.Namespace) -> int:
+def _run_retry(options: argparse.Namespace) -> Answer:
     done = failed_retry(options.path, options.seqs or None)
-    _print(options, done, *text.retry_lines(done))
-    return PROBLEM if done.damaged else DONE
+    return done, text.retry_lines(done), PROBLEM if done.damaged else DONE
 
 
-def _run_drop(options: argparse.Namespace) -> int:
+def _run_drop(options: argparse.Namespace) -> Answer:
     gone = failed_drop(options.path, options.seqs or None)
-    _print(options, gone, f"dropped {text.count(len(gone), 'dead letter')}")
-    return DONE
+    return gone, [f"dropped {text.count(len(gone), 'dead letter')}"], DONE
