@@ -132,6 +132,11 @@ class Doorbell:
         host = self._host()
         return os.path.join(host.path, "alive", token_name(host.token)) if host is not None else ""
 
+    def _look(self) -> tuple[Host | None, Words | None]:
+        """The session, and the table's words; None for what is not there any more."""
+        host = self._host()
+        return host, host.peek_words() if host is not None else None
+
     # Ringing
 
     def ring(self, kind: Kind, count: int) -> None:
@@ -140,8 +145,7 @@ class Doorbell:
         Call it after the index lock was let go: that is the memory barrier between making the item visible and reading
         who waits.
         """
-        host = self._host()
-        words = host.peek_words() if host is not None else None
+        host, words = self._look()
         if host is None or words is None:
             return
         code = _CODES[kind]
@@ -247,8 +251,7 @@ class Doorbell:
 
     def arm(self, kind: Kind) -> bool:
         """Say that this session waits for `kind`; false where there is no place to say it. Look at the spool after."""
-        host = self._host()
-        words = host.peek_words() if host is not None else None
+        host, words = self._look()
         if host is None or words is None:
             return False
         if self._place < 0 or words[W.TOKENS + self._place] != host.token:
@@ -272,15 +275,9 @@ class Doorbell:
         with self._lock:
             self._waiting -= 1
             last = not self._waiting
-        host = self._host()
         with suppress(SpoolError, OSError):
-            words = host.peek_words() if host is not None and self._place >= 0 else None
-            if (
-                last
-                and host is not None
-                and words is not None
-                and words[W.TOKENS + self._place] == host.token
-            ):
+            host, words = self._look()
+            if last and host and words and self._place >= 0 and words[W.TOKENS + self._place] == host.token:
                 words[W.SINCES + self._place] = 0
             if look is not None:
                 fs.yield_core()  # a barrier, as in `arm`
@@ -305,12 +302,11 @@ class Doorbell:
 
     def ring_oneself(self) -> None:
         """Write to our own file. Raises OSError, and UnsafeSpool for what was planted in its place."""
-        alive, name = os.path.split(self.file)
-        with (
-            fs.Closing(fs.open_directory(alive)) as place,
-            fs.Closing(fs.open_own(place, name, os.O_WRONLY)) as fd,
-        ):
-            fs.pwrite(fd, b"\n", 0)
+        host = self._host()
+        if host is not None:
+            alive, name = host.directories.alive, token_name(host.token)
+            with fs.Closing(fs.open_own(alive, name, os.O_WRONLY)) as fd:
+                fs.pwrite(fd, b"\n", 0)
 
 
 class Ears:
