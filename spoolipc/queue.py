@@ -78,8 +78,8 @@ class Face:
         return f"{type(self).__name__}({self.path!r})"
 
 
-class _Face(Face):
-    """What both sides share."""
+class _BlockingFace(Face):
+    """What both sides share where their calls block."""
 
     _crosses_processes: bool
 
@@ -103,7 +103,7 @@ class _Face(Face):
         return partial(face, self.path, mode=opened.limits.mode, create=opened.create, **more), ()
 
 
-class SpoolWriter(_Face):
+class SpoolWriter(_BlockingFace):
     """Puts arrays into a spool, which any number of other processes may write and read.
 
     path: the spool's directory, made (with mode 0700) by whoever comes first; or a URL: `memory://NAME` is a spool
@@ -273,7 +273,7 @@ class SpoolWriter(_Face):
         return self._pickled(options, durability=options.durability, checksum=options.checksum)
 
 
-class SpoolReader(_Face):
+class SpoolReader(_BlockingFace):
     """Gets arrays from a spool, each item by one reader, in the order in which they were put.
 
     path: the spool's directory, made (with mode 0700) by whoever comes first; or a URL, as SpoolWriter takes it.
