@@ -45,11 +45,12 @@ ifdef ARGS
 	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
 else
 	@run() { $(BIN)/python -m pytest -m "not exhaustive" "$$@"; }; \
-	run tests/system tests/crash >$(VENV)/crash.log 2>&1 & crash=$$!; \
+	run tests/crash >$(VENV)/crash.log 2>&1 & crash=$$!; \
+	run tests/system >$(VENV)/system.log 2>&1 & system=$$!; \
 	SPOOLIPC_VERIFY=1 run tests/contract tests/nats_engine >$(VENV)/engines.log 2>&1 & engines=$$!; \
 	SPOOLIPC_VERIFY=1 run $(foreach part,system crash contract nats_engine,--ignore=tests/$(part)); rest=$$?; \
-	wait $$crash; crash=$$?; wait $$engines; engines=$$?; \
-	cat $(VENV)/crash.log $(VENV)/engines.log; exit $$((rest || crash || engines))
+	wait $$crash; crash=$$?; wait $$system; system=$$?; wait $$engines; engines=$$?; \
+	cat $(VENV)/crash.log $(VENV)/system.log $(VENV)/engines.log; exit $$((rest || crash || system || engines))
 endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
