@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -233,25 +233,23 @@ def file_system(path: Path) -> str:
     Read from the kernel's mount table; "unknown" where that cannot be read.
     """
     real = nearest(path)
-    best, kind = "", "unknown"
     try:
-        table = read_text(_MOUNTINFO)
+        return _kind_of(real, read_text(_MOUNTINFO))
     except OSError:
-        return kind
+        return "unknown"
+
+
+@lru_cache(64)
+def _kind_of(real: str, table: str) -> str:
+    """What `file_system` tells of a real path, by a mount table, which is rarely another than the last time."""
+    best, kind = "", "unknown"
     for line in table.splitlines():
         left, _, right = line.partition(" - ")
-        point = left.split()[4]
-        if "\\" in point:
-            point = _unescaped(point)
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
+        # Blanks and backslashes stand as octal numbers.
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), left.split()[4])
+        if len(point) >= len(best) and f"{real}/".startswith(point.rstrip("/") + "/"):
             best, kind = point, right.split()[0]
     return kind
-
-
-def _unescaped(text: str) -> str:
-    """A path as the mount table writes it, with blanks and backslashes as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def open_place(path: Path) -> int:

@@ -72,7 +72,8 @@ class Spools:
         self.forward()
         assert before + drained(self.destination) == self.ids
         for path in (self.source, self.destination):
-            assert stat(path).depth + stat(path).in_flight + stat(path).failed == 0
+            left = stat(path)
+            assert (left.depth, left.in_flight, left.failed) == (0, 0, 0)
             gc(path)
             check_spool(path, checked=False)
             assert fsck(path).problems == ()
