@@ -16,10 +16,10 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -31,11 +31,23 @@ from .access import Address, Guarded, options, refusal
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 Replies = asyncio.Queue[Msg | None]
+
+
+class Request(NamedTuple):
+    """What is sent to be answered."""
+
+    subject: str
+    payload: Any = b""
+    headers: dict[str, str] | None = None
+
+
 _log = logging.getLogger("spoolipc")
 PATIENCE: Final = 30.0
 """Seconds for which a call without a deadline asks again: servers choose a new leader meanwhile."""
 TRY: Final = 2.0
 """Seconds that an answer may take before it is asked for again."""
+_AHEAD: Final = 16 << 20
+"""Bytes that are sent ahead of the answers."""
 _PING: Final = 2
 """Seconds between two questions to the server whether it is there; the third without a word ends the connection."""
 _MOVE: Final = 10.0
@@ -157,6 +169,11 @@ class Link:
         """Bytes of one message, of headers and data together."""
         return int(self.client.max_payload)
 
+    @property
+    def is_cluster(self) -> bool:
+        """Whether the server has others beside it."""
+        return "cluster" in self.client._server_info
+
     async def open(self) -> None:
         """Connect. Raises ServerUnreachable, also where there is no JetStream, AccessDenied, UnsupportedOperation for
         a server too old."""
@@ -194,7 +211,7 @@ class Link:
         quiet.connected(self.client.connected_url, transport.close)
         self._inbox = self.client.new_inbox()
         await self.client.subscribe(
-            f"{self._inbox}.*", cb=self._hear, pending_msgs_limit=-1, pending_bytes_limit=-1
+            f"{self._inbox}.>", cb=self._hear, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
         if not self.client._server_info.get("jetstream"):  # but another server of its cluster may have it
             notes = f"$JS.API.STREAM.INFO.spoolipc-{self._where.name}-notes"
@@ -243,14 +260,11 @@ class Link:
 
     async def arrived(self) -> None:
         """Wait until the server has read all that was sent. Raises ServerUnreachable as `call` does."""
-        began = time.monotonic()
-        with self.replies() as (inbox, queue):
-            while isinstance(why := await self._reply(inbox, b"", "", None, queue, TRY), str):
-                self.check(began, why)
+        await self.call("")
 
     async def _hear(self, msg: Msg) -> None:
         self.client._pings_outstanding = 0  # it is there, though its answer stands behind other bytes
-        replies = self._waiting.get(msg.subject.rpartition(".")[2])
+        replies = self._waiting.get(msg.subject[len(self._inbox) + 1 :].partition(".")[0])
         if replies is not None:
             replies.put_nowait(msg)
 
@@ -282,63 +296,75 @@ class Link:
         await self.client.subscribe(inbox, cb=hear, pending_msgs_limit=-1, pending_bytes_limit=-1)
         return inbox, queue
 
-    async def ask(
-        self, subject: str, payload: Any = b"", headers: dict[str, str] | None = None, seconds: float = 0.0
-    ) -> Msg | str:
-        """What is answered, or why nothing is within so many seconds, or some."""
-        with self.replies() as (inbox, queue):
-            return await self._reply(subject, payload, inbox, headers, queue, seconds or TRY)
-
-    async def _reply(
-        self,
-        subject: str,
-        payload: Any,
-        inbox: str,
-        headers: dict[str, str] | None,
-        queue: Replies,
-        seconds: float,
-    ) -> Msg | str:
+    async def answers(self, requests: Iterable[Request]) -> list[Msg | str]:
+        """What is answered to these, in their order. Each is sent when what is not answered yet is `_AHEAD` bytes with
+        it, at most. Where nothing comes or goes for some seconds, the last says why; what comes after that is not
+        heard. A request of no subject comes back by itself."""
+        found, came, sizes, ahead = list[Msg | str](), dict[str, Msg](), list[int](), 0
+        now = asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(seconds):
-                await self.client.publish(subject, payload, inbox, headers)
-                reply = await queue.get()
+            with self.replies() as (inbox, queue):
+                async with asyncio.timeout(TRY) as limit:
+
+                    def moved() -> None:
+                        if limit.expired():  # the client takes what cancels it while it sends for nothing
+                            raise TimeoutError
+                        limit.reschedule(now() + TRY)
+
+                    async def hear() -> None:
+                        nonlocal ahead
+                        if (reply := await queue.get()) is None:
+                            raise TimeoutError
+                        if status(reply) == 503:
+                            raise nats.errors.Error(_NO_JETSTREAM)
+                        came[reply.subject] = reply
+                        while (answer := came.pop(f"{inbox}.{len(found)}", None)) is not None:
+                            ahead -= sizes[len(found)]
+                            found.append(answer)
+                        moved()
+
+                    for number, (subject, payload, headers) in enumerate(requests):
+                        while ahead and ahead + len(payload) > _AHEAD:
+                            await hear()
+                        answer_at = f"{inbox}.{number}"
+                        await self.client.publish(subject or answer_at, payload, answer_at, headers)
+                        sizes.append(len(payload))
+                        ahead += len(payload)
+                        moved()
+                    while len(found) < len(sizes):
+                        await hear()
         except TimeoutError:
-            return self._silence()
+            found.append(self._silence())
         except nats.errors.Error as error:
-            return _said(error)
-        if reply is None:
-            return self._silence()
-        if status(reply) == 503:
-            return _NO_JETSTREAM
-        if self._told:
-            self._told = False
-            _log.warning("%s: the server answers again", self.path)
-        return reply
+            found.append(_said(error))
+        else:
+            if self._told:
+                self._told = False
+                _log.warning("%s: the server answers again", self.path)
+        return found
 
     def _silence(self) -> str:
         """Why there is no answer."""
         return "it says nothing" if self.client.is_connected else "the connection is lost"
 
-    async def call(self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None) -> Msg:
-        """What is answered, sent again until it is. Raises ServerUnreachable when nothing is for some seconds."""
-        began, pause = time.monotonic(), 0.05
-        while isinstance(reply := await self.ask(subject, payload, headers), str):
-            self.check(began, reply)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 1.0)
-        return reply
+    async def ask(self, *request: Any) -> Msg | str:
+        """What is answered, or why nothing is within some seconds."""
+        return (await self.answers([Request(*request)]))[0]
 
-    async def call_all(self, subjects: list[str], payload: bytes) -> None:
-        """The same for several requests whose answers say nothing: sent together, and when not all are answered each
-        by itself."""
-        with self.replies() as (inbox, queue), suppress(TimeoutError, nats.errors.Error):
-            async with asyncio.timeout(TRY):
-                for subject in subjects:
-                    await self.client.publish(subject, payload, inbox)
-                answers = [await queue.get() for _ in subjects]
-                if all(answer is not None and not status(answer) for answer in answers):
-                    return
-        await asyncio.gather(*(self.call(subject, payload) for subject in subjects))
+    async def call_all(self, requests: Sequence[Request]) -> list[Msg]:
+        """What is answered to these, each sent again until it is. Raises ServerUnreachable when nothing is for some
+        seconds."""
+        found, began, pause = list[Any](), time.monotonic(), 0.05
+        while len(found) < len(requests):
+            found += await self.answers(requests[len(found) :])
+            if isinstance(found[-1], str):
+                self.check(began, found.pop())
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 1.0)
+        return found
+
+    async def call(self, *request: Any) -> Msg:
+        return (await self.call_all([Request(*request)]))[0]
 
     def check(self, began: float, why: str) -> None:
         """Raise ServerUnreachable where nobody waits any longer for what was begun then."""

@@ -1,10 +1,10 @@
-"""put: a message, or an atomic batch of messages, on the stream of items.
+"""put: messages on the stream of items, and what is put from other spools.
 
-An item that is one message is stored by it. One that is larger than the server's `max_payload` is the messages of its
-pieces and one of its own, and so are several items put at once: one atomic batch, of which the server keeps all or
-nothing. It writes a batch twice, first aside and then to the stream, which takes 54 MB from 100 to 240 ms; so what is
-more than `_BATCH_BYTES` goes piece by piece, and the item's own message, which comes last, makes it one. A writer that
-dies before leaves pieces that the next one to open the spool removes.
+An item that fits into a message of the server's `max_payload` is one. What is larger goes ahead in pieces, which
+nobody looks at, and the item's own message, which comes last, makes it one; a writer that dies before it leaves pieces
+that the next one to open the spool removes. Several items are as many messages, each of which is stored only where the
+one before was the last, or an atomic batch, of which the server keeps all or nothing: it writes a batch twice, first
+aside and then to the stream, which takes two to four times as long.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, takewhile
+from typing import Any, Final, NamedTuple, TypeVar
 
 import nats.errors
-from nats.aio.msg import Msg
 
 from .. import errors
 from ..engine import Known, ProducerOptions
@@ -28,30 +29,24 @@ from ..format import footer as footers
 from ..format import item as items
 from ..message import NOW, Deadline, Message
 from .access import Address
-from .link import TRY, header, within
+from .link import Request, header, within
 from .session import LOOK, Session, Watch
 from .spool import MARGIN, ORPHANED, Control
 
+T = TypeVar("T")
+_Error = dict[str, Any]
 _TOGETHER: Final = 64
-_MAX_BATCH: Final = 1000
-_BATCH_BYTES: Final = 16 << 20
-_AT_ONCE: Final = 16
-_OVERHEAD: Final = 256
+_GROUP_BYTES: Final = 16 << 20
+"""Most items, and bytes of more than one, that are put at once."""
 _FORWARDED: Final = 256
 _AHEAD: Final = 65536
 """Bytes of a forwarded item from which on it goes piece by piece, as what is in a batch is written twice."""
-_SLOW: Final = 20.0
-"""Seconds in which what is on its way at once arrives over a slow line."""
+_OVERHEAD: Final = 256
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
-_ANOTHER, _DUPLICATE, _IN_PROCESS = 10071, 10201, 10158
-
-
-class _Sent(NamedTuple):
-    """A message to be sent."""
-
-    subject: str
-    payload: Any
-    headers: dict[str, str]
+_LAST: Final = "Nats-Expected-Last-Msg-Id"
+_UNANSWERED, _NOT_LAST, _ANOTHER, _IN_PROCESS = 0, 10070, 10071, 10158
+_PASSING: Final = (_UNANSWERED, _ANOTHER, _IN_PROCESS)
+"""What another try may mend."""
 
 
 class _Packed(NamedTuple):
@@ -75,6 +70,7 @@ class NatsProducer(Session):
             raise ValueError(f"{where.path}: durability can only be 'none'; {what}")
         self._checksum = options.checksum
         self._records: dict[str, tuple[int, Known]] = {}  # those we wrote last, by source
+        self._met = -math.inf  # when another was seen to put at the same time
         super().__init__(where, options.limits, options.create, options)
 
     async def begin(self) -> None:
@@ -112,15 +108,14 @@ class NatsProducer(Session):
         return self.link.max_payload - MARGIN
 
     async def _put(self, waiting: list[_Packed], until: Deadline, seqs: list[int]) -> None:
+        last: dict[str, int] = {}
         while len(seqs) < len(waiting):
-            news = self.spool.news
-            try:
-                room = await self._room(waiting[len(seqs)].size)
-                seqs += await self._store(waiting[len(seqs) : len(seqs) + room], until)
-                await self.spool.tell()
-            except errors.Full:
-                if until == NOW or not await self.wait(news, until):
-                    raise
+            group = await self._roomy(waiting[len(seqs) :], until, _TOGETHER)
+            total = accumulate(each.size for each in group)
+            group = group[: max(1, sum(nbytes <= _GROUP_BYTES for nbytes in total))]
+            commit, known = partial(self._commit, last), partial(self._known, group[0].id)
+            seqs += await self._store(group, self._most, last, commit, known)
+            await self.spool.tell()
 
     # Forwarding
 
@@ -137,58 +132,62 @@ class NatsProducer(Session):
         self, source: str, messages: Sequence[Message], until: Deadline, done: Collection[str] = ()
     ) -> int:
         packed = [self._packed(message) for message in messages]
-        return self.do(within(until, self._put_forwarded, source, packed, until, done))
+        return len(self.do(within(until, self._put_forwarded, source, packed, until, done)))
 
     async def _put_forwarded(
         self, source: str, packed: list[_Packed], until: Deadline, done: Collection[str]
-    ) -> int:
-        """One batch of items and of the record that they came, which nobody else has written meanwhile."""
-        subject, began, again = self.spool.subject("source", _key(source)), time.monotonic(), False
+    ) -> list[str]:
+        """One batch of items and of the record that they came, which nobody else has written meanwhile; their ids."""
+        last: dict[str, int] = {}
+        record = self._records.pop(source) if source in self._records else await self._forwarded(source)
+        before, known = record
+        if found := [each.id for each in packed if each.id in known.put]:  # an earlier call was not answered
+            return found
+
+        async def commit(ready: list[_Packed]) -> tuple[list[str], _Error | None]:
+            then = known.after(done, {each.id: each.message.seq for each in ready})
+            # The server reads a piece of each item that it looks after, which takes as long as storing it. What was
+            # never sent before has no other pieces, and the first is the first to lose those it has.
+            own = [
+                self._own(each, _AHEAD, last if each is ready[0] or each.message.attempt != 1 else {}, {})
+                for each in ready
+            ]
+            subject, expected = self.spool.subject("source", _key(source)), {_EXPECTED: str(before)}
+            seq, error = await self._batch([*own, Request(subject, json.dumps(then).encode(), expected)])
+            if error:
+                return [], error
+            self._records[source] = seq, then
+            return [each.id for each in ready], None
+
+        async def there() -> list[str]:
+            """What an earlier try put that was not answered."""
+            now, then = await self._forwarded(source)
+            found = [each.id for each in packed if each.id in then.put]
+            if now != before and not found:
+                what = "another process forwards from the same spool to it"
+                raise errors.SpoolInUse(0, f"{self.path}: {what}")
+            return found
+
+        found = await self._store(await self._roomy(packed, until, _FORWARDED), _AHEAD, last, commit, there)
+        if before:
+            asked = {"seq": before, "no_erase": True}
+            await self.link.api(f"STREAM.MSG.DELETE.{self.spool.items}", asked, missing=True)
+        return found
+
+    # Room
+
+    async def _roomy(self, waiting: list[_Packed], until: Deadline, most: int) -> list[_Packed]:
+        """The first of these that may be put now, as many as `most`: when there is room. Raises Full, TooLarge,
+        ShutDown."""
         while True:
-            ours = self._records.pop(source) if source in self._records else None
-            before, known = ours or await self._forwarded(source)
-            if packed[0].id in known.put:  # an earlier try was not answered
-                return sum(each.id in known.put for each in packed)
             news = self.spool.news
             try:
-                group = packed[: await self._room(packed[0].size, _FORWARDED)]
+                return waiting[: await self._room(waiting[0].size, most)]
             except errors.Full:
                 if until == NOW or not await self.wait(news, until):
                     raise
-                continue
-            for each in group if again else ():  # all of them, lest each try leaves to the next what stops it
-                if each.size > _AHEAD:
-                    await self._forget_pieces(each)
-            sent, reply, last = await self._send_pieces(group, _AHEAD)
-            if reply is None:
-                group = group[:sent]
-                then = known.after(done, {each.id: each.message.seq for each in group})
-                record = _Sent(subject, json.dumps(then).encode(), {_EXPECTED: str(before)})
-                # The server reads a piece of each item that it looks after, which takes as long as storing it. What was
-                # never sent before has no other pieces, and the first is the first to lose those it has.
-                first = next(iter(last), "")
-                sure = {each.id for each in group if each.message.attempt == 1 and each.id != first}
-                own = [
-                    self._own(each, _AHEAD, self._after(each.id, last, () if again else sure))
-                    for each in group
-                ]
-                reply = await self._commit([*own, record], last)
-            if again := isinstance(reply, str):
-                await self._again(began, reply)
-                continue
-            if error := reply.get("error"):
-                if error["err_code"] == _ANOTHER:
-                    raise errors.SpoolInUse(
-                        0, f"{self.path}: another process forwards from the same spool to it"
-                    )
-                raise await self._refused(group, error)
-            self._records[source] = int(reply["seq"]), then
-            if before:
-                asked = {"seq": before, "no_erase": True}
-                await self.link.api(f"STREAM.MSG.DELETE.{self.spool.items}", asked, missing=True)
-            return len(group)
 
-    async def _room(self, size: int, room: int = _TOGETHER) -> int:
+    async def _room(self, size: int, room: int = 1) -> int:
         """How many items may be put now, `room` at most, the first of so many bytes. Raises ShutDown, TooLarge,
         Full."""
         control = await self._open_control()
@@ -219,166 +218,71 @@ class NatsProducer(Session):
             )
         return control
 
-    def _pieces(self, packed: _Packed, most: int) -> Iterator[_Sent]:
-        """The messages that come before an item's own: none where that can have up to `most` bytes."""
-        if packed.size > most:
-            subject, at, headers = self.spool.subject("chunk", packed.id), 0, {_EXPECTED: "0"}
-            for piece in _pieces(items.parts(packed.layout, packed.message.arrays), self._most):
-                yield _Sent(subject, piece, headers | {"Spool-At": str(at)})
-                at, headers = at + len(piece), {}
+    # Storing
 
-    def _own(self, packed: _Packed, most: int, headers: dict[str, str]) -> _Sent:
-        """The message that makes an item one: of what has up to `most` bytes, all of it."""
-        subject, parts = (
-            self.spool.subject("item", packed.id),
-            items.parts(packed.layout, packed.message.arrays),
-        )
-        if packed.size <= most:
-            return _Sent(subject, b"".join((*parts, packed.footer)), headers)
-        return _Sent(subject, packed.footer, headers | {"Spool-Size": str(packed.size)})
-
-    def _count(self, packed: _Packed) -> int:
-        return 1 if packed.size <= self._most else 1 - -packed.layout.end // self._most
-
-    async def _store(self, several: list[_Packed], until: Deadline) -> list[int]:
-        """Store the first of these items, as many as one batch can have; returns their numbers."""
-        group = [several[0]]
-        while len(group) < len(several) and self._is_batch(several[: len(group) + 1]):
-            group = several[: len(group) + 1]
-        counts = [self._count(each) for each in group]
-        began, whole = time.monotonic(), sum(counts) == 1 or self._is_batch(group)
+    async def _store(
+        self,
+        group: list[_Packed],
+        most: int,
+        last: dict[str, int],
+        commit: Callable[[list[_Packed]], Awaitable[tuple[list[T], _Error | None]]],
+        known: Callable[[], Awaitable[list[T]]],
+    ) -> list[T]:
+        """What `commit` returns for the first of these items, when their pieces are stored: of those that have more
+        than `most` bytes. last: the number of each item's last piece, where all are. known: what an earlier try has
+        stored that was not answered."""
+        began = time.monotonic()
         while True:
-            if whole:
-                reply = await self._batch([sent for each in group for sent in self._messages(each)])
-            else:
-                reply = await self._piece_by_piece(group[0])
-            if isinstance(reply, str):
-                await self._again(began, reply)
-                continue
-            error = reply.get("error")
-            if error is None:
-                return [int(reply["seq"]) - sum(counts[index + 1 :]) for index in range(len(counts))]
-            if error["err_code"] == _IN_PROCESS:  # what was sent first is with the other servers still
-                await self._again(began, error["description"])
-            elif len(group) > 1:  # the batch may be what is refused: each by itself
-                group, counts = group[:1], counts[:1]
-            elif error["err_code"] == _DUPLICATE:
-                return [await self._known(group[0])]
-            elif whole and counts[0] > 1:
-                whole = False
-            else:
-                raise await self._refused(group, error)
-
-    def _messages(self, packed: _Packed) -> list[_Sent]:
-        """The messages of an item, its own last."""
-        own = self._own(packed, self._most, {"Nats-Msg-Id": packed.id})
-        return [*self._pieces(packed, self._most), own]
-
-    async def _again(self, began: float, why: str) -> None:
-        """Before what was begun then is sent once more. Raises ServerUnreachable, ShutDown."""
-        self.spool.control = None
-        await self._open_control()
-        self.link.check(began, why)
-        await asyncio.sleep(0.1)
-
-    async def _refused(self, group: list[_Packed], error: dict[str, Any]) -> errors.StorageError:
-        """An error that says so, when nothing of these items is left."""
-        for each in group:
-            if each.size > _AHEAD:
-                await self.spool.forget(self.spool.items, "chunk", each.id)
-        return errors.StorageError(0, f"{self.path}: the server refuses the item: {error['description']}")
-
-    def _is_batch(self, group: list[_Packed]) -> bool:
-        """Whether one batch can have them."""
-        return sum(map(self._count, group)) <= _MAX_BATCH and sum(each.size for each in group) <= _BATCH_BYTES
-
-    async def _batch(self, messages: list[_Sent]) -> dict[str, Any] | str:
-        """Send a message, or an atomic batch of them; returns what is said of the last."""
-        batch, total = os.urandom(8).hex(), len(messages)
-        for index, sent in enumerate(messages, 1):
-            headers = dict(sent.headers)
-            if total > 1:
-                headers |= {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(index)}
-            if index < total:
-                try:
-                    await self.link.send(sent.subject, sent.payload, headers=headers)
-                except nats.errors.Error as error:
-                    return str(error)
-        if total > 1:
-            headers["Nats-Batch-Commit"] = "1"
-        if sum(len(sent.payload) for sent in messages) > self._most:  # it would wait for all of them
-            await self.link.arrived()
-        return _answer(await self.link.ask(sent.subject, sent.payload, headers))
-
-    async def _piece_by_piece(self, packed: _Packed) -> dict[str, Any] | str:
-        """Send the pieces, and the item's own message when all are stored."""
-        if await self._known(packed):  # an earlier try was not answered
-            return {"error": {"err_code": _DUPLICATE}}
-        _, reply, last = await self._send_pieces([packed], self._most)
-        headers = {"Nats-Msg-Id": packed.id} | self._after(packed.id, last)
-        return reply or await self._commit([self._own(packed, self._most, headers)], last)
-
-    def _after(self, number: str, last: dict[str, int], sure: Collection[str] = ()) -> dict[str, str]:
-        """Headers of an item's own message, which is refused where another piece of it was the last; of those in `sure`
-        that need not be looked after."""
-        if number not in last or number in sure:
-            return {}
-        return {_EXPECTED: str(last[number]), f"{_EXPECTED}-Subject": self.spool.subject("chunk", number)}
-
-    async def _commit(self, messages: list[_Sent], last: dict[str, int]) -> dict[str, Any] | str:
-        """Send what makes items of pieces. Those may have been removed since, where this process was stopped for long,
-        and where a network was cut others may come late: then all is sent again."""
-        reply = await self._batch(messages)
-        if not isinstance(reply, str) and reply.get("error", {}).get("err_code") == _ANOTHER:
-            for number, seq in last.items():
-                if (await self.spool.last(self.spool.items, "chunk", number))[0] != seq:
-                    return "other pieces are there than were sent"
-        return reply
+            ready, error = await self._send_pieces(group, most, last)
+            if ready:
+                done, error = await commit(ready)
+                if done:
+                    return done
+            assert error
+            if done := await known():
+                return done
+            if error["err_code"] not in _PASSING:
+                for each in group:
+                    if each.size > most:
+                        await self.spool.forget(self.spool.items, "chunk", each.id)
+                raise errors.StorageError(
+                    0, f"{self.path}: the server refuses the item: {error['description']}"
+                )
+            if error["err_code"] == _ANOTHER:
+                last.clear()  # they may have been removed since, where this process was stopped for long
+            self.spool.control = None
+            await self._open_control()
+            self.link.check(began, error["description"])
+            await asyncio.sleep(0.1)
+            for each in group:  # all of them, lest each try leaves to the next what stops it
+                if each.size > most and each.id not in last:
+                    await self._forget_pieces(each)
 
     async def _send_pieces(
-        self, group: list[_Packed], most: int
-    ) -> tuple[int, dict[str, Any] | str | None, dict[str, int]]:
-        """Send the pieces of these items, `_AT_ONCE` at a time, but no more items when that takes long: of how many,
-        why it failed, None where all that were sent are stored, and the number of each item's last piece."""
-        began, count, last = time.monotonic(), 0, dict[str, int]()
-        sending: deque[tuple[_Packed, asyncio.Task[Msg | str]]] = deque()
+        self, group: list[_Packed], most: int, last: dict[str, int]
+    ) -> tuple[list[_Packed], _Error | None]:
+        """Send what is not stored yet, but of no more items when that takes long; the first that are whole then."""
+        sending = [each for each in group if each.size > most and each.id not in last]
+        began = time.monotonic()
 
-        async def stored() -> dict[str, Any] | str | None:
-            packed, task = sending.popleft()
-            try:
-                async with asyncio.timeout(TRY):  # from when the one before was
-                    said = _answer(await task)
-            except TimeoutError:
-                return "a piece is not answered"
-            if isinstance(said, str):
-                return said
-            if "error" not in said:
-                last[packed.id] = int(said["seq"])
-                return None
-            if said["error"]["err_code"] != _ANOTHER:
-                return said
-            if sending:  # of this try too, lest it stops the next one
-                await asyncio.wait([task for _, task in sending], timeout=TRY)
-            await self._forget_pieces(packed)
-            return "there were pieces of an earlier try"
+        def pieces() -> Iterator[Request]:
+            for each in sending:
+                if time.monotonic() - began < ORPHANED / 3:
+                    yield from self._pieces(each)
 
-        try:
-            for packed in group:
-                if time.monotonic() - began > ORPHANED / 3:
-                    break
-                for piece in self._pieces(packed, most):
-                    sending.append((packed, asyncio.create_task(self.link.ask(*piece, seconds=_SLOW))))
-                    await asyncio.sleep(0)  # they go in order
-                    if len(sending) == _AT_ONCE and (failed := await stored()):
-                        return count, failed, last
-                count += 1
-            while sending:
-                if failed := await stored():
-                    return count, failed, last
-            return count, None, last
-        finally:
-            for _, task in sending:
-                task.cancel()
+        said, error = await self._sent(pieces()) if sending else ([], None)
+        for each in sending:
+            count = -(-each.layout.end // self._most)
+            if len(said) < count:
+                break
+            last[each.id], said = said[count - 1]["seq"], said[count:]
+        return list(takewhile(lambda each: each.size <= most or each.id in last, group)), error
+
+    def _pieces(self, packed: _Packed) -> Iterator[Request]:
+        subject, at, headers = self.spool.subject("chunk", packed.id), 0, {_EXPECTED: "0"}
+        for piece in _pieces(items.parts(packed.layout, packed.message.arrays), self._most):
+            yield Request(subject, piece, headers | {"Spool-At": str(at)})
+            at, headers = at + len(piece), {}
 
     async def _forget_pieces(self, packed: _Packed) -> None:
         """Remove the pieces of an earlier try: up to the last one, as this may be done twice, late, where a network was
@@ -387,11 +291,71 @@ class NatsProducer(Session):
         if earlier := (await self.spool.last(self.spool.items, "chunk", packed.id))[0]:
             await self.link.api(f"STREAM.PURGE.{self.spool.items}", {"filter": subject, "seq": earlier + 1})
 
-    async def _known(self, packed: _Packed) -> int:
-        """The number of an item that is stored already; 0 when it was taken since."""
-        async for found in self.link.read(self.spool.items, self.spool.subject("item", packed.id), batch=1):
-            return int(header(found, "Nats-Sequence"))
-        return 0
+    def _own(self, packed: _Packed, most: int, last: dict[str, int], headers: dict[str, str]) -> Request:
+        """The message that makes an item one: all of what has up to `most` bytes. It is refused where another piece of
+        the item than that in `last` was the last."""
+        subject = self.spool.subject("item", packed.id)
+        if packed.size <= most:
+            parts = items.parts(packed.layout, packed.message.arrays)
+            return Request(subject, b"".join((*parts, packed.footer)), headers)
+        headers["Spool-Size"] = str(packed.size)
+        if packed.id in last:
+            headers[_EXPECTED] = str(last[packed.id])
+            headers[f"{_EXPECTED}-Subject"] = self.spool.subject("chunk", packed.id)
+        return Request(subject, packed.footer, headers)
+
+    async def _commit(self, last: dict[str, int], ready: list[_Packed]) -> tuple[list[int], _Error | None]:
+        """Send what makes items of these; the numbers of the first that are stored, in order. One server stores each if
+        it has the one before as the last one; where others put at the same time, or servers may choose another that
+        leads, they go as one batch, which takes longer."""
+        is_alone = time.monotonic() > self._met + LOOK and not self.link.is_cluster
+        own, before = list[Request](), ""
+        for each in ready:
+            headers = {"Nats-Msg-Id": each.id} | ({_LAST: before} if before and is_alone else {})
+            own.append(self._own(each, self._most, last, headers))
+            before = each.id
+        if len(own) == 1 or is_alone:
+            said, error = await self._sent(own)
+            if error and error["err_code"] == _NOT_LAST:
+                self._met = time.monotonic()
+            return [each["seq"] for each in said], error
+        seq, error = await self._batch(own)
+        if error and error["err_code"] not in _PASSING:  # the batch may be what is refused: each by itself
+            return await self._commit(last, ready[:1])
+        return [seq - number for number in reversed(range(len(own)))] if seq else [], error
+
+    async def _batch(self, requests: list[Request]) -> tuple[int, _Error | None]:
+        """Send what is stored as one or not at all; the number of the last."""
+        batch, last = os.urandom(8).hex(), len(requests)
+        for number, (subject, payload, given) in enumerate(requests, 1):
+            headers = {**(given or {}), "Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
+            if number < last:
+                try:
+                    await self.link.send(subject, payload, headers=headers)
+                except nats.errors.Error as why:
+                    return 0, {"err_code": _UNANSWERED, "description": str(why)}
+        if sum(len(each.payload) for each in requests) > self._most:  # it would wait for all of them
+            await self.link.arrived()
+        said, error = await self._sent([Request(subject, payload, headers | {"Nats-Batch-Commit": "1"})])
+        return said[0]["seq"] if said else 0, error
+
+    async def _sent(self, requests: Iterable[Request]) -> tuple[list[dict[str, Any]], _Error | None]:
+        """What is said of the first of these messages, which are stored, and of the next, which is not."""
+        stored = list[dict[str, Any]]()
+        for reply in await self.link.answers(requests):
+            if isinstance(reply, str):
+                return stored, {"err_code": _UNANSWERED, "description": reply}
+            said = json.loads(reply.data)
+            if error := said.get("error"):
+                return stored, error
+            stored.append(said)
+        return stored, None
+
+    async def _known(self, number: str) -> list[int]:
+        """The number of an item that is stored already, if it was not taken since."""
+        async for found in self.link.read(self.spool.items, self.spool.subject("item", number), batch=1):
+            return [int(header(found, "Nats-Sequence"))]
+        return []
 
     def full(self) -> bool:
         async def look() -> bool:
@@ -453,11 +417,3 @@ def _pieces(parts: Iterator[bytes | memoryview], size: int) -> Iterator[bytes | 
             room -= len(view)
     if held:
         yield b"".join(held)
-
-
-def _answer(reply: Msg | str) -> dict[str, Any] | str:
-    """What the server says of a message that is put, or why it says nothing."""
-    if isinstance(reply, str):
-        return reply
-    found: dict[str, Any] = json.loads(reply.data)
-    return found

@@ -38,7 +38,7 @@ from .. import message as values
 from ..format import footer as footers
 from ..format import item as items
 from ..message import Limits, Message
-from .link import TRY, Link, header, status
+from .link import TRY, Link, Request, header, status
 from .memory import Memory
 
 ACK_WAIT: Final = 5.0
@@ -356,7 +356,7 @@ class Spool:
 
     async def acknowledge(self, messages: list[Msg]) -> None:
         """Take items off the spool, their pieces and what is known of their failures after them."""
-        await self.link.call_all([msg.reply for msg in messages], b"+ACK")
+        await self.link.call_all([Request(msg.reply, b"+ACK") for msg in messages])
         for msg in messages:
             if header(msg, "Spool-Size"):
                 await self.forget(self.items, "chunk", msg_id(msg))

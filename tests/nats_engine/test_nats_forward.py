@@ -36,6 +36,7 @@ from spoolipc import (
 )
 from spoolipc.cli.main import main
 from spoolipc.message import NOW, Message
+from spoolipc.nats.access import Guarded
 from spoolipc.nats.link import Link
 from spoolipc.nats.producer import NatsProducer
 
@@ -105,12 +106,8 @@ def test_two_forwarders_of_one_source_do_not_both_go_on(server: Server) -> None:
         first, second = (Message((np.zeros(3),), id=f"{number:032x}") for number in (1, 2))
         read = two._producer._forwarded  # type: ignore[attr-defined]
         before = two._producer.do(read("there"))  # type: ignore[attr-defined]
-
-        async def as_before(source: str) -> Any:
-            return before
-
         one._producer.put_forwarded("there", [first], NOW)  # type: ignore[attr-defined]
-        two._producer._forwarded = as_before  # type: ignore[attr-defined]
+        two._producer._records["there"] = before  # type: ignore[attr-defined]
         with pytest.raises(SpoolInUse, match="another process forwards"):
             two._producer.put_forwarded("there", [second], NOW)  # type: ignore[attr-defined]
     assert stat(destination).depth == 1
@@ -245,27 +242,30 @@ def test_bytes_at_once_and_pieces_at_once_are_bounded(
     with SpoolWriter(source) as writer:
         for _ in range(12):
             writer.put(np.zeros(5_000_000, "u1"))
-    on_the_way, most, groups = 0, 0, []
-    ask, put = Link.ask, NatsProducer.put_forwarded
+    on_the_way, most, groups = dict[str, int](), 0, []
+    publish, hear, put = Guarded.publish, Link._hear, NatsProducer.put_forwarded
 
-    async def counted(self: Any, subject: str, payload: Any = b"", *rest: Any, **options: Any) -> Any:
-        nonlocal on_the_way, most
-        on_the_way += len(payload)
-        most = max(most, on_the_way)
-        try:
-            return await ask(self, subject, payload, *rest, **options)
-        finally:
-            on_the_way -= len(payload)
+    async def sent(self: Any, subject: str, payload: Any, reply: str, *rest: Any, **options: Any) -> None:
+        nonlocal most
+        if reply:
+            on_the_way[reply] = len(payload)
+            most = max(most, sum(on_the_way.values()))
+        await publish(self, subject, payload, reply, *rest, **options)
+
+    async def heard(self: Any, msg: Any) -> None:
+        on_the_way.pop(msg.subject, None)
+        await hear(self, msg)
 
     def grouped(self: Any, source: str, messages: Any, *rest: Any) -> int:
         groups.append(sum(message.nbytes for message in messages))
         return put(self, source, messages, *rest)
 
-    monkeypatch.setattr(Link, "ask", counted)
+    monkeypatch.setattr(Guarded, "publish", sent)
+    monkeypatch.setattr(Link, "_hear", heard)
     monkeypatch.setattr(NatsProducer, "put_forwarded", grouped)
     assert forward(source, destination, until_empty=True, max_bytes=11_000_000) == 12
     assert max(groups) < 11_000_000
-    assert most <= 16 * (1 << 20) + 100_000
+    assert 8 << 20 < most <= 16 << 20
 
 
 def test_servers_that_are_away_at_any_time_are_waited_for_and_told_once(

@@ -13,11 +13,10 @@ import numpy as np
 
 from spoolipc import Empty, ServerUnreachable, SpoolReader, SpoolWriter, StorageError, stat
 from spoolipc.message import Message
-from spoolipc.nats import producer as producing
 from spoolipc.nats import spool as spools
 
 _LARGE, _MIDDLE = 300_000, 150_000
-"""Float64 that are three messages, piece by piece, and two in one batch."""
+"""Float64 that are four messages, and three."""
 PATIENCE: Final = 120.0
 
 
@@ -43,7 +42,6 @@ class Traffic:
         self._threads = ThreadPoolExecutor()
 
     def __enter__(self) -> Self:
-        producing._BATCH_BYTES = 2_000_000  # type: ignore[misc]
         self.writer = made(self._url)
         self._reader = SpoolReader(self._url)
         self._running = [self._threads.submit(each) for each in (self._write, self._read)]
