@@ -171,9 +171,9 @@ class NatsConsumer(Session):
             state = (await self.spool.agreed()).state
             if state == "discarded":
                 raise self._ended("was shut down and has no more items")
-            if limit == 1 and until != NOW and state == "open" and self._began == math.inf:
+            if until != NOW and state == "open" and self._began == math.inf:
                 seconds = LOOK if until is None else max(0.0, min(until - time.monotonic(), LOOK))
-            messages = await self.spool.pull(1 if seconds else limit, seconds)
+            messages = await self.spool.pull(limit, seconds)
             if not seconds and len(messages) < limit:
                 late = min(limit - len(messages), (await self.spool.fresh())[0])
                 messages += await self.spool.pull(late, 0.1) if late > 0 else []

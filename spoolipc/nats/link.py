@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
@@ -31,16 +31,6 @@ from .access import Address, Guarded, options, refusal
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 Replies = asyncio.Queue[Msg | None]
-
-
-class Request(NamedTuple):
-    """What is sent to be answered."""
-
-    subject: str
-    payload: Any = b""
-    headers: dict[str, str] | None = None
-
-
 _log = logging.getLogger("spoolipc")
 PATIENCE: Final = 30.0
 """Seconds for which a call without a deadline asks again: servers choose a new leader meanwhile."""
@@ -60,6 +50,14 @@ _limit: Final = ContextVar[float | None]("_limit", default=None)
 _NO_JETSTREAM: Final = "no JetStream answers"
 OLDEST: Final = (2, 12)
 """The first server that stores several messages as one, or none of them."""
+
+
+class Request(NamedTuple):
+    """What is sent to be answered."""
+
+    subject: str
+    payload: Any = b""
+    headers: dict[str, str] | None = None
 
 
 async def within(until: Deadline, work: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
@@ -146,14 +144,14 @@ os.register_at_fork(after_in_child=_renew)
 
 
 class Link:
-    """One client's connection. late: called with a message that was delivered when nobody waited any more. lost: called
-    after each loss of the connection."""
+    """One client's connection. late: called with a message that was delivered when nobody wanted it any more. lost:
+    called after each loss of the connection."""
 
     def __init__(self, where: Address) -> None:
         self.path = where.path
         self.loop = loop()
         self.client = Guarded()
-        self.late: Callable[[Msg], Awaitable[None]]
+        self.late: Callable[[Msg], Coroutine[Any, Any, None]]
         self.lost: Callable[[], None] = lambda: None
         self._where, self._closed, self._told = where, False, False
         self._moved = -math.inf
@@ -162,7 +160,7 @@ class Link:
         self._waiting: dict[str, Replies] = {}
         self._numbers = itertools.count()
         self._inbox = ""
-        self._inboxes: list[tuple[str, Replies]] = []
+        self._wanted: dict[str, int] = {}
 
     @property
     def max_payload(self) -> int:
@@ -239,14 +237,24 @@ class Link:
         self.lost()
 
     @contextmanager
-    def replies(self) -> Iterator[tuple[str, Replies]]:
-        """A subject to be answered at, and what comes there: None when the connection is lost."""
+    def replies(self, items: int = 0) -> Iterator[tuple[str, Replies]]:
+        """A subject to be answered at, and what comes there: None when the connection is lost. items: how many may come
+        that a stream delivers, which keep their subject."""
         number, queue = str(next(self._numbers)), Replies()
         self._waiting[number] = queue
+        if items:
+            self._wanted[number] = items
         try:
             yield f"{self._inbox}.{number}", queue
         finally:
             del self._waiting[number]
+            if self._wanted.pop(number, 0):
+                while not queue.empty():
+                    self._hand_back(queue.get_nowait())
+
+    def _hand_back(self, msg: Msg | None) -> None:
+        if msg is not None:
+            self.loop.beside(self.late, msg)
 
     async def send(
         self, subject: str, payload: Any = b"", reply: str = "", headers: dict[str, str] | None = None
@@ -264,37 +272,16 @@ class Link:
 
     async def _hear(self, msg: Msg) -> None:
         self.client._pings_outstanding = 0  # it is there, though its answer stands behind other bytes
-        replies = self._waiting.get(msg.subject[len(self._inbox) + 1 :].partition(".")[0])
+        inbox, _, number = msg.subject.partition(f"{self._inbox}.")
+        if not inbox:
+            replies = self._waiting.get(number.partition(".")[0])
+        elif (wanted := next((each for each, items in self._wanted.items() if items), None)) is not None:
+            self._wanted[wanted] -= 1
+            replies = self._waiting[wanted]
+        else:
+            return self._hand_back(msg)
         if replies is not None:
             replies.put_nowait(msg)
-
-    @asynccontextmanager
-    async def deliveries(self) -> AsyncIterator[tuple[str, Replies]]:
-        """The same for messages of a stream, which keep their subject: a subscription, used again after a good end."""
-        inbox, queue = self._inboxes.pop() if self._inboxes else await self._subscribe()
-        self._waiting[inbox] = queue
-        try:
-            yield inbox, queue
-        except BaseException:
-            del self._waiting[inbox]  # and what comes late is given back
-            raise
-        else:
-            del self._waiting[inbox]
-            if queue.empty():
-                self._inboxes.append((inbox, queue))
-
-    async def _subscribe(self) -> tuple[str, Replies]:
-        inbox, queue = self.client.new_inbox(), Replies()
-
-        async def hear(msg: Msg) -> None:
-            self.client._pings_outstanding = 0
-            if self._waiting.get(inbox) is queue:
-                queue.put_nowait(msg)
-            else:
-                await self.late(msg)
-
-        await self.client.subscribe(inbox, cb=hear, pending_msgs_limit=-1, pending_bytes_limit=-1)
-        return inbox, queue
 
     async def answers(self, requests: Iterable[Request]) -> list[Msg | str]:
         """What is answered to these, in their order. Each is sent when what is not answered yet is `_AHEAD` bytes with
@@ -309,7 +296,10 @@ class Link:
                     def moved() -> None:
                         if limit.expired():  # the client takes what cancels it while it sends for nothing
                             raise TimeoutError
-                        limit.reschedule(now() + TRY)
+                        if (
+                            now() + TRY > (limit.when() or 0.0) + TRY / 8
+                        ):  # else it costs more than it is worth
+                            limit.reschedule(now() + TRY)
 
                     async def hear() -> None:
                         nonlocal ahead

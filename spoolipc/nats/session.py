@@ -48,7 +48,7 @@ class Watch:
         seconds = 0.0
         if time.monotonic() < self._due:
             try:
-                seconds = self._session.do(within(NOW, self._look))
+                seconds = self._session.do(within(NOW, self._looked))
             except (errors.SpoolClosed, errors.UnsupportedOperation):
                 raise
             except (errors.Full, errors.ServerUnreachable):
@@ -57,6 +57,10 @@ class Watch:
                 pass  # another try meets it as well
         self._due = min(self._due, time.monotonic() + LOOK) if seconds else math.inf
         return seconds
+
+    async def _looked(self) -> float:
+        await self._session.spool.listen()
+        return await self._look()
 
     def drain(self) -> None:
         """There is no descriptor."""
@@ -159,7 +163,7 @@ class Session:
     async def wait(self, news: asyncio.Event, until: Deadline) -> float:
         """Wait for news, a second at most; returns for how long to go on waiting, 0 when the deadline is past."""
         left = math.inf if until is None else until - time.monotonic()
-        if left > 0:
+        if left > 0 and not await self.spool.listen():
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(left, LOOK)):
                     await news.wait()

@@ -26,7 +26,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from typing import Any, Final, get_args
 
 import nats.errors
@@ -154,7 +153,8 @@ class Spool:
         self._kept = {"num_replicas": replicas, "storage": storage, "allow_direct": True}
         self.news, self.memory = asyncio.Event(), Memory()
         self.watches: list[Callable[[], None]] = []  # told of news as well
-        link.lost, link.late = partial(self._heard, b"control"), self.refuse
+        self._listens = False
+        link.lost, link.late = self._changed, self.refuse
 
     def subject(self, *parts: object) -> str:
         return ".".join(map(str, ("spoolipc", self.name, *parts)))
@@ -169,7 +169,7 @@ class Spool:
             raise errors.NotASpool(0, f"{self.path}: {what}")
         if not found:
             await self._make()
-        await self.link.client.subscribe(self.subject("news"), cb=self._on_news)
+        await self.link.client.subscribe(self.subject("news", "control"), cb=self._on_control)
         await self.link.arrived()
 
     async def _make(self) -> None:
@@ -206,21 +206,34 @@ class Spool:
 
     # What others do
 
-    async def _on_news(self, msg: Msg) -> None:
-        self._heard(msg.data)
+    async def _on_control(self, _: Msg) -> None:
+        self._changed()
 
-    def _heard(self, what: bytes) -> None:
-        if what:
-            self.control = None
+    def _changed(self) -> None:
+        self.control = None
+        self._wake()
+
+    async def _on_news(self, _: Msg) -> None:
+        self._wake()
+
+    def _wake(self) -> None:
         self.news.set()
         self.news = asyncio.Event()
         for tell in list(self.watches):
             tell()
 
-    async def tell(self, what: bytes = b"") -> None:
+    async def listen(self) -> bool:
+        """Hear of news from now on; whether that is new, so that what was before is still to be looked at."""
+        if is_new := not self._listens:
+            self._listens = True
+            await self.link.client.subscribe(self.subject("news"), cb=self._on_news)
+            await self.link.arrived()
+        return is_new
+
+    async def tell(self, *what: str) -> None:
         """Wake all who wait; of "control", let them look at it again. Who does not hear it looks a second later."""
         with suppress(nats.errors.Error):
-            await self.link.send(self.subject("news"), what)
+            await self.link.send(self.subject("news", *what))
 
     async def agreed(self) -> Control:
         """The control note, as of the last news of it."""
@@ -245,7 +258,7 @@ class Spool:
                 break
         agreed = self.control = replace(then, revision=revision)
         await self.seal(agreed)
-        await self.tell(b"control")
+        await self.tell("control")
         await self.link.arrived()
         return agreed
 
@@ -406,15 +419,16 @@ class Spool:
     # Items
 
     async def pull(self, limit: int, seconds: float = 0.0) -> list[Msg]:
-        """Up to `limit` items that wait, or that come within so many seconds: in flight from now on."""
-        asked = {"batch": limit} | ({"expires": int(seconds * _NS)} if seconds else {"no_wait": True})
+        """Up to `limit` items that wait, or the first that come within so many seconds: in flight from now on."""
+        asked = {"batch": limit, "no_wait": True} | ({"expires": int(seconds * _NS)} if seconds else {})
         found: list[Msg] = []
         try:
-            async with self.link.deliveries() as (inbox, queue), asyncio.timeout(TRY + seconds):
-                subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.items}.readers"
-                await self.link.client.publish(subject, json.dumps(asked).encode(), inbox)
-                while len(found) < limit and (msg := await queue.get()) and not status(msg):
-                    found.append(msg)
+            with self.link.replies(limit) as (inbox, queue):
+                async with asyncio.timeout(TRY + seconds):
+                    subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.items}.readers"
+                    await self.link.client.publish(subject, json.dumps(asked).encode(), inbox)
+                    while len(found) < limit and (msg := await queue.get()) and not status(msg):
+                        found.append(msg)
         except (TimeoutError, nats.errors.Error):
             pass
         except BaseException:

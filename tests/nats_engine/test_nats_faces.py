@@ -424,7 +424,7 @@ def test_planted_note_stops_nobody(server: Server, url: str, subject: str) -> No
             client = await nats.connect(server.url("").rstrip("/"))
             name = f"spoolipc.{url.rpartition('/')[2]}"
             assert b"error" not in (await client.request(f"{name}.{subject.strip()}", PLANTED[subject])).data
-            await client.publish(f"{name}.news", b"control")
+            await client.publish(f"{name}.news.control")
             await client.close()
 
         asyncio.run(plant())
