@@ -229,10 +229,8 @@ async def _stat(spool: Spool) -> values.SpoolStat:
     counts, sessions, control = await spool.counts(), await spool.sessions(), await spool.agreed()
     stream = await spool.link.api(f"STREAM.INFO.{spool.items}")
     oldest, delayed = None, counts.delayed
-    if counts.waiting > delayed:
-        async for msg in spool.link.read(spool.items, spool.subject("item", "*"), counts.first[0], 1):
-            oldest = max(0.0, time.time() - _when(spool, msg))
-            break
+    if counts.waiting > delayed and (msg := await spool.first(counts.first[0])):
+        oldest = max(0.0, time.time() - _when(spool, msg))
     return values.SpoolStat(
         path=spool.path,
         state=control.state,

@@ -459,18 +459,18 @@ class NatsConsumer(Session):
             if (await self.spool.agreed()).state == "discarded":
                 raise self._ended("was shut down and has no more items")
             start, attempt = (await self.spool.counts()).first
-            async for msg in self.link.read(self.spool.items, self.spool.subject("item", "*"), start, 1):
-                seq = int(header(msg, "Nats-Sequence"))
-                try:
-                    tail = self.spool.contents(msg)
-                except (errors.BadItem, errors.UnknownVersion):
-                    await self._pass_over(seq)
-                    break
-                return values.Peeked(seq, attempt, tail.put_time / 1e9, size_of(msg), tail.names, tail.meta)
-            else:
+            if (msg := await self.spool.first(start)) is None:
                 await self._check_end()
                 if until == NOW or not await self.wait(news, until):
                     raise errors.Empty(f"{self.path}: no item waits")
+                continue
+            seq = int(header(msg, "Nats-Sequence"))
+            try:
+                tail = self.spool.contents(msg)
+            except (errors.BadItem, errors.UnknownVersion):
+                await self._pass_over(seq)
+                continue
+            return values.Peeked(seq, attempt, tail.put_time / 1e9, size_of(msg), tail.names, tail.meta)
 
     def name(self) -> str:
         stream = f"STREAM.INFO.{self.spool.items}"

@@ -113,8 +113,7 @@ class NatsProducer(Session):
             group = await self._roomy(waiting[len(seqs) :], until, _TOGETHER)
             total = accumulate(each.size for each in group)
             group = group[: max(1, sum(nbytes <= _GROUP_BYTES for nbytes in total))]
-            commit, known = partial(self._commit, last), partial(self._known, group[0].id)
-            seqs += await self._store(group, self._most, last, commit, known)
+            seqs += await self._store(group, self._most, last, partial(self._commit, last), self._known)
             await self.spool.tell()
 
     # Forwarding
@@ -159,14 +158,13 @@ class NatsProducer(Session):
             self._records[source] = seq, then
             return [each.id for each in ready], None
 
-        async def there() -> list[str]:
-            """What an earlier try put that was not answered."""
+        async def there(number: str) -> list[str]:
             now, then = await self._forwarded(source)
             found = [each.id for each in packed if each.id in then.put]
             if now != before and not found:
                 what = "another process forwards from the same spool to it"
                 raise errors.SpoolInUse(0, f"{self.path}: {what}")
-            return found
+            return found if number in found else []
 
         found = await self._store(await self._roomy(packed, until, _FORWARDED), _AHEAD, last, commit, there)
         if before:
@@ -226,11 +224,11 @@ class NatsProducer(Session):
         most: int,
         last: dict[str, int],
         commit: Callable[[list[_Packed]], Awaitable[tuple[list[T], _Error | None]]],
-        known: Callable[[], Awaitable[list[T]]],
+        known: Callable[[str], Awaitable[list[T]]],
     ) -> list[T]:
         """What `commit` returns for the first of these items, when their pieces are stored: of those that have more
-        than `most` bytes. last: the number of each item's last piece, where all are. known: what an earlier try has
-        stored that was not answered."""
+        than `most` bytes. last: the number of each item's last piece, where all are. known: the same where an item of
+        that id is there, as of an earlier try that was not answered."""
         began = time.monotonic()
         while True:
             ready, error = await self._send_pieces(group, most, last)
@@ -239,7 +237,7 @@ class NatsProducer(Session):
                 if done:
                     return done
             assert error
-            if done := await known():
+            if done := await known(group[0].id):
                 return done
             if error["err_code"] not in _PASSING:
                 for each in group:
@@ -255,7 +253,7 @@ class NatsProducer(Session):
             self.link.check(began, error["description"])
             await asyncio.sleep(0.1)
             for each in group:  # all of them, lest each try leaves to the next what stops it
-                if each.size > most and each.id not in last:
+                if each.size > most and each.id not in last and not await known(each.id):
                     await self._forget_pieces(each)
 
     async def _send_pieces(
@@ -353,9 +351,8 @@ class NatsProducer(Session):
 
     async def _known(self, number: str) -> list[int]:
         """The number of an item that is stored already, if it was not taken since."""
-        async for found in self.link.read(self.spool.items, self.spool.subject("item", number), batch=1):
-            return [int(header(found, "Nats-Sequence"))]
-        return []
+        found = await self.spool.first(number=number)
+        return [int(header(found, "Nats-Sequence"))] if found else []
 
     def full(self) -> bool:
         async def look() -> bool:
@@ -373,11 +370,8 @@ class NatsProducer(Session):
         last = last or int((await self.link.api(f"STREAM.INFO.{self.spool.items}"))["state"]["last_seq"])
         while True:
             news = self.spool.news
-            async for found in self.link.read(self.spool.items, self.spool.subject("item", "*"), batch=1):
-                if int(header(found, "Nats-Sequence")) > last:
-                    return 0
-                break
-            else:
+            first = await self.spool.first()
+            if first is None or int(header(first, "Nats-Sequence")) > last:
                 return 0
             if until == NOW or not await self.wait(news, until):
                 return last

@@ -125,12 +125,6 @@ class Session:
         headers = {"Nats-TTL": f"{PRESENCE}s"}
         await self.spool.note(f"session.{self.role}.{self._token}", b"", headers=headers)
 
-    async def say(self) -> None:
-        """Say that it lives, and what a side has to say from time to time."""
-        with suppress(errors.SpoolError, nats.errors.Error):
-            await self.renewed()
-            await self._renew()
-
     async def renewed(self) -> None:
         """What a side has to say from time to time."""
 
@@ -222,5 +216,7 @@ async def _renew_always(there: weakref.ref[Session]) -> None:
         await asyncio.sleep(_RENEW)
         if (session := there()) is None:
             return
-        await session.say()
+        with suppress(errors.SpoolError, nats.errors.Error):
+            await session.renewed()
+            await session._renew()
         del session

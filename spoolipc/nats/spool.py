@@ -243,10 +243,14 @@ class Spool:
         return agreed
 
     async def last(self, stream: str, *subject: object) -> tuple[int, bytes]:
-        """The number and the data of the last message on a subject, as the stream's leader has it; 0 for none."""
-        asked = {"last_by_subj": self.subject(*subject)}
+        """The number and the data of the last message on a subject; 0 for none."""
+        found = await self.stored(stream, last_by_subj=self.subject(*subject))
+        return found.get("seq", 0), b64decode(found.get("data", ""))
+
+    async def stored(self, stream: str, **asked: object) -> dict[str, Any]:
+        """A message as the stream's leader has it; {} for none."""
         found = await self.link.api(f"STREAM.MSG.GET.{stream}", asked, missing=True)
-        return (found["message"]["seq"], b64decode(found["message"].get("data", ""))) if found else (0, b"")
+        return dict(found.get("message", {}))
 
     async def change(self, step: Callable[[Control], Control]) -> Control:
         """Let `step`, which may raise, decide anew what is agreed on; all are told."""
@@ -334,9 +338,14 @@ class Spool:
         delivered, pending = int(consumer["delivered"]["stream_seq"]), int(consumer["num_pending"])
         if int(stream["state"]["last_seq"]) == delivered + pending:
             return pending, consumer
-        async for msg in self.link.read(self.items, self.subject("item", "*"), delivered + 1, 1):
-            return 1 + int(header(msg, "Nats-Num-Pending", "0")), consumer
-        return 0, consumer
+        msg = await self.first(delivered + 1)
+        return (1 + int(header(msg, "Nats-Num-Pending", "0")) if msg else 0), consumer
+
+    async def first(self, start: int = 1, number: str = "*") -> Msg | None:
+        """The first item from the one numbered `start` on, of all or of those of one id."""
+        async for msg in self.link.read(self.items, self.subject("item", number), start, 1):
+            return msg
+        return None
 
     # Its end, and a new beginning
 
@@ -355,7 +364,7 @@ class Spool:
         """Remove what waits, by taking it; how many items."""
         removed = 0
         for seq in (await self.counts()).requeued:
-            if subject := (await self.at(seq)).get("subject"):
+            if subject := (await self.stored(self.items, seq=seq)).get("subject"):
                 # Not by its subject: that would let the server forget what is in flight as well.
                 asked = {"seq": seq, "no_erase": True}
                 removed += bool(await self.link.api(f"STREAM.MSG.DELETE.{self.items}", asked, missing=True))
@@ -376,11 +385,6 @@ class Spool:
             if msg.metadata.num_delivered > 1:
                 await self.forget(self.notes, "failed", msg.metadata.sequence.stream)
 
-    async def at(self, seq: int) -> dict[str, Any]:
-        """The item of that number as the stream's leader has it; {} where it is no more."""
-        found = await self.link.api(f"STREAM.MSG.GET.{self.items}", {"seq": seq}, missing=True)
-        return dict(found.get("message", {}))
-
     async def remove_orphans(self, dry_run: bool = False) -> int:
         """Remove the pieces that a writer left which died before its item was one, or a reader amid removing it; how
         many."""
@@ -392,13 +396,12 @@ class Spool:
         old = list[tuple[int, str, int]]()
         for subject, count in pieces.items():
             number = subject.rpartition(".")[2]
-            asked = f"STREAM.MSG.GET.{self.items}", {"last_by_subj": subject}
-            if number in kept or not (found := await self.link.api(*asked, missing=True)):
+            if number in kept or not (found := await self.stored(self.items, last_by_subj=subject)):
                 continue
             # RFC 3339, in nanoseconds, which Python does not read.
-            put = datetime.fromisoformat(f"{found['message']['time'][:19]}+00:00")
+            put = datetime.fromisoformat(f"{found['time'][:19]}+00:00")
             if time.time() - put.timestamp() > ORPHANED:
-                old.append((found["message"]["seq"], number, count))
+                old.append((found["seq"], number, count))
         for _, number, count in sorted(old):  # in order, so that who sent several finds the first missing
             # Asked for by name as well: what is told in parts may pass over some, and a dead letter be an item again.
             if not (await self.last(self.items, "item", number))[0]:
@@ -409,10 +412,7 @@ class Spool:
         """Remove what is known of the failures of items that are no more; how many."""
         dead, removed = await self.dead(), 0
         for seq in await self.failed():
-            asked = {"seq": seq}
-            if seq not in dead and not await self.link.api(
-                f"STREAM.MSG.GET.{self.items}", asked, missing=True
-            ):
+            if seq not in dead and not await self.stored(self.items, seq=seq):
                 removed += 1 if dry_run else await self.forget(self.notes, "failed", seq)
         return removed
 
