@@ -236,16 +236,22 @@ class Link:
             replies.put_nowait(None)
         self.lost()
 
-    @contextmanager
-    def replies(self, items: int = 0) -> Iterator[tuple[str, Replies]]:
-        """A subject to be answered at, and what comes there: None when the connection is lost. items: how many may come
-        that a stream delivers, which keep their subject."""
+    def expect(self) -> tuple[str, Replies]:
+        """A subject to be answered at, and what comes there."""
         number, queue = str(next(self._numbers)), Replies()
         self._waiting[number] = queue
+        return f"{self._inbox}.{number}", queue
+
+    @contextmanager
+    def replies(self, items: int = 0) -> Iterator[tuple[str, Replies]]:
+        """The same, for as long as it is waited for; None comes when the connection is lost. items: how many may come
+        that a stream delivers, which keep their subject."""
+        inbox, queue = self.expect()
+        number = inbox.rpartition(".")[2]
         if items:
             self._wanted[number] = items
         try:
-            yield f"{self._inbox}.{number}", queue
+            yield inbox, queue
         finally:
             del self._waiting[number]
             if self._wanted.pop(number, 0):

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, get_args
 
 import nats.errors
@@ -51,6 +52,11 @@ MARGIN: Final = 4096
 _NS: Final = 10**9
 
 
+@lru_cache(16)
+def _completed(asked: Limits) -> Limits:
+    return values.completed(asked, values.DEFAULTS)
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """What is agreed on. revision: of the note. writers: that ever came. asked: the limits that somebody gave."""
@@ -73,7 +79,7 @@ class Control:
 
     @property
     def limits(self) -> Limits:
-        return values.completed(self.asked, values.DEFAULTS)
+        return _completed(self.asked)
 
 
 @dataclass(slots=True)
@@ -153,7 +159,7 @@ class Spool:
         self._kept = {"num_replicas": replicas, "storage": storage, "allow_direct": True}
         self.news, self.memory = asyncio.Event(), Memory()
         self.watches: list[Callable[[], None]] = []  # told of news as well
-        self._listens = False
+        self._listens, self._is_heard, self._listeners = False, True, 0
         link.lost, link.late = self._changed, self.refuse
 
     def subject(self, *parts: object) -> str:
@@ -169,6 +175,7 @@ class Spool:
             raise errors.NotASpool(0, f"{self.path}: {what}")
         if not found:
             await self._make()
+        self._unheard_at, self._unheard = self.link.expect()
         await self.link.client.subscribe(self.subject("news", "control"), cb=self._on_control)
         await self.link.arrived()
 
@@ -210,7 +217,8 @@ class Spool:
         self._changed()
 
     def _changed(self) -> None:
-        self.control = None
+        self.control, self._is_heard = None, True
+        self._listeners += 1
         self._wake()
 
     async def _on_news(self, _: Msg) -> None:
@@ -227,13 +235,21 @@ class Spool:
         if is_new := not self._listens:
             self._listens = True
             await self.link.client.subscribe(self.subject("news"), cb=self._on_news)
+            await self.tell("control")
             await self.link.arrived()
         return is_new
 
     async def tell(self, *what: str) -> None:
-        """Wake all who wait; of "control", let them look at it again. Who does not hear it looks a second later."""
-        with suppress(nats.errors.Error):
-            await self.link.send(self.subject("news", *what))
+        """Wake all who wait, if anybody does; of "control", let all look at it again, and tell what they do to who has
+        begun to listen. Who does not hear it looks a second later."""
+        while not self._unheard.empty():
+            msg = self._unheard.get_nowait()
+            self._is_heard &= msg is None or not msg.subject.endswith(f".{self._listeners}")
+        if self._is_heard or what:
+            with suppress(nats.errors.Error):
+                await self.link.send(
+                    self.subject("news", *what), b"", f"{self._unheard_at}.{self._listeners}"
+                )
 
     async def agreed(self) -> Control:
         """The control note, as of the last news of it."""
