@@ -240,16 +240,15 @@ class Spool:
         return is_new
 
     async def tell(self, *what: str) -> None:
-        """Wake all who wait, if anybody does; of "control", let all look at it again, and tell what they do to who has
-        begun to listen. Who does not hear it looks a second later."""
+        """Wake all who wait; of "control", let all look at it again. Once the server says that nobody hears, nobody is
+        told, until "control" says that somebody may. Who does not hear it looks a second later."""
         while not self._unheard.empty():
             msg = self._unheard.get_nowait()
             self._is_heard &= msg is None or not msg.subject.endswith(f".{self._listeners}")
         if self._is_heard or what:
+            answer_at = f"{self._unheard_at}.{self._listeners}"
             with suppress(nats.errors.Error):
-                await self.link.send(
-                    self.subject("news", *what), b"", f"{self._unheard_at}.{self._listeners}"
-                )
+                await self.link.send(self.subject("news", *what), b"", answer_at)
 
     async def agreed(self) -> Control:
         """The control note, as of the last news of it."""

@@ -39,8 +39,10 @@ from spoolipc import (
 from spoolipc.connect import connect
 from spoolipc.engine import ConsumerOptions
 from spoolipc.message import Message
+from spoolipc.nats import consumer as consuming
 from spoolipc.nats import link as linking
 from spoolipc.nats import producer as producing
+from spoolipc.nats import session
 
 LARGE = 300_000
 """Float64 that are three messages and more."""
@@ -344,6 +346,80 @@ def test_servers_that_are_full_refuse_an_item_and_keep_nothing_of_it(
             writer.put(np.zeros(LARGE))
 
 
+def test_items_put_together_stay_in_order_when_the_first_is_to_be_sent_again(
+    server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, planted = producing.NatsProducer._commit, list[str]()
+
+    async def late(self: Any, last: Any, ready: Any) -> Any:
+        if not planted:  # a piece of it that comes when all seem to be there
+            planted.append(f"{self.spool.name}.chunk.{ready[0].id}")
+            piece = linking.Request(f"spoolipc.{planted[0]}", b"late", {"Spool-At": "0"})
+            await self.link.answers([piece])
+        return await commit(self, last, ready)
+
+    monkeypatch.setattr(producing.NatsProducer, "_commit", late)
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        arrays = [np.arange(LARGE), np.arange(3), np.arange(4)]
+        seqs = writer.put_many(arrays)
+        assert planted
+        assert seqs == sorted(seqs)
+        for array in arrays:
+            assert (reader.get(timeout=20) == array).all()
+    assert stat(url).bytes == 0
+
+
+def test_writers_that_put_several_at_the_same_time_keep_each_its_order(url: str) -> None:
+    def put(writer: SpoolWriter, number: int) -> list[list[int]]:
+        return [writer.put_many(np.full(64, number * 1000 + n)) for n in range(20)]
+
+    with SpoolWriter(url) as one, SpoolWriter(url) as two, SpoolReader(url) as reader:
+        with ThreadPoolExecutor() as threads:
+            seqs = [threads.submit(put, writer, number) for number, writer in enumerate((one, two))]
+        found: list[int] = []
+        while len(found) < 2 * 20 * 64:
+            found += [int(array) for array in reader.get_many(64, timeout=20)]
+        for number, each in enumerate(seqs):
+            told = [seq for several in each.result() for seq in several]
+            assert told == sorted(set(told))
+            own = [value for value in found if value // 1000 == number]
+            assert own == [number * 1000 + n for n in range(20) for _ in range(64)]
+        assert reader.empty()
+
+
+def test_several_are_got_at_once_by_a_call_that_would_wait(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consuming, "LOOK", 30.0)
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put_many([np.zeros(3)] * 5)
+        began = time.monotonic()
+        assert len(reader.get_many(9)) == 5
+        with ThreadPoolExecutor() as threads:
+            waiting = [threads.submit(reader.get_many, 9) for _ in range(3)]
+            for _ in waiting:
+                writer.put(np.zeros(3))
+            assert sum(len(each.result(20)) for each in waiting) == 3
+        assert time.monotonic() - began < 15
+
+
+def test_who_begins_to_wait_hears_of_a_put_though_nobody_heard_of_those_before(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "LOOK", 30.0)
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        for _ in range(3):
+            writer.put(np.zeros(3))
+            reader.get(timeout=20)
+        with ThreadPoolExecutor() as threads:
+            for _ in range(2):
+                waiting = threads.submit(reader.peek, timeout=20)
+                until(lambda: reader._consumer.spool.news._waiters)  # type: ignore[attr-defined]
+                began = time.monotonic()
+                writer.put(np.zeros(3))
+                waiting.result()
+                assert time.monotonic() - began < 10
+                reader.get(timeout=20)
+
+
 def test_item_that_the_servers_are_storing_still_is_sent_until_they_have_it(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,10 +447,7 @@ def test_item_put_twice_by_its_id_is_stored_once(url: str) -> None:
                 reader.get(block=False)
 
 
-def test_item_of_more_pieces_than_a_batch_takes_goes_piece_by_piece(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(producing, "_MAX_BATCH", 2)
+def test_items_in_pieces_and_whole_ones_are_put_together_in_order(url: str) -> None:
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
         for _ in range(2):
             writer.put_many([np.arange(LARGE), np.arange(3), np.arange(LARGE)])
