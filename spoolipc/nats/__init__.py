@@ -26,6 +26,8 @@ from .producer import NatsProducer
 from .spool import Failed, Spool, msg_id, number_of, size_of
 
 T = TypeVar("T")
+_ASKING: Final = 8.0
+"""Seconds for which who looks after a spool asks servers that do not answer: they may be choosing which one leads."""
 _NO_FILES: Final[dict[str, Any]] = {
     **dict.fromkeys(("free_files", "free_bytes", "pinned_files", "pinned_bytes", "wanted_bytes"), 0),
     **{"file_system": "jetstream", "waiting_mode": "server"},
@@ -150,10 +152,13 @@ class NatsAdmin:
             try:
                 await link.loop.settled()
                 spool = Spool(link, where.name, where.replicas, where.storage)
-                await spool.open(create=False)
-                return await work(spool)
+                return await within(time.monotonic() + _ASKING, opened, spool)
             finally:
                 await link.close()
+
+        async def opened(spool: Spool) -> T:
+            await spool.open(create=False)
+            return await work(spool)
 
         where = self._where
         return loop().run(run())
