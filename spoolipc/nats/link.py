@@ -30,7 +30,6 @@ from .access import Address, Guarded, options, refusal
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-Replies = asyncio.Queue[Msg | None]
 _log = logging.getLogger("spoolipc")
 PATIENCE: Final = 30.0
 """Seconds for which a call without a deadline asks again: servers choose a new leader meanwhile."""
@@ -50,6 +49,16 @@ _limit: Final = ContextVar[float | None]("_limit", default=None)
 _NO_JETSTREAM: Final = "no JetStream answers"
 OLDEST: Final = (2, 12)
 """The first server that stores several messages as one, or none of them."""
+
+
+class Replies(asyncio.Queue[Msg | None]):
+    """What comes. moved: called whenever something does."""
+
+    moved: Callable[[], None] = staticmethod(lambda: None)
+
+    def _put(self, item: Msg | None) -> None:
+        self.moved()
+        super()._put(item)
 
 
 class Request(NamedTuple):
@@ -300,12 +309,11 @@ class Link:
                 async with asyncio.timeout(TRY) as limit:
 
                     def moved() -> None:
-                        if limit.expired():  # the client takes what cancels it while it sends for nothing
-                            raise TimeoutError
-                        if (
-                            now() + TRY > (limit.when() or 0.0) + TRY / 8
-                        ):  # else it costs more than it is worth
+                        is_worth_it = now() + TRY > (limit.when() or 0.0) + TRY / 8
+                        if is_worth_it and not limit.expired():
                             limit.reschedule(now() + TRY)
+
+                    queue.moved = moved
 
                     async def hear() -> None:
                         nonlocal ahead
@@ -317,7 +325,6 @@ class Link:
                         while (answer := came.pop(f"{inbox}.{len(found)}", None)) is not None:
                             ahead -= sizes[len(found)]
                             found.append(answer)
-                        moved()
 
                     for number, (subject, payload, headers) in enumerate(requests):
                         while ahead and ahead + len(payload) > _AHEAD:
@@ -327,6 +334,8 @@ class Link:
                         sizes.append(len(payload))
                         ahead += len(payload)
                         moved()
+                        if limit.expired():  # the client goes on where it is cancelled while it sends
+                            raise TimeoutError
                     while len(found) < len(sizes):
                         await hear()
         except TimeoutError:

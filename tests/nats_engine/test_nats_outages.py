@@ -66,14 +66,14 @@ def test_looking_after_a_spool_asks_until_the_servers_have_a_leader(
 ) -> None:
     SpoolWriter(url).close()
     asked: list[str] = []
-    ask = linking.Link.ask
+    answers = linking.Link.answers
 
-    async def silent(link: linking.Link, subject: str, *args: Any) -> Any:
-        asked.append(subject)
-        return "it says nothing" if len(asked) < 5 else await ask(link, subject, *args)
+    async def silent(link: linking.Link, requests: Any) -> Any:
+        asked.append(requests[0].subject)
+        return ["it says nothing"] if len(asked) < 5 else await answers(link, requests)
 
     monkeypatch.setattr(linking, "TRY", 0.2)
-    monkeypatch.setattr(linking.Link, "ask", silent)
+    monkeypatch.setattr(linking.Link, "answers", silent)
     assert stat(url).depth == 0
     assert len(set(asked[:5])) == 1
 
