@@ -107,7 +107,7 @@ class NatsPair:
                 return False
             revision, in_work = await self._in_work()
             if await spool.note("tasks", str(in_work + by).encode(), revision):
-                await spool.tell()
+                await spool.news.tell()
                 return True
 
     async def _in_work(self) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class NatsPair:
     async def _join(self, until: Deadline) -> bool:
         spool = self._consumer.spool
         while True:
-            news = spool.news
+            news = spool.news.event
             if await self._unfinished() <= 0:
                 return True
             if until == NOW or not await self._consumer.wait(news, until):

@@ -289,7 +289,7 @@ class NatsConsumer(Session):
         if first and self.count is not None:
             await self.count(first)
         await self._forget(taken)
-        await self.spool.tell()
+        await self.spool.news.tell()
 
     async def _put_back(self, several: list[_Held]) -> None:
         """Let items wait again in their place, as if never delivered: before those that were requeued earlier."""
@@ -312,7 +312,7 @@ class NatsConsumer(Session):
             await self.spool.write_failed(held.seq, note)
             await self.link.call(held.msg.reply, b"-NAK")
             self._let_go(held)
-        await self.spool.tell()
+        await self.spool.news.tell()
 
     async def _claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         found = await within(until, self._next, limit, until)
@@ -320,7 +320,7 @@ class NatsConsumer(Session):
         if lease is not None:
             for held in found:
                 await self._lease(held, lease)
-        await self.spool.tell()
+        await self.spool.news.tell()
         return given
 
     async def _lease(self, held: _Held, seconds: float) -> None:
@@ -384,7 +384,7 @@ class NatsConsumer(Session):
         finally:
             if done:
                 await self._forget(done)
-            await self.spool.tell()
+            await self.spool.news.tell()
 
     async def _forget(self, several: list[_Held]) -> None:
         """Take items off the spool."""
@@ -438,7 +438,7 @@ class NatsConsumer(Session):
         for held in ended:
             await self._fail(held, "its lease ended", expired=True)
         if ended:
-            await self.spool.tell()
+            await self.spool.news.tell()
 
     async def renewed(self) -> None:
         self.spool.memory.trim()
@@ -455,7 +455,7 @@ class NatsConsumer(Session):
     async def _peek(self, until: Deadline) -> values.Peeked:
         while True:
             await self._expire()
-            news = self.spool.news
+            news = self.spool.news.event
             if (await self.spool.agreed()).state == "discarded":
                 raise self._ended("was shut down and has no more items")
             start, attempt = (await self.spool.counts()).first

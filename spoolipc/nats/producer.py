@@ -114,7 +114,7 @@ class NatsProducer(Session):
             total = accumulate(each.size for each in group)
             group = group[: max(1, sum(nbytes <= _GROUP_BYTES for nbytes in total))]
             seqs += await self._store(group, self._most, last, partial(self._commit, last), self._known)
-            await self.spool.tell()
+            await self.spool.news.tell()
 
     # Forwarding
 
@@ -178,7 +178,7 @@ class NatsProducer(Session):
         """The first of these that may be put now, as many as `most`: when there is room. Raises Full, TooLarge,
         ShutDown."""
         while True:
-            news = self.spool.news
+            news = self.spool.news.event
             try:
                 return waiting[: await self._room(waiting[0].size, most)]
             except errors.Full:
@@ -369,7 +369,7 @@ class NatsProducer(Session):
         await self.link.loop.settled()
         last = last or int((await self.link.api(f"STREAM.INFO.{self.spool.items}"))["state"]["last_seq"])
         while True:
-            news = self.spool.news
+            news = self.spool.news.event
             first = await self.spool.first()
             if first is None or int(header(first, "Nats-Sequence")) > last:
                 return 0

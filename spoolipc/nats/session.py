@@ -38,7 +38,7 @@ class Watch:
     ) -> None:
         self._session, self._look, self._news = session, look, news
         self._due = math.inf
-        session.spool.watches.append(news)
+        session.spool.news.watches.append(news)
 
     def fileno(self) -> int:
         return -1
@@ -59,7 +59,7 @@ class Watch:
         return seconds
 
     async def _looked(self) -> float:
-        await self._session.spool.listen()
+        await self._session.spool.news.listen()
         return await self._look()
 
     def drain(self) -> None:
@@ -67,7 +67,7 @@ class Watch:
 
     def close(self) -> None:
         with suppress(ValueError):
-            self._session.spool.watches.remove(self._news)
+            self._session.spool.news.watches.remove(self._news)
 
 
 class Session:
@@ -157,7 +157,7 @@ class Session:
     async def wait(self, news: asyncio.Event, until: Deadline) -> float:
         """Wait for news, a second at most; returns for how long to go on waiting, 0 when the deadline is past."""
         left = math.inf if until is None else until - time.monotonic()
-        if left > 0 and not await self.spool.listen():
+        if left > 0 and not await self.spool.news.listen():
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(left, LOOK)):
                     await news.wait()
@@ -202,7 +202,7 @@ class Session:
             if self.link.client.is_connected:
                 await self.leave()
                 await self.spool.forget(self.spool.notes, "session", self.role, self._token)
-                await self.spool.tell()
+                await self.spool.news.tell()
                 await self.link.arrived()
         await self.link.close()
 

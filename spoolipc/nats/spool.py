@@ -40,6 +40,7 @@ from ..format import item as items
 from ..message import Limits, Message
 from .link import TRY, Link, Request, header, status
 from .memory import Memory
+from .news import News
 
 ACK_WAIT: Final = 5.0
 """Seconds after which the server redelivers what no session says to be in flight."""
@@ -157,10 +158,8 @@ class Spool:
         self.items, self.notes = f"spoolipc-{name}-items", f"spoolipc-{name}-notes"
         self.control: Control | None = None  # None when another session may have changed it
         self._kept = {"num_replicas": replicas, "storage": storage, "allow_direct": True}
-        self.news, self.memory = asyncio.Event(), Memory()
-        self.watches: list[Callable[[], None]] = []  # told of news as well
-        self._listens, self._is_heard, self._listeners = False, True, 0
-        link.lost, link.late = self._changed, self.refuse
+        self.news, self.memory = News(link, self.subject("news"), self._forget_control), Memory()
+        link.late = self.refuse
 
     def subject(self, *parts: object) -> str:
         return ".".join(map(str, ("spoolipc", self.name, *parts)))
@@ -175,9 +174,7 @@ class Spool:
             raise errors.NotASpool(0, f"{self.path}: {what}")
         if not found:
             await self._make()
-        self._unheard_at, self._unheard = self.link.expect()
-        await self.link.client.subscribe(self.subject("news", "control"), cb=self._on_control)
-        await self.link.arrived()
+        await self.news.open()
 
     async def _make(self) -> None:
         """The stream of notes last: it says that all is there. Another session may do the same at once."""
@@ -211,44 +208,10 @@ class Spool:
         for stream in (self.items, self.notes):
             await self.link.api(f"STREAM.DELETE.{stream}", missing=True)
 
-    # What others do
+    # What is agreed on
 
-    async def _on_control(self, _: Msg) -> None:
-        self._changed()
-
-    def _changed(self) -> None:
-        self.control, self._is_heard = None, True
-        self._listeners += 1
-        self._wake()
-
-    async def _on_news(self, _: Msg) -> None:
-        self._wake()
-
-    def _wake(self) -> None:
-        self.news.set()
-        self.news = asyncio.Event()
-        for tell in list(self.watches):
-            tell()
-
-    async def listen(self) -> bool:
-        """Hear of news from now on; whether that is new, so that what was before is still to be looked at."""
-        if is_new := not self._listens:
-            self._listens = True
-            await self.link.client.subscribe(self.subject("news"), cb=self._on_news)
-            await self.tell("control")
-            await self.link.arrived()
-        return is_new
-
-    async def tell(self, *what: str) -> None:
-        """Wake all who wait; of "control", let all look at it again. Once the server says that nobody hears, nobody is
-        told, until "control" says that somebody may. Who does not hear it looks a second later."""
-        while not self._unheard.empty():
-            msg = self._unheard.get_nowait()
-            self._is_heard &= msg is None or not msg.subject.endswith(f".{self._listeners}")
-        if self._is_heard or what:
-            answer_at = f"{self._unheard_at}.{self._listeners}"
-            with suppress(nats.errors.Error):
-                await self.link.send(self.subject("news", *what), b"", answer_at)
+    def _forget_control(self) -> None:
+        self.control = None
 
     async def agreed(self) -> Control:
         """The control note, as of the last news of it."""
@@ -277,7 +240,7 @@ class Spool:
                 break
         agreed = self.control = replace(then, revision=revision)
         await self.seal(agreed)
-        await self.tell("control")
+        await self.news.tell("control")
         await self.link.arrived()
         return agreed
 
@@ -388,7 +351,7 @@ class Spool:
         while found := await self.pull(100):
             removed += len(found)
             await self.acknowledge(found)
-        await self.tell()
+        await self.news.tell()
         return removed
 
     async def acknowledge(self, messages: list[Msg]) -> None:

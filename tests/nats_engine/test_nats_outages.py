@@ -412,7 +412,7 @@ def test_who_begins_to_wait_hears_of_a_put_though_nobody_heard_of_those_before(
         with ThreadPoolExecutor() as threads:
             for _ in range(2):
                 waiting = threads.submit(reader.peek, timeout=20)
-                until(lambda: reader._consumer.spool.news._waiters)  # type: ignore[attr-defined]
+                until(lambda: reader._consumer.spool.news.event._waiters)  # type: ignore[attr-defined]
                 began = time.monotonic()
                 writer.put(np.zeros(3))
                 waiting.result()
