@@ -152,7 +152,10 @@ DEFAULTS: Final = Limits(maxsize=0, max_bytes=0, recycle_bytes=1 << 30, max_atte
 
 def completed(limits: Limits, others: Limits) -> Limits:
     """Limits, and the others where there are none."""
-    pairs = zip(_values(limits), _values(others), strict=True)
+    own = _values(limits)
+    if None not in own:
+        return limits
+    pairs = zip(own, _values(others), strict=True)
     return Limits(*(one if one is not None else other for one, other in pairs))
 
 

@@ -359,6 +359,11 @@ def read_limits(place: Path, root: int) -> Limits | None:
         text = fs.read_own(root, "spool.json", _LONGEST_JSON)
     except FileNotFoundError:
         return None
+    return _limits_told(text, place)
+
+
+@lru_cache(64)  # a session reads them several times while it opens
+def _limits_told(text: bytes, place: Path) -> Limits:
     try:
         said = json.loads(text)
         version = said["format"]

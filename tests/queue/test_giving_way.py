@@ -87,7 +87,8 @@ def read_all(reader: SpoolReader) -> None:
 @pytest.mark.parametrize("size", [0.01, 1, 6, 20])
 def test_after_all_is_read_a_put_of_any_size_fits_again(disk: Path, size: float) -> None:
     """While the others that have the files mapped do nothing."""
-    path = disk / "spool"
+    path, foreign = disk / "spool", disk / "foreign"
+    foreign.write_bytes(bytes(54 * MIB if size < 1 else 0))  # of small ones some hundreds will do
     with Peer(path) as peer, SpoolWriter(path) as writer, SpoolReader(path) as reader:
         peer.run("idle = SpoolReader(path), SpoolWriter(path)")
         for _ in range(3):  # the files come round, so that all have them mapped
@@ -95,6 +96,7 @@ def test_after_all_is_read_a_put_of_any_size_fits_again(disk: Path, size: float)
             peer.run("idle[0].get(); idle[0].get(); idle[1].put(np.ones(9_000, 'u1'), timeout=10)")
             read_all(reader)
             peer.run("try: idle[0].get_nowait()\nexcept Empty: pass")  # and lets go of what it got
+        foreign.unlink()
         for other in (size, 1.9 * size, size / 3, 40):
             writer.put_nowait(frame(other))
             reader.get_nowait()
