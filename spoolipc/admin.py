@@ -13,7 +13,7 @@ from .directory import DirectoryEngine, check
 from .directory.check import FsckReport
 from .engine import Collector
 from .errors import NoSuchItem, UnsupportedOperation
-from .message import DeadLetter, GcReport, Limits, Progress, Retried, SpoolStat
+from .message import DeadLetter, GcReport, Limits, Progress, Retried, SpoolStat, flag
 
 Place = str | os.PathLike[str]
 
@@ -108,12 +108,12 @@ def gc(path: Place, *, dry_run: bool = False, progress: Progress | None = None) 
     Raises NotASpool, UnsafeSpool, UnknownVersion, LockTimeout, SpoolGone, StorageError; UnsupportedOperation for a
     spool in memory.
     """
-    engine = connect(path)
+    is_dry, engine = flag("dry_run", dry_run), connect(path)
     admin = engine.admin() if engine.crosses_processes else None
     if not isinstance(admin, Collector):
         what = "is in the memory of this process, where a crash leaves nothing to remove"
         raise UnsupportedOperation(f"{shown(path)}: {what}")
-    return admin.gc(dry_run, progress)
+    return admin.gc(is_dry, progress)
 
 
 def fsck(path: Place, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
@@ -128,8 +128,8 @@ def fsck(path: Place, *, repair: bool = False, progress: Progress | None = None)
     The spool may be in use. A problem counts as repaired when a second look does not find it.
     Raises NotASpool, NetworkFileSystem, UnknownVersion, LockTimeout, StorageError.
     """
-    engine = connect(path)
+    repairs, engine = flag("repair", repair), connect(path)
     if not isinstance(engine, DirectoryEngine):
         where = "on a server" if engine.crosses_processes else "in the memory of this process"
         raise UnsupportedOperation(f"{shown(path)}: is {where}, which has no files to check")
-    return check.fsck(path, repair, progress)
+    return check.fsck(path, repairs, progress)

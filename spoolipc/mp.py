@@ -215,7 +215,7 @@ class Queue:
 
         immediate: gets raise at once, and what waits is removed.
         """
-        self._opened().producer.shutdown(immediate)
+        self._opened().producer.shutdown(flag("immediate", immediate))
 
     def close(self) -> None:
         """Let this process put and get no more; what it put stays for others. Harmless when repeated.

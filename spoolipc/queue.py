@@ -266,7 +266,7 @@ class SpoolWriter(_BlockingFace):
 
         immediate: gets raise at once, and what waits is removed.
         """
-        self._producer.shutdown(immediate)
+        self._producer.shutdown(flag("immediate", immediate))
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = self._options

@@ -333,10 +333,8 @@ def _make_root(place: Path) -> None:
             )
         fs.make_parents(place)
         fs.make_directory(place)
-    except FileExistsError:
-        return
-    except NotADirectoryError as error:
-        raise NotASpool(errno.ENOTDIR, "a part of the path is not a directory", str(place)) from error
+    except (FileExistsError, NotADirectoryError):
+        return  # whoever opens it says what is there
 
 
 def open_root(place: Path) -> int:
@@ -348,8 +346,10 @@ def open_root(place: Path) -> int:
         remedy = "'~' was not expanded: os.path.expanduser(path) does that" if is_tilde else _MAKE_ONE
         raise NotASpool(errno.ENOENT, f"there is no spool here; {remedy}", str(place)) from None
     except NotADirectoryError:
-        link = stat.S_ISLNK(fs.stat_at(place).st_mode)
-        what = "is a symbolic link; give the directory itself" if link else "is not a directory"
+        what = "lies in a file, which is no directory; give another path"
+        with contextlib.suppress(NotADirectoryError):
+            link = stat.S_ISLNK(fs.stat_at(place).st_mode)
+            what = "is a symbolic link; give the directory itself" if link else "is not a directory"
         raise NotASpool(errno.ENOTDIR, what, str(place)) from None
 
 

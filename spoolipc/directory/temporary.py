@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import SpoolGone
+from ..message import flag
 from . import fs
 
 _log = logging.getLogger("spoolipc")
@@ -92,13 +93,11 @@ def remove_temporary(*, dry_run: bool = False) -> list[str]:
     The ends of processes remove them; what is left is of processes that were killed. Returns the paths.
     dry_run: only say what would be removed.
     """
-    removed = []
+    is_dry, removed = flag("dry_run", dry_run), list[str]()
     for base in {fs.nearest(IN_MEMORY), fs.nearest(_on_disk())}:
         with contextlib.suppress(OSError):
             names = [name for name in fs.list_names(base) if name.startswith(PREFIX)]
-            removed += [
-                path for name in names if _remove_if_unused(path := os.path.join(base, name), dry_run)
-            ]
+            removed += [path for name in names if _remove_if_unused(path := os.path.join(base, name), is_dry)]
     return sorted(removed)
 
 

@@ -252,12 +252,14 @@ COMMANDS = {
 def test_a_path_that_is_no_spool_is_wrong_use_in_one_line(command: str, tmp_path: Path, run: Command) -> None:
     (tmp_path / "file").touch()
     call: Callable[[Path], object] = COMMANDS[command]
-    for place in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
+    for place in (tmp_path, tmp_path / "nothing", tmp_path / "file", tmp_path / "file" / "spool"):
         with pytest.raises(NotASpool):
             call(place)
         said = run(command, place)
         assert (said.code, said.out) == (2, "")
         assert re.fullmatch(rf"spoolipc: {re.escape(str(place))}: [^\n]+\n", said.err)
+    with pytest.raises(NotASpool, match="file/spool: lies in a file"):
+        SpoolWriter(tmp_path / "file" / "spool")
     assert os.listdir(tmp_path) == ["file"]
 
 
