@@ -11,14 +11,12 @@ and its being counted cannot be.
 from __future__ import annotations
 
 import os
-import weakref
 
 from ..engine import ConsumerOptions, ProducerOptions
 from ..message import Deadline, Limits
 from . import housekeeping
 from . import table as W
 from .consumer import DirectoryConsumer
-from .journal import Journal
 from .liveness import is_alone
 from .pool import waiting
 from .producer import DirectoryProducer
@@ -32,17 +30,9 @@ class DirectoryPair(Side):
     def __init__(self, path: str | os.PathLike[str], limits: Limits) -> None:
         self.session = Session(path, limits, "writer")
         self.producer = DirectoryProducer(path, ProducerOptions(limits), self.session)
-        self._forget = self.session.on_adopt
         self.consumer = DirectoryConsumer(path, ConsumerOptions(limits, values=True), self.session)
-        self.session.on_adopt = weakref.WeakMethod(self._adopt)
         with self.session.explaining():
             self.session.step(self._begin)
-
-    def _adopt(self, journal: Journal | None) -> None:
-        """Another table, or none in a forked child, for both sides."""
-        if forget := self._forget():
-            forget(journal)
-        self.consumer.adopt(journal)
 
     def _begin(self) -> tuple[None, int, int]:
         """Where nobody else has the spool open, nobody has a task in work: what a crash left is no task. A step."""

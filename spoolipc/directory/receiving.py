@@ -74,7 +74,7 @@ class Receiver(Side):
         # Of claims that outlived the table they were made in: its identity, by sequence number.
         self.kept: dict[int, object] = {}
         self.given: dict[int, object] = {}
-        self.session.on_adopt = weakref.WeakMethod(self.adopt)
+        self.session.on_adopt.append(weakref.WeakMethod(self.adopt))
         try:
             with self.session.explaining():
                 self.session.step(self._enter)
@@ -84,7 +84,6 @@ class Receiver(Side):
 
     def adopt(self, journal: Journal | None) -> None:
         """Another table, or none in a forked child: of our claims, those in flight in it outlive the one before."""
-        self.recycler.forget(journal)
         before, kept = self._table, self.kept
         self.kept = {}
         self._places = []

@@ -292,7 +292,7 @@ class Recycler:
         self._writable = writable
         self.forget()
         _recyclers[id(self)] = self
-        session.on_adopt = weakref.WeakMethod(self.forget)
+        session.on_adopt.append(weakref.WeakMethod(self.forget))
 
     def forget(self, _: object = None) -> None:
         """Start afresh: the table is another, or this is a forked child."""

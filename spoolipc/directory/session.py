@@ -113,7 +113,7 @@ class Session:
         self.leaving: list[None] = []
         self._crashed = set[int]()  # others, of whom it is known
         self.dropped: deque[Any] = deque()
-        self.on_adopt: Callable[[], Callable[[Journal | None], None] | None] = lambda: None
+        self.on_adopt: list[Callable[[], Callable[[Journal | None], None] | None]] = []
         self.end = f"{self.path}: this {role} was closed; open a new one"
         self._role, self._mode = role, asked.mode
         self._in_child = threading.RLock()
@@ -249,8 +249,13 @@ class Session:
     def _adopt(self, journal: Journal) -> None:
         self.journal = journal
         self.doorbell.forget_place()
-        if adopt := self.on_adopt():
-            adopt(journal)
+        self._tell_of(journal)
+
+    def _tell_of(self, journal: Journal | None) -> None:
+        """Its sides learn that the table is another, or that there is none any more."""
+        for side in self.on_adopt:
+            if adopt := side():
+                adopt(journal)
 
     def wake(self, items: int, space: int) -> None:
         """Wake so many of those who wait, after the step that made the items or the room."""
@@ -409,8 +414,7 @@ class Session:
             self.leaving.pop()
             self.let_go()
             _sessions.discard(self)
-            if adopt := self.on_adopt():
-                adopt(None)
+            self._tell_of(None)
 
     def let_go(self) -> None:
         """Close every descriptor, when nobody is in an operation or a close any more."""
@@ -461,8 +465,7 @@ class Session:
         self.users, self.leaving, self.dropped = [], [], deque()
         self.is_forked = True
         self.doorbell.reset()
-        if adopt := self.on_adopt():
-            adopt(None)
+        self._tell_of(None)
 
 
 def _nothing() -> tuple[None, int, int]:

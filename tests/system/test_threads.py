@@ -166,7 +166,7 @@ def test_put_that_begins_as_another_thread_closes_uses_no_descriptor_that_was_cl
     side = writer._producer
     assert isinstance(side, Side)
     side.session.users = Late(side.close)
-    side.session.on_adopt = lambda: None  # the last that a close does; it has not come to that
+    side.session.on_adopt.clear()  # the last that a close does; it has not come to that
     with Injector() as calls, pytest.raises(SpoolClosed):
         writer.put(np.zeros(10))
     assert calls.met[-1] == "close"
