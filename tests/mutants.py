@@ -263,6 +263,7 @@ ended-early | consumer | test_errors of_many and get | (error):¶               
 not-copied | queue | test_interrupts cannot_all | len(given) if isinstance(error, MemoryError) else 0 ==> 0
 # a signal handler, or a generator that the collector closes
 amid-step | session | test_reentrance handler_amid_any and put-put | if thread in steps: ==> if False:
+handler-looked | visitor | test_stops_nobody none_of_the_spools | and fs.is_of_file(error): ==> :
 put-off | lock | test_reentrance handler_amid_any and put-close | later.append(partial(act, *args)) ==> pass
 # the interpreter ends with sessions open
 final-use | session | test_ends | if session.is_forked or is_finalizing(): ==> if session.is_forked:

@@ -103,9 +103,9 @@ def fsck(path: str | os.PathLike[str], repair: bool, progress: Progress | None) 
     with fs.as_owner(place):
         try:
             before = _check_directories(place, repair)
-        except SpoolError:
-            raise
         except OSError as error:
+            if not fs.is_of_file(error):
+                raise
             raise fs.storage_error(error, str(place)) from error
         try:
             return _checked(place, repair, progress, before)

@@ -35,8 +35,8 @@ from ..errors import (
     LimitMismatch,
     NetworkFileSystem,
     NotASpool,
-    SpoolError,
     SpoolGone,
+    StorageError,
     UnknownVersion,
     UnsafeSpool,
 )
@@ -167,6 +167,16 @@ class Directories:
             what = "the spool was deleted while in use; close this and open a new one"
             raise SpoolGone(errno.ENOENT, what, str(self.path))
 
+    def explained(self, error: OSError) -> StorageError | SpoolGone:
+        """The error to raise for one of a system call: it names the path, and a deleted spool is called so."""
+        try:
+            self.check_there()
+        except SpoolGone as gone:
+            return gone
+        except OSError:
+            pass  # the error at hand says more
+        return fs.storage_error(error, str(self.path))
+
     def check(self) -> None:
         """Make sure that the spool is there, and each part under its name. Raises SpoolGone; IndexDamaged for a part
         that is not: the step is then begun again after `restore`."""
@@ -256,9 +266,9 @@ def open_directories(
     _refuse_network(place)
     try:
         return _opened(place, asked, create, as_found, restore)
-    except SpoolError:
-        raise
     except OSError as error:
+        if not fs.is_of_file(error):
+            raise
         raise fs.storage_error(error, str(place)) from error
 
 

@@ -73,7 +73,7 @@ def operation(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S,
         except OSError as error:
             if not fs.is_ordinary(error):
                 raise
-            explained = session.explained(error)
+            explained = session.directories.explained(error)
             explained.seqs = getattr(error, "seqs", ())
             raise explained from error
         finally:
@@ -141,7 +141,7 @@ class Session:
                 self.let_go()  # not only when this is collected
                 self._hold(inherited)
                 self.is_open[:] = [None]  # a forked child may try again
-            if isinstance(error, OSError) and not isinstance(error, SpoolError):
+            if isinstance(error, OSError) and fs.is_of_file(error):
                 raise fs.storage_error(error, self.path) from error
             raise
 
@@ -283,16 +283,6 @@ class Session:
         self.looked_at = self.journal.words[W.HOUSEKEPT]
         return None, 0, 0
 
-    def explained(self, error: OSError) -> StorageError | SpoolGone:
-        """The error to raise for one of a system call: it names the path, and a deleted spool is called so."""
-        try:
-            self.directories.check_there()
-        except SpoolGone as gone:
-            return gone
-        except OSError:
-            pass  # the error at hand says more
-        return fs.storage_error(error, self.path)
-
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """In the block, the descriptors stay open, as in an operation."""
@@ -312,7 +302,7 @@ class Session:
         except OSError as error:
             if not fs.is_of_file(error):
                 raise
-            raise self.explained(error) from error
+            raise self.directories.explained(error) from error
 
     # Looking without the lock
 

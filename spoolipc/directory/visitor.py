@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
 
-from ..errors import LockTimeout, ReentrantCall, SpoolError
+from ..errors import LockTimeout, ReentrantCall
 from ..message import Limits
 from . import fs
 from . import table as W
@@ -109,9 +109,8 @@ class Visitor:
     ) -> None:
         """Raises SpoolGone or StorageError for an error of a system call in the block."""
         try:
-            if isinstance(error, OSError) and not isinstance(error, SpoolError):
-                self.directories.check_there()
-                raise fs.storage_error(error, self.path) from error
+            if isinstance(error, OSError) and fs.is_of_file(error):
+                raise self.directories.explained(error) from error
         finally:
             self.close()
 

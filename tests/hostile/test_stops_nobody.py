@@ -217,6 +217,35 @@ def test_an_error_of_a_signal_handler_is_not_taken_for_one_of_a_file(spool: Path
         assert len(reader.get_many(2)) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "call"), [("list_names", stat), ("fstat", stat), ("fstat", fsck), ("lock", SpoolReader)]
+)
+def test_an_error_of_a_signal_handler_as_a_spool_is_opened_or_looked_at_is_none_of_the_spools(
+    spool: Path, name: str, call: Callable[[Path], object]
+) -> None:
+    def late(event: Event) -> None:
+        if event.name == name:
+            raise TimeoutError("of a handler")
+
+    SpoolWriter(spool).close()
+    with Injector(late), pytest.raises(TimeoutError, match=r"^of a handler$") as caught:
+        call(spool)
+    assert type(caught.value) is TimeoutError
+
+
+def test_no_descriptor_for_the_reason_is_no_other_error(spool: Path) -> None:
+    def late(event: Event) -> None:
+        if event.name == "list_names":
+            met.append(event)
+        if met and event.name in ("list_names", "stat_at"):
+            fail(errno.EMFILE)(event)
+
+    SpoolWriter(spool).close()
+    met: list[Event] = []
+    with Injector(late), pytest.raises(StorageError, match=f"^{spool}: .*ulimit -n"):
+        stat(spool)
+
+
 # Files that nobody needs
 
 
