@@ -234,7 +234,7 @@ async def _stat(spool: Spool) -> values.SpoolStat:
     counts, sessions, control = await spool.counts(), await spool.sessions(), await spool.agreed()
     stream = await spool.link.api(f"STREAM.INFO.{spool.items}")
     oldest, delayed = None, counts.delayed
-    if counts.waiting > delayed and (msg := await spool.first(counts.first[0])):
+    for msg in await spool.first(counts.first[0]) if counts.waiting > delayed else ():
         oldest = max(0.0, time.time() - _when(spool, msg))
     return values.SpoolStat(
         path=spool.path,

@@ -168,9 +168,7 @@ class NatsConsumer(Session):
         while True:
             self.check()
             await self._expire()
-            state = (await self.spool.agreed()).state
-            if state == "discarded":
-                raise self._ended("was shut down and has no more items")
+            state = await self._state()
             if until != NOW and state == "open" and self._began == math.inf:
                 seconds = LOOK if until is None else max(0.0, min(until - time.monotonic(), LOOK))
             messages = await self.spool.pull(limit, seconds)
@@ -188,12 +186,16 @@ class NatsConsumer(Session):
                 raise errors.Empty(f"{self.path}: no item waits")
             seconds = min(left, LOOK)
 
-    async def _check_end(self) -> None:
-        """Raise ShutDown when no item can come any more."""
+    async def _state(self) -> values.State:
+        """What is agreed on. Raises ShutDown where nothing is delivered any more."""
         state = (await self.spool.agreed()).state
-        ending = state == "draining"
         if state == "discarded":
             raise self._ended("was shut down and has no more items")
+        return state
+
+    async def _check_end(self) -> None:
+        """Raise ShutDown when no item can come any more."""
+        ending = await self._state() == "draining"
         if not ending and self._began == math.inf:
             return
         writers = not ending and "writer" in await self.spool.sessions()
@@ -211,12 +213,11 @@ class NatsConsumer(Session):
 
     async def _look(self) -> float:
         """In how many seconds an item may be there."""
-        counts, now = await self.spool.counts(), time.time()
-        due = [note.due for note in counts.requeued.values()]
-        if counts.fresh or min(due, default=math.inf) <= now:
+        counts = await self.spool.counts()
+        if counts.waiting > counts.delayed:
             return 0.0
         await self._check_end()
-        return min([LOOK, *(when - now for when in due)])
+        return max(0.0, min([LOOK, *(note.due - time.time() for note in counts.requeued.values())]))
 
     async def _accepted(self, messages: list[Msg]) -> list[_Held]:
         """The items that were delivered, but for those that are dead letters now."""
@@ -456,41 +457,31 @@ class NatsConsumer(Session):
         while True:
             await self._expire()
             news = self.spool.news.event
-            if (await self.spool.agreed()).state == "discarded":
-                raise self._ended("was shut down and has no more items")
+            await self._state()
             start, attempt = (await self.spool.counts()).first
-            if (msg := await self.spool.first(start)) is None:
+            for msg in await self.spool.first(start):
+                seq = int(header(msg, "Nats-Sequence"))
+                try:
+                    tail = self.spool.contents(msg)
+                except (errors.BadItem, errors.UnknownVersion):
+                    await self._pass_over(seq)
+                    break
+                return values.Peeked(seq, attempt, tail.put_time / 1e9, size_of(msg), tail.names, tail.meta)
+            else:
                 await self._check_end()
                 if until == NOW or not await self.wait(news, until):
                     raise errors.Empty(f"{self.path}: no item waits")
-                continue
-            seq = int(header(msg, "Nats-Sequence"))
-            try:
-                tail = self.spool.contents(msg)
-            except (errors.BadItem, errors.UnknownVersion):
-                await self._pass_over(seq)
-                continue
-            return values.Peeked(seq, attempt, tail.put_time / 1e9, size_of(msg), tail.names, tail.meta)
 
     def name(self) -> str:
         stream = f"STREAM.INFO.{self.spool.items}"
         return f"{self.spool.items} {self.do(self.link.api(stream))['created']}"
 
     def browse(self, after: int) -> Iterator[Message]:
-        while some := self.do(self._above(after)):
+        while some := self.do(self.spool.first(after + 1, count=16)):
             for msg in some:
                 after = int(header(msg, "Nats-Sequence"))
                 with suppress(errors.BadItem, errors.UnknownVersion):
                     yield self.do(self.spool.message(msg, (after, 0)))
-
-    async def _above(self, after: int) -> list[Msg]:
-        """Some items with numbers above that one."""
-        found: list[Msg] = []
-        async for msg in self.link.read(self.spool.items, self.spool.subject("item", "*"), after + 1, 16):
-            found.append(msg)
-            if len(found) == 16:
-                break
-        return found
 
     async def _pass_over(self, seq: int) -> None:
         """Dead-letter the damaged item that is next."""

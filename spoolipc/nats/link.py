@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
+from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -212,17 +212,17 @@ class Link:
             await self.close()
             what = f"the server is version {version.major}.{version.minor}; 2.12 or later is needed"
             raise UnsupportedOperation(f"{self.path}: {what}")
-        transport: Any = self.client._transport
+        transport, url = cast(Any, self.client._transport), cast(Any, self.client.connected_url)
         # It would wait for a server that takes no more bytes to take what is left, for as long as TCP does.
         transport.close = lambda: transport._io_writer.transport.abort()
-        quiet.connected(self.client.connected_url, transport.close)
+        quiet.hang_up, quiet.chosen = transport.close, str(url.netloc)
         self._inbox = self.client.new_inbox()
         await self.client.subscribe(
             f"{self._inbox}.>", cb=self._hear, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
         if not self.client._server_info.get("jetstream"):  # but another server of its cluster may have it
             notes = f"$JS.API.STREAM.INFO.spoolipc-{self._where.name}-notes"
-            if await self.ask(notes) == _NO_JETSTREAM:
+            if await self.answers([Request(notes)]) == [_NO_JETSTREAM]:
                 await self.close()
                 what = f"{_NO_JETSTREAM}; start the server with it: nats-server -js"
                 raise ServerUnreachable(f"{self.path}: {what}")
@@ -352,10 +352,6 @@ class Link:
         """Why there is no answer."""
         return "it says nothing" if self.client.is_connected else "the connection is lost"
 
-    async def ask(self, *request: Any) -> Msg | str:
-        """What is answered, or why nothing is within some seconds."""
-        return (await self.answers([Request(*request)]))[0]
-
     async def call_all(self, requests: Sequence[Request]) -> list[Msg]:
         """What is answered to these, each sent again until it is. Raises ServerUnreachable when nothing is for some
         seconds."""
@@ -445,16 +441,10 @@ class _Quiet:
         self.is_opening = True
         self.last: Exception | None = None
         self.hang_up: Callable[[], None] = lambda: None
-        self._chosen = self._left = ""
-
-    def connected(self, url: Any, hang_up: Callable[[], None]) -> None:
-        """Where, the first time."""
-        self._chosen, self.hang_up = url.netloc, hang_up
+        self.chosen = self._left = ""
 
     async def error(self, error: Exception) -> None:
-        if self.last is None or not isinstance(
-            error, OSError
-        ):  # what a server says tells more than that it hung up
+        if self.last is None or not isinstance(error, OSError):  # a server says more than that it hung up
             self.last = error
         _log.debug("%s: %s", self._link.path, _said(error))
         denied = refusal(self._where, error)
@@ -464,7 +454,7 @@ class _Quiet:
             self._link.denied = _said(error)
 
     async def disconnected(self) -> None:
-        self._tries, self._left = 0, self._chosen
+        self._tries, self._left = 0, self.chosen
         self._link.interrupt()
 
     def next_server(self, servers: list[Any], info: dict[str, Any]) -> tuple[Any, float]:
@@ -472,7 +462,7 @@ class _Quiet:
         self.hang_up()  # on one that was tried and said nothing
         turn, self._tries = self._tries, self._tries + 1
         chosen = sorted(servers, key=lambda each: each.uri.netloc == self._left)[turn % len(servers)]
-        self._chosen = chosen.uri.netloc
+        self.chosen = chosen.uri.netloc
         return chosen, min(5.0, 0.05 * 2 ** min(turn // len(servers), 10)) if turn else 0.0
 
 

@@ -351,8 +351,7 @@ class NatsProducer(Session):
 
     async def _known(self, number: str) -> list[int]:
         """The number of an item that is stored already, if it was not taken since."""
-        found = await self.spool.first(number=number)
-        return [int(header(found, "Nats-Sequence"))] if found else []
+        return [int(header(msg, "Nats-Sequence")) for msg in await self.spool.first(number=number)]
 
     def full(self) -> bool:
         async def look() -> bool:
@@ -370,8 +369,7 @@ class NatsProducer(Session):
         last = last or int((await self.link.api(f"STREAM.INFO.{self.spool.items}"))["state"]["last_seq"])
         while True:
             news = self.spool.news.event
-            first = await self.spool.first()
-            if first is None or int(header(first, "Nats-Sequence")) > last:
+            if not [msg for msg in await self.spool.first() if int(header(msg, "Nats-Sequence")) <= last]:
                 return 0
             if until == NOW or not await self.wait(news, until):
                 return last

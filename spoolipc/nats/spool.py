@@ -316,14 +316,17 @@ class Spool:
         delivered, pending = int(consumer["delivered"]["stream_seq"]), int(consumer["num_pending"])
         if int(stream["state"]["last_seq"]) == delivered + pending:
             return pending, consumer
-        msg = await self.first(delivered + 1)
-        return (1 + int(header(msg, "Nats-Num-Pending", "0")) if msg else 0), consumer
+        first = await self.first(delivered + 1)
+        return sum(1 + int(header(msg, "Nats-Num-Pending", "0")) for msg in first), consumer
 
-    async def first(self, start: int = 1, number: str = "*") -> Msg | None:
-        """The first item from the one numbered `start` on, of all or of those of one id."""
-        async for msg in self.link.read(self.items, self.subject("item", number), start, 1):
-            return msg
-        return None
+    async def first(self, start: int = 1, number: str = "*", count: int = 1) -> list[Msg]:
+        """The first items from the one numbered `start` on, of all or of those of one id."""
+        found = list[Msg]()
+        async for msg in self.link.read(self.items, self.subject("item", number), start, count):
+            found.append(msg)
+            if len(found) == count:
+                break
+        return found
 
     # Its end, and a new beginning
 
