@@ -283,6 +283,9 @@ class SpoolStat:
     "server" where a server is waited for. index_damage: why the index cannot be used, "" as a rule; then only items,
     dead letters and limits are counted, from the directories, and the next reader or writer rebuilds it. stuck_on: the
     process that did not let go of the index lock for a second, "" as a rule; then what needs the lock is None.
+
+    Of a spool in memory or on servers, which has no files, all that is said of them is 0 or "", and so is
+    wanted_bytes; its limit recycle_bytes is kept and bounds nothing.
     """
 
     path: str
