@@ -97,6 +97,15 @@ def test_one_that_cannot_be_read_stays_with_the_reason_until_it_is_dropped(
     assert Path("/etc/passwd").exists()
 
 
+@pytest.mark.parametrize("work", [failed_list, failed_retry, failed_drop])
+def test_a_number_that_is_not_there_is_told_and_nothing_is_done(
+    path: Path, work: Callable[[Path, list[int]], object]
+) -> None:
+    with pytest.raises(NoSuchItem, match="has no dead letter 4"):
+        work(path, [1, 4, 7])
+    assert seqs(path) == [1, 2, 3]
+
+
 def test_a_spool_that_was_shut_down_takes_none_back(path: Path) -> None:
     with SpoolWriter(path) as writer:
         writer.shutdown()
