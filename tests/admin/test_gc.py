@@ -179,6 +179,15 @@ def test_a_damaged_index_is_built_again(
     assert peek_table(path).queue == (1,)
 
 
+def test_a_dry_run_without_an_index_counts_every_file_of_free(path: Path) -> None:
+    """As building the index again removes them."""
+    (path / "free" / item_name(7)).write_bytes(bytes(5000))
+    (path / "index").unlink()
+    assert counts(gc(path, dry_run=True)) == {"index_rebuilt": True, "orphaned_files": 1}
+    assert counts(gc(path)) == {"index_rebuilt": True}
+    assert not files(path, "free")
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_transition_left_half_done_is_no_damage_and_is_finished_or_undone(
