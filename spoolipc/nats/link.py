@@ -45,6 +45,7 @@ _TELL: Final = 5.0
 """Seconds without an answer after which the log says so."""
 _NO_LEADER: Final = 10008
 """What a server says that does not know, for some seconds, who leads."""
+_NO_SUCH, _NOT_REMOVED = 10043, 10057
 _limit: Final = ContextVar[float | None]("_limit", default=None)
 _NO_JETSTREAM: Final = "no JetStream answers"
 OLDEST: Final = (2, 12)
@@ -395,7 +396,7 @@ class Link:
             if error.get("err_code") == _NO_LEADER:
                 self.check(began, error["description"])
                 await asyncio.sleep(0.1)
-            elif missing and error.get("code") == 404:
+            elif missing and (error.get("code") == 404 or _is_gone(error)):
                 return {}
             else:
                 why = f"the server refuses {what}: {error.get('description')}"
@@ -469,6 +470,12 @@ class _Quiet:
 def header(msg: Msg, name: str, default: str = "") -> str:
     """A header of a message."""
     return str((msg.headers or {}).get(name, default))
+
+
+def _is_gone(error: dict[str, Any]) -> bool:
+    """Whether a message is not there that was to be removed, as where an earlier request was not answered."""
+    code = error.get("err_code")
+    return code == _NO_SUCH or (code == _NOT_REMOVED and error.get("description") == "no message found")
 
 
 def status(msg: Msg) -> int:

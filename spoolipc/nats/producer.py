@@ -44,9 +44,9 @@ _AHEAD: Final = 65536
 _OVERHEAD: Final = 256
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 _LAST: Final = "Nats-Expected-Last-Msg-Id"
-_UNANSWERED, _NOT_LAST, _ANOTHER, _IN_PROCESS = 0, 10070, 10071, 10158
-_PASSING: Final = (_UNANSWERED, _ANOTHER, _IN_PROCESS)
-"""What another try may mend."""
+_UNANSWERED, _NOT_LAST, _ANOTHER, _IN_PROCESS, _INCOMPLETE = 0, 10070, 10071, 10158, 10176
+_PASSING: Final = (_UNANSWERED, _ANOTHER, _IN_PROCESS, _INCOMPLETE)
+"""What another try may mend: the last, where a server begins again amid a batch."""
 
 
 class _Packed(NamedTuple):

@@ -139,6 +139,53 @@ def test_forwarder_waits_for_room_and_for_servers_that_come_back(tmp_path: Path)
         server.stop()
 
 
+def check_one_by_one(destination: str) -> None:
+    """Put three forwarded items, one at a time: each arrives once."""
+    ids = [f"{number:032x}" for number in range(1, 4)]
+    with SpoolWriter(destination) as writer, SpoolReader(destination) as reader:
+        producer: Any = writer._producer
+        for number in ids:
+            assert producer.put_forwarded("there", [Message((np.zeros(3),), id=number)], NOW) == 1
+        assert [reader.take(timeout=20).id for _ in ids] == ids
+        assert reader.empty()
+
+
+def test_record_that_was_removed_by_a_request_that_was_not_answered_is_no_fault(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server began again amid it."""
+    real, lost = Link.answers, list[str]()
+
+    async def answers(self: Any, requests: Any) -> Any:
+        requests = list(requests)
+        found = await real(self, requests)
+        if "MSG.DELETE" in requests[0].subject and len(lost) < 1:
+            lost.append(requests[0].subject)
+            return ["the connection is lost"]
+        return found
+
+    monkeypatch.setattr(Link, "answers", answers)
+    check_one_by_one(server.url("removed"))
+    assert len(lost) == 1
+
+
+def test_batch_that_a_server_has_a_part_of_is_sent_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began again when the first messages were sent."""
+    real, lost = Link.send, list[str]()
+
+    async def send(self: Any, subject: str, payload: Any = b"", reply: str = "", headers: Any = None) -> None:
+        if headers and headers.get("Nats-Batch-Sequence") == "1" and len(lost) < 1:
+            lost.append(subject)
+            return
+        await real(self, subject, payload, reply, headers)
+
+    monkeypatch.setattr(Link, "send", send)
+    check_one_by_one(server.url("part"))
+    assert len(lost) == 1
+
+
 def test_item_that_cannot_be_read_is_a_dead_letter_of_the_source(server: Server, tmp_path: Path) -> None:
     source, destination = str(tmp_path / "source"), server.url("unreadable")
     ids = fill(source, 3)
