@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -333,6 +334,31 @@ def test_what_was_staged_and_not_put_is_struck_out_when_the_put_ends(source: Pat
             writer.put_forwarded(name, messages[2:], NOW)
         assert [*writer.forwarded(name).put] == [message.id for message in messages[:2]]
         assert os.listdir(destination / "tmp") == []
+
+
+def test_what_is_staged_stays_as_after_a_crash_where_nobody_can_strike_it_out(
+    source: Path, destination: Path
+) -> None:
+    """A file that is in `tmp/` no more is one that was put."""
+    ids, noted = fill(source, 2), list[None]()
+
+    def broken(event: Event) -> None:
+        if event.name == "rename" and event.args[1] == "sources.json":
+            noted.append(None)
+        elif noted and (event.name == "rename" or event.args[:1] == ("sources.json",)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened(source, destination) as (reader, writer):
+        writer.forwarded(reader.name())
+        claimed = reader.claim(2, None, NOW)
+        messages = [reader.load(each) for each in claimed]
+        with Injector(broken):
+            with pytest.raises(StorageError):
+                writer.put_forwarded(reader.name(), messages, NOW)
+            writer.close()
+    assert len(os.listdir(destination / "tmp")) == 2
+    assert forward(source, destination, until_empty=True) == 2
+    assert drained(destination) == ids
 
 
 def test_what_survives_power_loss_is_synced_in_the_order_that_makes_it_so(
