@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from .engine import End
 from .errors import Empty, ShutDown, UnsupportedArray
 from .item import Item
-from .message import Array, whole
+from .message import Array, duration, one_of, whole
 from .queue import SpoolReader
 
 _IDLE: Final = 1.0
@@ -54,11 +54,12 @@ class SpoolDataset(IterableDataset[Any]):
         unacked: int = 0,
         lease: float | None = None,
     ) -> None:
+        one_of("end", end, "shutdown", "writers")  # here, and not in every worker
         self._path = os.fspath(path)
         self._transform = transform
         self._end = end
         self._unacked = whole("unacked", unacked)
-        self._lease = lease
+        self._lease = None if lease is None else duration("lease", lease, positive=True)
 
     def __iter__(self) -> Iterator[Any]:
         with SpoolReader(self._path, lease=self._lease, end=self._end) as reader:

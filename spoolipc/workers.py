@@ -51,7 +51,8 @@ def imap(
     function: called in the workers; with the start methods spawn and forkserver it is pickled, as for a Pool. Arrays
     come to it as read-only views.
     arrays: arrays, or whatever `spoolipc.Queue` takes. It is read as results are taken, two items a worker ahead, so
-    that a stream without end is worked on in bounded memory.
+    that a stream without end is worked on in bounded memory. These items, and a result of each worker, must have room
+    where temporary spools lie (see `Queue`): where they have not, all wait, and the log says for what.
     processes: how many workers; None for as many as there are cores for this process. They are daemons, which have no
     workers of their own, and leave Ctrl-C to their parent.
     ordered: give results in the order of the items, and not as they come.

@@ -76,6 +76,20 @@ def test_items_of_a_server_go_to_one_worker_each_and_may_be_written(tmp_path: Pa
         server.stop()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"end": "never"}, 'end must be "shutdown" or "writers", not .never.'),
+        ({"lease": 0}, "lease must be a positive number of seconds, not 0"),
+        ({"unacked": -1}, "unacked must be a whole number"),
+    ],
+    ids=str,
+)
+def test_wrong_argument_is_named_where_the_dataset_is_made(spool: Path, wrong: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SpoolDataset(spool, **wrong)
+
+
 @pytest.mark.parametrize("size", [10, LARGE])
 def test_tensor_is_over_the_pages_of_the_item_and_writing_it_concerns_nobody(spool: Path, size: int) -> None:
     fill(spool, 1, size)
