@@ -499,7 +499,8 @@ def _is_whole(places: dict[int, int], end: int) -> bool:
 def msg_id(msg: Msg) -> str:
     """The id of an item that was delivered or read."""
     subject = msg.subject if msg.subject.startswith("spoolipc.") else header(msg, "Nats-Subject")
-    return subject.split(".")[4 if ".dead." in subject else 3]
+    _, _, kind, *rest = subject.split(".")
+    return rest[1 if kind == "dead" else 0]
 
 
 def size_of(msg: Msg) -> int:

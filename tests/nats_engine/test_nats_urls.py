@@ -23,6 +23,8 @@ from spoolipc import (
     SpoolReader,
     SpoolWriter,
     UnsupportedOperation,
+    failed_list,
+    failed_retry,
     fsck,
     purge,
     remove,
@@ -89,6 +91,31 @@ def test_mode_of_a_directory_is_refused_on_servers(server: Server, open_one: Any
         open_one(path=url, mode=0o770)
     with pytest.raises(NotASpool):
         stat(url)
+
+
+@pytest.mark.parametrize(
+    "names", [["dead"], ["item", "chunk", "failed"], ["x", "x-items", "x-notes", "x-dead"]]
+)
+def test_name_of_a_spool_may_be_any_word_that_its_streams_have(server: Server, names: list[str]) -> None:
+    """What one spool has, in pieces and as dead letters, is that of no other."""
+    large = np.arange(300_000.0)
+    for name in names:
+        with SpoolWriter(server.url(name), max_attempts=1) as writer:
+            writer.put_many([large, np.array([len(name)]), large])
+    for name in names:
+        url = server.url(name)
+        with SpoolReader(url) as reader:
+            reader.receive().reject("rejected")
+            reader.receive().nack(reason="failed")
+            dead = [each.seq for each in failed_list(url)]
+            assert list(failed_retry(url).seqs) == dead
+            assert stat(url).in_flight == 0
+            assert np.array_equal(reader.get(), large)
+            assert np.array_equal(reader.get(), large)
+            assert reader.get()[0] == len(name)
+    assert [stat(server.url(name)).failed for name in names] == [0] * len(names)
+    for name in names:
+        remove(server.url(name))
 
 
 def test_url_without_its_secrets_is_the_path() -> None:
