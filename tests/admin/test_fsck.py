@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.account import check_spool
+from support.arrays import drained
 from support.damage import crash, cut, item, item_name, link_out, picture, pipe
 from support.peek import peek_table, poke
 from support.peer import Peer
 
 from spoolipc import (
-    Empty,
     FsckReport,
     SpoolError,
     SpoolReader,
@@ -26,7 +26,7 @@ from spoolipc import (
 )
 from spoolipc.directory import check
 
-BIG = np.arange(10_000)
+BIG = np.zeros(10_000, int)
 COUNT = 5
 ALL = list(range(COUNT))
 
@@ -59,14 +59,9 @@ def repaired(path: Path) -> FsckReport:
 
 
 def rest(path: Path) -> list[int]:
-    """What can still be got, by the number each array begins with."""
-    got = []
+    """The numbers of what can still be got."""
     with SpoolReader(path) as reader:
-        while True:
-            try:
-                got.append(int(reader.get_nowait()[0]))
-            except Empty:
-                return got
+        return drained(reader)
 
 
 def make(place: Path, data: bytes = b"", mode: int = 0o600) -> None:

@@ -9,23 +9,12 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from support.arrays import drained
 from support.peer import Peer
 
-from spoolipc import Empty, SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
+from spoolipc import SpoolReader, SpoolWriter, failed_list, fsck, gc, stat
 
 SIZE = 20_000
-
-
-def drained(reader: SpoolReader) -> list[int]:
-    """The numbers of all that waits, each array whole."""
-    found: list[int] = []
-    while True:
-        try:
-            array = reader.get_nowait()
-        except Empty:
-            return found
-        assert (array == array[0]).all()
-        found.append(int(array[0]))
 
 
 def test_a_backup_by_hard_links_keeps_what_it_had_and_the_spool_goes_on(spool: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.arrays import drained
 from support.peer import Peer
 
-from spoolipc import Empty, Item, SpoolReader, SpoolWriter, failed_retry
+from spoolipc import Item, SpoolReader, SpoolWriter, failed_retry
 
 DOCS = Path(__file__).parents[2] / "docs" / "delivery.md"
 Spend = Callable[[float], None]
@@ -27,18 +28,9 @@ def receive(reader: SpoolReader, count: int) -> list[Item]:
     return [reader.receive(block=False) for _ in range(count)]
 
 
-def rest(reader: SpoolReader) -> list[int]:
-    found = []
-    while True:
-        try:
-            found.append(int(reader.get(block=False)[0]))
-        except Empty:
-            return found
-
-
 def test_one_writer_s_items_come_in_the_order_of_its_puts(writer: SpoolWriter, reader: SpoolReader) -> None:
     put(writer, 200)
-    assert rest(reader) == list(range(200))
+    assert drained(reader) == list(range(200))
 
 
 def test_items_of_several_writers_come_in_the_order_of_their_numbers(
@@ -84,7 +76,7 @@ def test_items_of_one_put_many_lie_together(spool: Path, reader: SpoolReader) ->
 
     with ThreadPoolExecutor(3) as aside:
         list(aside.map(several, (0, 1000, 2000)))
-    numbers = rest(reader)
+    numbers = drained(reader)
     assert all((np.diff(numbers[start : start + 20]) == 1).all() for start in range(0, 600, 20))
 
 
@@ -92,16 +84,16 @@ def test_loan_takes_its_place_when_its_block_ends(writer: SpoolWriter, reader: S
     with writer.loan(3, int) as array:
         array[:] = 2
         writer.put(np.full(3, 1))
-    assert rest(reader) == [1, 2]
+    assert drained(reader) == [1, 2]
 
 
 def test_item_given_back_comes_before_all_never_delivered(writer: SpoolWriter, reader: SpoolReader) -> None:
     put(writer, 4)
     first, second = receive(reader, 2)
     second.nack()
-    assert rest(reader) == [1, 2, 3]
+    assert drained(reader) == [1, 2, 3]
     first.nack()
-    assert rest(reader) == [0]
+    assert drained(reader) == [0]
 
 
 def test_items_given_back_come_in_the_order_in_which_they_were(
@@ -111,7 +103,7 @@ def test_items_given_back_come_in_the_order_in_which_they_were(
     items = receive(reader, 4)
     for position in (2, 0, 3, 1):
         items[position].nack()
-    assert rest(reader) == [2, 0, 3, 1, 4]
+    assert drained(reader) == [2, 0, 3, 1, 4]
 
 
 @pytest.mark.parametrize("how", ["dies", "leaves"])
@@ -126,7 +118,7 @@ def test_items_of_a_reader_that_ends_come_in_the_order_in_which_it_took_them(
             spend(1.1)
         else:
             peer.run("reader.close()")
-    assert rest(reader) == [0, 1, 2, 3, 4, 5]
+    assert drained(reader) == [0, 1, 2, 3, 4, 5]
 
 
 def test_item_whose_lease_ended_comes_before_all_never_delivered(
@@ -136,7 +128,7 @@ def test_item_whose_lease_ended_comes_before_all_never_delivered(
     with SpoolReader(spool, lease=10) as other:
         receive(other, 2)
         spend(10.1)
-        assert rest(reader) == [0, 1, 2, 3]
+        assert drained(reader) == [0, 1, 2, 3]
 
 
 def test_others_pass_an_item_that_is_delayed(writer: SpoolWriter, reader: SpoolReader, spend: Spend) -> None:
@@ -144,7 +136,7 @@ def test_others_pass_an_item_that_is_delayed(writer: SpoolWriter, reader: SpoolR
     receive(reader, 1)[0].nack(delay=10)
     assert int(reader.get()[0]) == 1
     spend(10.1)
-    assert rest(reader) == [0, 2, 3]
+    assert drained(reader) == [0, 2, 3]
 
 
 def test_of_two_delays_the_one_that_ends_first_is_first_unless_both_ended_unseen(
@@ -158,14 +150,14 @@ def test_of_two_delays_the_one_that_ends_first_is_first_unless_both_ended_unseen
         spend(10.1)
         early = [int(reader.get()[0])] if seen else []
         spend(10.1)
-        assert early + rest(reader) == ([1, 0, 2] if seen else [0, 1, 2])
+        assert early + drained(reader) == ([1, 0, 2] if seen else [0, 1, 2])
 
 
 def test_dead_letter_retried_is_a_new_put(spool: Path, writer: SpoolWriter, reader: SpoolReader) -> None:
     put(writer, 3)
     receive(reader, 1)[0].reject("bad")
     failed_retry(spool)
-    assert rest(reader) == [1, 2, 0]
+    assert drained(reader) == [1, 2, 0]
 
 
 def test_after_the_loss_of_the_index_all_come_in_the_order_of_their_numbers(
@@ -177,7 +169,7 @@ def test_after_the_loss_of_the_index_all_come_in_the_order_of_their_numbers(
     items[0].nack()
     items[3].nack(delay=1e6)
     (spool / "index").unlink()
-    assert rest(reader) == [0, 1, 2, 3, 4, 5]
+    assert drained(reader) == [0, 1, 2, 3, 4, 5]
 
 
 def test_get_receive_and_get_many_share_one_order(writer: SpoolWriter, reader: SpoolReader) -> None:
@@ -187,7 +179,7 @@ def test_get_receive_and_get_many_share_one_order(writer: SpoolWriter, reader: S
     assert [int(array[0]) for array in reader.get_many(2)] == [1, 2]
     with reader.receive() as item:
         assert int(item.array[0]) == 3
-    assert rest(reader) == [4, 5]
+    assert drained(reader) == [4, 5]
 
 
 def test_every_row_of_the_table_is_a_test_here_and_every_test_a_row() -> None:

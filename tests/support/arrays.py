@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+
+from spoolipc import Empty, SpoolReader
 
 Array = np.ndarray[Any, Any]
 ALIGNED: Final = np.dtype([("a", "i1"), ("b", "f8"), ("c", "i2")], align=True)
@@ -23,6 +26,17 @@ def inode_of(array: Array) -> int:
         if start <= address < end:
             return int(inode)
     raise AssertionError("the array is in no mapping")
+
+
+def drained(reader: SpoolReader) -> list[int]:
+    """The numbers of all that waits, each array full of its own."""
+    found: list[int] = []
+    with suppress(Empty):
+        while True:
+            array = reader.get_nowait()
+            assert (array == array[0]).all()
+            found.append(int(array[0]))
+    return found
 
 
 def filled(dtype: Any, shape: tuple[int, ...]) -> Array:
