@@ -37,6 +37,8 @@ TRY: Final = 2.0
 """Seconds that an answer may take before it is asked for again."""
 _AHEAD: Final = 16 << 20
 """Bytes that are sent ahead of the answers."""
+_CONNECTING: Final = 5.0
+"""Seconds after which servers that cannot be reached are said not to be there."""
 _PING: Final = 2
 """Seconds between two questions to the server whether it is there; the third without a word ends the connection."""
 _MOVE: Final = 10.0
@@ -187,7 +189,7 @@ class Link:
         a server too old."""
         quiet = _Quiet(self, self._where)
         try:
-            async with asyncio.timeout(5.0):
+            async with asyncio.timeout(_CONNECTING):
                 await self.client.connect(
                     **options(self._where),
                     name="spoolipc",

@@ -288,8 +288,10 @@ def test_no_secret_is_told_anywhere(
     servers: list[Server],
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr("spoolipc.nats.link._CONNECTING", 1.0)
     servers.append(server := Server(tmp_path, f"authorization {{ user: me, password: {SECRET} }}"))
     url = server.url("name").replace("//", f"//me:{SECRET}@")
     told: list[Any] = []

@@ -145,6 +145,7 @@ def test_looking_after_a_spool_ends_soon_where_servers_do_not_answer(
         return ["it says nothing"] if "API" in asked[0].subject else await answers(link, asked)
 
     monkeypatch.setattr(linking.Link, "answers", silent)
+    monkeypatch.setattr("spoolipc.nats._ASKING", 1.0)
     began = time.monotonic()
     with pytest.raises(ServerUnreachable, match="it says nothing"):
         call(url)

@@ -159,7 +159,8 @@ def test_message_tells_no_secret(
     assert "hunter" not in f"{code}{capsys.readouterr()}"
 
 
-def test_server_that_is_not_there_is_a_clear_error() -> None:
+def test_server_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spoolipc.nats.link._CONNECTING", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     for call in (SpoolWriter, stat):
