@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,12 @@ def test_a_directory_planted_at_its_name_is_refused_and_stays(path: Path) -> Non
     assert seqs(path) == [1, 2, 3]
     planted.rmdir()
     assert fsck(path, repair=True).problems
+
+
+def test_a_history_is_not_taken_for_lost_where_a_process_is_out_of_descriptors(path: Path) -> None:
+    def out(event: Event) -> None:
+        if event.name == "open_at" and str(event.args[0]).endswith(".jsonl"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with Injector(out), pytest.raises(StorageError, match="Too many open files"):
+        failed_list(path)
