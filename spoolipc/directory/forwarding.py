@@ -84,17 +84,20 @@ class DirectorySource(DirectoryConsumer):
         names = fs.list_names(self.session.directories.items)
         numbers = sorted(number for number in map(item_number, names) if number and after < number < LAST_SEQ)
         for number in numbers:
-            with suppress(BadItem, UnknownVersion, FileNotFoundError):
-                yield self._copied(number)
+            with suppress(BadItem, UnknownVersion):
+                if message := self._copied(number):
+                    yield message
 
     @operation
-    def _copied(self, number: int) -> Message:
-        """A copy of an item. Raises BadItem, FileNotFoundError for one that is not there any more."""
+    def _copied(self, number: int) -> Message | None:
+        """A copy of an item, None for one that is not there any more. Raises BadItem, UnknownVersion."""
         directory, name = self.session.directories.items, item_name(number)
-        with ItemFile(directory, name) as file:
-            whole = bytes(file.map()) if file.size else b""
-            # As no number is given twice, what is there still was there all the time.
-            if not file.is_the_one(fs.stat_at(name, dir_fd=directory)):
-                raise FileNotFoundError(name)
+        try:
+            with ItemFile(directory, name) as file:
+                whole = bytes(file.map()) if file.size else b""
+                # As no number is given twice, what is there still was there all the time.
+                fs.stat_at(name, dir_fd=directory)
+        except FileNotFoundError:
+            return None
         blocks, tail = items.parse(whole, len(whole))
         return items.message(whole, blocks, tail, (number, 0, len(whole)), copy=False)

@@ -26,6 +26,7 @@ from spoolipc import (
     Full,
     NotASpool,
     Queue,
+    ShutDown,
     SpoolInUse,
     SpoolReader,
     SpoolWriter,
@@ -336,6 +337,27 @@ def test_what_was_staged_and_not_put_is_struck_out_when_the_put_ends(source: Pat
         assert os.listdir(destination / "tmp") == []
 
 
+def test_what_was_staged_and_cannot_be_put_any_more_is_removed_at_once(
+    source: Path, destination: Path
+) -> None:
+    ids = fill(source, 2)
+    with opened(source, destination) as (reader, writer), SpoolWriter(destination) as other:
+        writer.forwarded(reader.name())
+        claimed = reader.claim(2, None, NOW)
+        messages = [reader.load(each) for each in claimed]
+
+        def end(event: Event, _: Any) -> None:
+            if event.name == "open_at" and event.args[0].endswith("-1.npy"):
+                other.shutdown()
+
+        with Injector(after=end), pytest.raises(ShutDown):
+            writer.put_forwarded(reader.name(), messages, NOW)
+        assert os.listdir(destination / "tmp") == []
+    with SpoolWriter(destination, reopen=True):
+        assert forward(source, destination, until_empty=True) == 2
+    assert drained(destination) == ids
+
+
 def test_what_is_staged_stays_as_after_a_crash_where_nobody_can_strike_it_out(
     source: Path, destination: Path
 ) -> None:
@@ -434,6 +456,27 @@ def test_copies_are_not_taken_for_what_is_moved_and_what_is_damaged_is_passed_ov
     assert failed_list(source) == []
     assert forward(source, destination, until_empty=True) == 2
     assert drained(destination) == [ids[0], ids[2]] * 2
+
+
+def test_item_that_is_taken_as_it_is_copied_is_passed_over(source: Path, destination: Path) -> None:
+    """Its file is written again with another one."""
+    with SpoolWriter(source) as writer, SpoolReader(source) as reader:
+        for number in range(3):
+            writer.put(np.full(100_000, number))
+        name = f"{2:020d}.npy"
+
+        def take(event: Event, _: Any) -> None:
+            if event.name == "open_at" and event.args[0] == name and (source / "items" / name).exists():
+                for _ in range(2):
+                    reader.get()
+                for number in (7, 8):
+                    writer.put(np.full(100_000, number))
+
+        with Injector(after=take):
+            forward(source, destination, keep=True, until_empty=True)
+        assert forward(source, destination, keep=True, until_empty=True) == 2
+    with SpoolReader(destination) as reader:
+        assert [int(reader.get()[0]) for _ in range(reader.qsize())] == [0, 2, 7, 8]
 
 
 # Bounds
