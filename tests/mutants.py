@@ -430,8 +430,8 @@ GUARDS: Final = {
     "reset": "test_reset",
     "gc": "test_gc test_failed test_giving_way test_taken_away test_stops_nobody test_bounded_steps test_reset",
     "dead_letters": "test_failed test_dead_letters test_wakeups",
-    "sources": "test_forward test_forwarding",
-    "forwarding": "test_forward test_forwarding",
+    "sources": "test_forward",
+    "forwarding": "test_forward",
     "quarantine": "test_dead_letters test_failed test_stops_nobody test_leases test_fsck test_gc test_process_limits",
     "housekeeping": "test_join test_gc test_leases test_taken_away test_stops_nobody test_dead_letters"
     " test_last_writer test_reset test_giving_way test_bounded_steps test_deleted test_queues",
