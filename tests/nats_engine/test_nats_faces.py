@@ -38,6 +38,7 @@ from spoolipc.aio import AsyncSpoolReader, AsyncSpoolWriter
 from spoolipc.cli.main import main
 from spoolipc.engine import Engine
 from spoolipc.nats import link
+from spoolipc.nats import spool as spools
 from spoolipc.testing import EngineSuite
 
 LARGE = 300_000
@@ -303,6 +304,7 @@ def test_gc_removes_what_crashed_sessions_left(
 
 
 def test_reader_that_dies_amid_a_dead_letter_loses_no_item(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spools, "ACK_WAIT", 2.0)
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
         writer.put(np.arange(LARGE))
         item = reader.receive()
@@ -319,7 +321,7 @@ def test_reader_that_dies_amid_a_dead_letter_loses_no_item(url: str, monkeypatch
             item.reject("no good")
         reader._consumer.held.clear()  # type: ignore[attr-defined]
         with SpoolReader(url) as other, pytest.raises(Empty):
-            other.get(timeout=8)  # the server redelivers it after five
+            other.get(timeout=5)  # the server redelivers it after two
         (letter,) = failed_list(url)
         assert (letter.reason, letter.damage, letter.arrays[0].shape) == ("no good", "", (LARGE,))
 

@@ -43,6 +43,7 @@ from spoolipc.nats import consumer as consuming
 from spoolipc.nats import link as linking
 from spoolipc.nats import producer as producing
 from spoolipc.nats import session
+from spoolipc.nats import spool as spools
 
 LARGE = 300_000
 """Float64 that are three messages and more."""
@@ -302,7 +303,10 @@ def test_slow_line_carries_a_large_item(server: Server, size: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("heard", [False, True])
-def test_item_whose_acknowledgement_is_not_answered_is_returned_once(url: str, heard: bool) -> None:
+def test_item_whose_acknowledgement_is_not_answered_is_returned_once(
+    url: str, heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spools, "ACK_WAIT", 2.0)
     with SpoolWriter(url) as writer, SpoolReader(url) as reader:
         writer.put_many([np.ones(3), np.zeros(3)])
         link: Any = reader._consumer.link  # type: ignore[attr-defined]
@@ -320,7 +324,7 @@ def test_item_whose_acknowledgement_is_not_answered_is_returned_once(url: str, h
         assert [reader.get(timeout=20)[0] for _ in range(2)] == [1, 0]
         assert lost.wait(20)
         with pytest.raises(Empty):
-            reader.get(timeout=7)  # a server delivers again after 5 seconds
+            reader.get(timeout=4)  # a server delivers again after two
         assert (stat(url).in_flight, stat(url).depth) == (0, 0)
 
 
