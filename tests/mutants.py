@@ -380,6 +380,7 @@ value-aside | mp | test_queues costs_that_item | _set_aside(pair, taken, f"damag
 value-reader | receiving | test_queues leaves_a_value | tail[3] == () and ==> False and
 # a million leftovers
 batches | fs | test_gc thousand | islice(entries, size)] ==> entries]
+asked-few | liveness | test_bounded_steps close and crashes | islice(others, _SESSIONS): ==> others:
 progress | gc | test_gc thousand | self.progress(self._seen, None) ==> pass
 # not in the matrix: shutdown
 end-others | receiving | test_directory_engine end_waits | words[W.IN_FLIGHT_COUNT] <= self._own and ==>
