@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from .engine import Consumer
 from .engine import Loan as Lent
@@ -29,6 +29,7 @@ from .message import (
 )
 
 _log = logging.getLogger("spoolipc")
+_ACK: Final = Ack()
 
 
 class Received:
@@ -154,7 +155,7 @@ class Item(Received):
 
     def ack(self) -> None:
         """Take the item off the spool for good. Raises LeaseExpired, AlreadySettled."""
-        self._settle(Ack(), "acknowledged")
+        self._settle(_ACK, "acknowledged")
 
     def nack(self, delay: float = 0.0, reason: str = "requeued") -> None:
         """Requeue the item, to be redelivered after `delay` seconds, before all that was never delivered.

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
+from numpy import ndarray
 from numpy.typing import DTypeLike
 
 from .connect import connect
@@ -189,7 +190,7 @@ class SpoolWriter(_BlockingFace):
         StorageError.
         """
         until = None if block is True and timeout is None else deadline_of(block, timeout)
-        if type(array) is not np.ndarray:
+        if type(array) is not ndarray:
             return self._producer.put((message_of(array, meta),), until)[0]
         return self._producer.put((_new(Message, ((array,), None, meta, 0, "", 0, 0, 0)),), until)[0]
 

@@ -60,9 +60,8 @@ class Staged:
     status: os.stat_result | None = None
 
     def __init__(self, message: Message, layout: Layout, said: bytes, flags: int) -> None:
-        self.arrays, names, meta, *_ = message
-        self.names, self.meta = names, meta
-        self.id = said
+        self.arrays, names, meta = message[:3]
+        self.names, self.meta, self.id = names, meta, said
         self.layout = layout
         self.put_time = put_time = time.time_ns()
         self.tail = tail = footer.pack(layout.end, put_time, said, names, meta)
@@ -96,7 +95,9 @@ class Staging:
 
     def most(self, need: int) -> int:
         """Size up to which a consumed file may be used for `need` bytes: exact where bytes are limited."""
-        return rounded(need) if self.limits_bytes else max(PAGE, 2 * need)
+        if self.limits_bytes:
+            return rounded(need)
+        return 2 * need if need > PAGE // 2 else PAGE
 
     def space(self, words: Words) -> tuple[int, ...]:
         """What a full file system is like: another answer later is a reason to try again."""
@@ -136,8 +137,9 @@ class Staging:
         said = bytes.fromhex(message.id) if message.id else self.new_id()
         staged = Staged(message, layout_of(message[0]), said, self.flags)
         if self.recycles:
-            most = self.most(staged.need)
-            while (file := self.recycler.pick(staged.need, most)) is not None:
+            need, pick = staged.need, self.recycler.pick
+            most = self.most(need)
+            while (file := pick(need, most)) is not None:
                 if self._fill(file, staged):
                     return staged
         self.write_new(staged)
@@ -151,10 +153,10 @@ class Staging:
         """Write into a consumed file through its mapping, or a small one with one write; false when it is not as it
         should be any more, and was discarded."""
         mappings, free, name = self.recycler.mappings, self.session.directories.free, file.name
-        layout, end, need, size = staged.layout, staged.layout.end, staged.need, file.size
+        need, size, number = staged.need, file.size, file.number
         try:
-            kept = mappings.kept.get(file.number)
-            if kept is None and size <= SMALL and not mappings.wants(file.number):
+            kept = mappings.kept.get(number)
+            if kept is None and size <= SMALL and not mappings.wants(number):
                 with ItemFile(free, name, writable=True) as opened:
                     if opened.status.st_nlink != 1 or opened.size != size:
                         raise BadItem("the file is linked elsewhere or has changed its size")
@@ -168,14 +170,14 @@ class Staging:
                     kept.used = keeper.now
                 else:
                     check_regular(status)
-                    buffer = mappings.of(free, name, status, file.number, file.record)
+                    buffer = mappings.of(free, name, status, number, file.record)
                 if need <= SMALL:
                     buffer[:need] = self._small(staged)
                 else:
-                    store(buffer, layout, staged.arrays)
+                    store(buffer, staged.layout, staged.arrays)
                     if self.checksum:
                         staged.tail = self.sealed(staged, buffer)
-                    buffer[end:need] = staged.tail
+                    buffer[staged.layout.end : need] = staged.tail
         except (BadItem, FileNotFoundError):
             self.recycler.discard(file)
             return False
@@ -194,10 +196,11 @@ class Staging:
 
     def _small(self, staged: Staged) -> bytes:
         """All bytes of a small item."""
-        data = to_bytes(staged.layout, staged.arrays)
         if self.checksum:
+            data = to_bytes(staged.layout, staged.arrays)
             staged.tail = self.sealed(staged, data)
-        return data + staged.tail
+            return data + staged.tail
+        return to_bytes(staged.layout, staged.arrays, staged.tail)
 
     def sealed(self, staged: Staged, buffer: mmap.mmap | bytes) -> bytes:
         """The footer with the checksum of the blocks in `buffer`; it is as long as without."""
@@ -217,7 +220,7 @@ class Staging:
         def fill(fd: int) -> None:
             tail = staged.tail + bytes(size - staged.need)
             if size <= SMALL:
-                fs.write_whole(fd, to_bytes(layout, arrays) + tail)
+                fs.write_whole(fd, to_bytes(layout, arrays, tail))
             else:
                 fs.save(fd, arrays, layout, tail)
             if self.checksum:

@@ -49,11 +49,12 @@ MAX_DEPTH = 100
 _HAS_CHECKSUM = 1
 _ID_SIZE = 16
 _BODY = struct.Struct("<8sHHIqQQ16sqI")
-_REST = struct.Struct("<10xHIqQQ16sqII")  # all but magic and version
+_WHOLE = struct.Struct("<10sHIqQQ16sqII")  # magic and version as one
 _CHECKED = _BODY.size
+_new = tuple.__new__
 _BEGINNING = MAGIC + VERSION.to_bytes(2, "little")
 
-SIZE = _REST.size
+SIZE = _WHOLE.size
 """Bytes of the fixed record, the JSON not counted."""
 
 
@@ -138,9 +139,11 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
     """
     end = offset + SIZE
     record = buffer[offset : end if end < limit else limit] if 0 <= offset <= limit else b""
-    if len(record) != SIZE or record[:10] != _BEGINNING:
+    if len(record) != SIZE:
         raise _refusal(record, offset)
-    kind, flags, put_time, data_end, checksum, id, expires, length, crc = _REST.unpack(record)
+    beginning, kind, flags, put_time, data_end, checksum, id, expires, length, crc = _WHOLE.unpack(record)
+    if beginning != _BEGINNING:
+        raise _refusal(record, offset)
     text = b""
     if length:
         if length > MAX_JSON:
@@ -164,9 +167,7 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
         names = ()
     said = checksum if flags else None
     # Not Footer(...), which is a call of Python code, and this is on the path of every get.
-    return tuple.__new__(
-        Footer, (put_time, data_end, said, names, meta, id.hex(), kind, expires, SIZE + length)
-    )
+    return _new(Footer, (put_time, data_end, said, names, meta, id.hex(), kind, expires, SIZE + length))
 
 
 def _refusal(record: bytes | bytearray | memoryview, offset: int) -> Exception:

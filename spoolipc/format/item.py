@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import mmap
 import operator
+import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy import ndarray  # by itself: reading a name of numpy's takes long, as it has a `__getattr__`
 from numpy.lib import format as npformat
 
 from spoolipc.errors import BadItem, TooLarge, UnsupportedArray
@@ -50,6 +52,8 @@ MAX_BLOCKS = 1024
 
 _CHUNK = 2 * 2**20
 _NOTHING = bytearray(ALIGN)
+_new = tuple.__new__
+_LENGTH = struct.Struct("<H").unpack_from
 _NO_PREFIX = b"", 0, 0, 0
 
 
@@ -69,7 +73,9 @@ _Kind = tuple[DType, int, tuple[int, ...], bool]
 """What a layout depends on: an array's dtype, the dtype's number (types that compare equal may differ in it), shape,
 and whether it is in Fortran order only."""
 
-_SMALL = 16 * 1024
+_SMALL, _SMALL_OF_MAP = 2**14, 2**20
+"""Bytes up to which a buffer, or a map, copies a contiguous array sooner than numpy does: that takes longer to make its
+target than to copy 16 KB, and lets other threads run meanwhile."""
 _MAX_LAYOUTS = 256
 _MAX_LAYOUT_BYTES = 16 * 1024
 _layouts: dict[tuple[_Kind, ...], Layout] = {}
@@ -165,37 +171,41 @@ def store(buffer: WritableBuffer, layout: Layout, arrays: Sequence[Array]) -> No
     """
     if len(buffer) < layout.end:
         raise ValueError(f"a buffer of {len(buffer)} bytes for an item of {layout.end}")
+    is_map = type(buffer) is mmap.mmap
+    small = _SMALL_OF_MAP if is_map else _SMALL
+    data: Any
     for block, header, array in zip(layout.blocks, layout.headers, arrays, strict=True):
         dtype = block.dtype
         if array.shape != block.shape or array.dtype != dtype:
             raise ValueError(
                 f"array of {array.dtype} and shape {array.shape} for a block of {dtype} and {block.shape}"
             )
-        start = block.offset
+        start, nbytes = block.offset, block.nbytes
         buffer[start - len(header) : start] = header
-        if block.nbytes <= _SMALL and array.flags.c_contiguous:  # where numpy costs more than the copy
-            buffer[start : start + block.nbytes] = array.tobytes()
+        if not nbytes:  # of which numpy would copy each, and there may be any number
             continue
-        if not block.nbytes:  # of which numpy would copy each, and there may be any number
+        if nbytes <= small and array.flags.c_contiguous:
+            data = array if is_map else array.tobytes()
+            buffer[start : start + nbytes] = data
             continue
         if dtype.names is not None:
             array = _opaque(array)
             dtype = array.dtype
         order: Any = "F" if block.fortran else "C"
-        target: Array = np.ndarray(block.shape, dtype, buffer, start, None, order)
+        target: Array = ndarray(block.shape, dtype, buffer, start, None, order)
         target[...] = array  # not np.copyto, which calls Python code first
 
 
-def to_bytes(layout: Layout, arrays: Sequence[Array]) -> bytes:
-    """Headers and data of an item as one bytes object, all of it but the footer; meant for small items.
+def to_bytes(layout: Layout, arrays: Sequence[Array], tail: bytes = b"") -> bytes:
+    """Headers and data of an item, and `tail`, as one bytes object; meant for small items.
 
     layout: what `layout_of` returned for such arrays.
     """
     if len(arrays) == 1 and arrays[0].flags.c_contiguous:
-        return b"".join((layout.headers[0], arrays[0]))  # type: ignore[arg-type]
+        return b"".join((layout.headers[0], arrays[0].tobytes(), tail))
     buffer = bytearray(layout.end)
     store(buffer, layout, arrays)
-    return bytes(buffer)
+    return bytes(buffer) + tail
 
 
 def parts(
@@ -243,14 +253,15 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
     if size < limit:
         limit = size
     # Nearly every item is one array with a header met before.
-    length = 10 + int.from_bytes(buffer[8:10], "little") if limit > 10 else 0
+    length = 10 + _LENGTH(buffer, 8)[0] if limit > 10 else 0
     header = bytes(buffer[: length if length < limit else limit])
     block = _parsed.get(header)
     if block is not None and block.offset == len(header) and block.offset + block.nbytes + 8 <= limit:
         at = block.offset + block.nbytes
         if buffer[at : at + 8] == footers.MAGIC:
             end = footers.read(buffer, at, limit)
-            if not end.names or len(end.names) == 1:
+            names = end[3]
+            if not names or len(names) == 1:
                 return (block,), end
     blocks: list[Block] = []
     at = 0
@@ -307,11 +318,11 @@ def view(buffer: Buffer, block: Block, *, writeable: bool = False) -> Array:
     order: Any = "F" if block.fortran else "C"
     array: Array
     if block.nbytes:
-        array = np.ndarray(block.shape, dtype, buffer, block.offset, None, order)
+        array = ndarray(block.shape, dtype, buffer, block.offset, None, order)
     else:
-        array = np.ndarray(block.shape, dtype, _NOTHING, 0, None, order)
-    if writeable or type(buffer) is not bytes or not block.nbytes:  # else it is read-only already
-        array.flags.writeable = writeable
+        array = ndarray(block.shape, dtype, _NOTHING, 0, None, order)
+    if array.flags.writeable is not writeable:
+        array.setflags(write=writeable)
     return array
 
 
@@ -330,15 +341,16 @@ def message(
     the arrays are over a copy of their own and do not need the buffer. writeable: whether they let themselves be
     written.
     """
-    put_time, _, _, names, meta, id, _, _, _ = footer
+    put_time, end, _, names, meta, id, _, _, _ = footer
     if copy:  # not by numpy, which would lose padding
-        buffer = (bytearray if writeable else bytes)(buffer[: footer.data_end])
+        buffer = (bytearray if writeable else bytes)(buffer[:end])
     if len(blocks) == 1:
         arrays: tuple[Array, ...] = (view(buffer, blocks[0], writeable=writeable),)
     else:
         arrays = tuple([view(buffer, block, writeable=writeable) for block in blocks])
+    seq, attempt, nbytes = known
     # Not Message(...), which is a call of Python code.
-    return tuple.__new__(Message, (arrays, names, meta, put_time, id, *known))
+    return _new(Message, (arrays, names, meta, put_time, id, seq, attempt, nbytes))
 
 
 def copied(message: Message) -> Message:
