@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -76,7 +76,6 @@ sync = os.fsync
 list_names = os.listdir
 scan = os.scandir
 seek = os.lseek  # to the end: the file's size, for a third of what fstat and its answer cost
-lock: Callable[[int], bool] = partial(lock_descriptor, blocking=False)
 unlock = unlock_descriptor
 sleep = time.sleep
 yield_core = os.sched_yield
@@ -168,6 +167,11 @@ def as_owner(path: str | os.PathLike[str]) -> Iterator[None]:
         return
     with _acting(status.st_uid, status.st_gid):
         yield
+
+
+def lock(fd: int) -> bool:
+    """Take the lock on a descriptor; false where somebody has it. A `partial` would take as long again as the call."""
+    return lock_descriptor(fd, blocking=False)
 
 
 def lock_shared(fd: int) -> bool:
@@ -423,20 +427,16 @@ def unlink_missing_ok(directory: int, name: str) -> None:
 
 
 def batches(directory: int, size: int = 256) -> Iterator[list[str]]:
-    """The names in a directory, `size` at a time. Those removed meanwhile may come or not.
-
-    directory: a descriptor; its own offset is not used, so others may list it meanwhile.
-    """
+    """The names in a directory, by its descriptor, `size` at a time; others may list it meanwhile. Those that are
+    removed then may come or not."""
     with Closing(open_directory(".", directory)) as fd, scan(fd) as entries:
         while names := [entry.name for entry in islice(entries, size)]:
             yield names
 
 
 def room(directory: int) -> tuple[int, int]:
-    """How many bytes, and how many new files, the file system takes now.
-
-    A few files are left out, for those without whom no space would come back: a reader that starts makes one.
-    """
+    """How many bytes, and how many new files, the file system takes now; but for a few files, without which no space
+    would come back: a reader that starts makes one."""
     status = statvfs(directory)
     files = max(0, status.f_favail - min(_FILES_LEFT, status.f_files >> 4)) if status.f_files else _MANY
     return status.f_bavail * status.f_frsize, files
