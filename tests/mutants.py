@@ -85,7 +85,7 @@ end-awaited | housekeeping | test_last_writer is_settled | = min(below, words[W.
 lease | housekeeping | test_directory_engine lease_ended | 0 < ends <= now: ==> False:
 lease-order | housekeeping | test_leases ended_together | reversed(active(words)): ==> active(words):
 late | consumer | test_directory_engine lease_ended | 0 < words[record + W.DUE] <= fs.monotonic_ns(): ==> False:
-attempt-asked | consumer | test_directory_engine lease_ended | and words[record + W.ATTEMPT] == delivery.attempt ==>
+attempt-asked | consumer | test_directory_engine lease_ended | delivery.attempt, token ==> words[record + 5], token
 sooner | transitions | test_leases shorter_delay | not words[W.NEXT_DUE] or due < ==> not
 extended | transitions | test_directory_engine lease_ends_which | [record + W.DUE, due] ==> [W.HOLDER, due]
 hung-view | receiving | test_views outlive | and attempt == before ==>
@@ -93,7 +93,7 @@ hung-view | receiving | test_views outlive | and attempt == before ==>
 poison | housekeeping | test_dead_letters poison_item | most and attempt >= most: ==> False:
 attempts | transitions | test_dead_letters every_way | ATTEMPT, words[record + W.ATTEMPT] + 1) ==> ATTEMPT, 1)
 attempts-lost | rebuild | test_leases remembered | tries.get(number, 0) ==> 0
-history | receiving | test_receive history | forget_history(self.session.directories, words[record + W.SEQ]) ==> pass
+history | receiving | test_receive history | forget_history(self.session.directories, seq) ==> pass
 retried-asleep | dead_letters | test_wakeups retried | seq, 1, ==> seq, 0,
 no-letter | dead_letters | test_directory_engine retried | missing := set(wanted).difference(there): ==> missing := ():
 # `failed/` takes no item
@@ -148,7 +148,7 @@ checksum | format/item | test_verify one_flipped | actual != footer.checksum: ==
 verify | receiving | test_verify a_received | verify(buffer, tail) ==> pass
 vanished | receiving | test_log each_fault | raise BadItem("its file is missing") from None ==> raise
 # spool in the lower layer of an overlay
-overlay | receiving | test_places lower_layer | tail[0] != words[record + W.PUT_TIME] ==> False
+overlay | receiving | test_places lower_layer | tail[0] != put_time ==> False
 # file system full: tmpfs and ext4 filled for real
 shortage | staging | test_order_of_calls loan | fs.is_shortage(error): ==> False:
 hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(fd,
@@ -164,7 +164,7 @@ shrunk | housekeeping | test_giving_way shrinks | pool.share(words, fs.room(dire
 evict-growing | producer | test_giving_way grow | is_shortage and recycler.make_room(1)[0]: ==> False:
 evict-opening | session | test_giving_way opens | with_room(place, journal, announce) ==> announce()
 place-left | fs | test_giving_way lacks | min(_FILES_LEFT, status.f_files >> 4) ==> 0
-share | pool | test_giving_way idle_spool | pooled + size > words[W.SHARE_BYTES] or ==>
+share | pool | test_giving_way idle_spool | pooled + size > share_bytes or ==>
 # the sessions of one process, one of which puts
 siblings | recycling | test_giving_way let_go_of | for ref in _recyclers.valuerefs(): ==> for ref in []:
 hoarding | producer | test_giving_way idle_writer | MOST_RESERVED if need < LARGE else ENOUGH_LARGE ==> MOST_RESERVED
@@ -232,7 +232,7 @@ clock-age | stat | test_stat oldest | max(0.0, ==> max(-1e9,
 fork-loan | recycling | test_loans fork_during | shared=forked) ==> shared=False)
 fork-pins | lock | test_fork stay_in_the_child | self.begun += 1 ==> pass
 fork-begun | recycling | test_fork had_begun | self.forks = forks.ended ==> self.forks = forks.begun
-fork-pooled | receiving | test_fork stay_in_the_child | recycler.releasable() ==> recycler.pins.pending[0].record
+fork-pooled | recycling | test_fork stay_in_the_child | and pin.forks == forks.begun and pin.table ==> and pin.table
 fork-reclaim | recycling | test_fork stay_in_the_child | shared = forked or ==> shared =
 fork-ack | consumer | test_fork dropped_it | pin.left or pin.forks != forks.begun ==> pin.left
 fork-crash | housekeeping | test_fork views_got | transitions.drop(journal.words ==> transitions.release(journal.words
@@ -271,9 +271,9 @@ final-use | session | test_ends | if session.is_forked or is_finalizing(): ==> i
 mutex | session | test_threads | with lock.mutex: ==> with contextlib.nullcontext():
 maxsize | producer | test_limits another_took | left <= 0: ==> False:
 # views outlive `ack`, `close`, later puts, the spool
-unpinned | receiving | test_views any_view | words[record + W.LOAN] if pin is None else self.session.token ==> 0
+unpinned | receiving | test_views any_view | loan if pin is None else self.session.token ==> 0
 closed-view | receiving | test_views outlive | transitions.drop(session ==> transitions.release(session
-lender | recycling | test_loans keeps_its_file | words[record + W.LOAN]: ==> False:
+lender | recycling | test_loans keeps_its_file | elif loan: ==> elif False:
 loan-left | staging | test_loans after_an_exception | staged.file is not None and staged.loan: ==> False:
 loan-closed | producer | test_loans read_only | self.array.flags.writeable = False ==> pass
 loan-reopened | producer | test_loans read_only_after | staged.pages.flags.writeable = False  # and ==> pass  # and
@@ -355,7 +355,7 @@ renewed | doorbell | test_taken_away thread_that_waits | ears.renew(self) ==> ea
 # a cleaner of old files
 cleaned | layout | test_taken_away cleaner | fs.lock_shared(root) ==> pass
 # spool in the lower layer of an overlay
-overlaid | receiving | test_places lower_layer | tail[0] != words[record + W.PUT_TIME] and ==> False and
+overlaid | receiving | test_places lower_layer | tail[0] != put_time and ==> False and
 # a forwarder between directories killed, failed or interrupted
 not-put | sources | test_forwarding killed | if fs.exists(directories.tmp, file)} ==> if False}
 put-known | engine | test_forwarding killed | if each not in ids}) ==> if False})

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from ..engine import retry
@@ -34,6 +35,9 @@ from .table import Words, active
 from .transitions import first
 
 _LONGEST: Final = 1e9  # seconds of a lease or delay
+_WAITING: Final = W.together(W.SEQ, W.PUT_TIME, W.ATTEMPT, W.DATA_END, W.BYTES)
+_HELD: Final = W.together(W.STATE, W.SEQ, W.OWNER)
+_FOUND: Final = W.together(W.STATE, W.SEQ, W.ATTEMPT, W.OWNER)
 
 
 class Claim:
@@ -213,7 +217,7 @@ class DirectoryConsumer(Receiver):
     @operation
     def claim(self, limit: int, lease: float | None, until: Deadline) -> list[Delivery]:
         """Take up to `limit` items in flight, for `lease` seconds or as long as this session lives."""
-        return retry(lambda: self._claim_some([], limit, lease), self.wait_for_item, until)
+        return retry(partial(self._claim_some, [], limit, lease), self.wait_for_item, until)
 
     def _claim_some(self, taken: list[Delivery], limit: int, lease: float | None) -> list[Delivery]:
         """taken: filled by the step, so that an interrupt leaves nothing in flight unknown."""
@@ -232,8 +236,8 @@ class DirectoryConsumer(Receiver):
 
     def _claim(self, limit: int, due: int, taken: list[Delivery]) -> tuple[bool, int, int]:
         """Take items in flight until `due` (monotonic ns, 0: no lease); whether nothing can come any more. A step."""
-        items, space = self.begin()
-        journal, token = self.session.journal, self.session.token
+        items, space = self.begin(1)
+        recycler, journal, token = self.recycler, self.session.journal, self.session.token
         words = journal.words
         taken.clear()  # what was taken before the index proved damaged is in flight no more
         while len(taken) < limit:
@@ -242,23 +246,26 @@ class DirectoryConsumer(Receiver):
                 break
             # First, so that whoever requeues it after an interrupt finds it.
             taken.append(self._delivery(record))
-            journal.commit(transitions.claim(words, record, token, due))
+            released = recycler.to_release()
+            journal.commit(transitions.claim(words, record, token, due, released))
+            if released:
+                recycler.pins.pending.popleft()
+        if not taken:
+            recycler.reclaim()
         space += len(taken)
         return not taken and self.has_ended(), items + pass_on(words, 0), space
 
     def _delivery(self, record: int) -> Delivery:
         """The item at `record`, which is about to be in flight here. A step."""
-        session = self.session
-        journal = session.journal
-        words = journal.words
-        seq, data_end = words[record + W.SEQ], words[record + W.DATA_END]
-        put_time = words[record + W.PUT_TIME] if data_end else 0
-        attempt, handle = words[record + W.ATTEMPT] + 1, Claim(journal.identity, record, seq, data_end)
-        given = _Given(handle, session.dropped.append)
-        given.table, given.record, given.seq, given.attempt = journal.identity, record, seq, attempt
-        handle.given = id(given)
-        self.given[handle.given] = given
-        return Delivery(seq, attempt, put_time, words[record + W.BYTES], handle)
+        journal, dropped = self.session.journal, self.session.dropped
+        table = journal.identity
+        seq, put_time, before, data_end, size = _WAITING(journal.words, record * W.WORD)
+        attempt, handle = before + 1, Claim(table, record, seq, data_end)
+        given = _Given(handle, dropped.append)
+        given.table, given.record, given.seq, given.attempt = table, record, seq, attempt
+        handle.given = number = id(given)
+        self.given[number] = given
+        return Delivery(seq, attempt, put_time if data_end else 0, size, handle)
 
     def give_back(self) -> None:
         """Requeue what nobody has any more though it was not settled."""
@@ -325,12 +332,8 @@ class DirectoryConsumer(Receiver):
         claim: Claim = delivery.handle
         session, record = self.session, claim.record
         words = session.look()
-        if (
-            claim.table is not session.journal.identity
-            or words[record + W.SEQ] != claim.seq
-            or words[record + W.STATE] != W.IN_FLIGHT
-            or words[record + W.OWNER] != session.token
-        ):
+        ours = W.IN_FLIGHT, claim.seq, session.token
+        if claim.table is not session.journal.identity or _HELD(words, record * W.WORD) != ours:
             record = session.step(self._record_of, delivery)
             words = session.look()
         return words, record
@@ -377,12 +380,8 @@ class DirectoryConsumer(Receiver):
         elif self.kept.get(claim.seq) is claim.table:  # its record is another one in the table built since
             known = active(words)
         for record in known:
-            if (
-                words[record + W.SEQ] == claim.seq
-                and words[record + W.STATE] == W.IN_FLIGHT
-                and words[record + W.OWNER] == token
-                and words[record + W.ATTEMPT] == delivery.attempt
-            ):
+            ours = W.IN_FLIGHT, claim.seq, delivery.attempt, token
+            if _FOUND(words, record * W.WORD) == ours:
                 return record
         return 0
 

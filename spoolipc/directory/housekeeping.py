@@ -30,15 +30,17 @@ _DISCARDED_AT_ONCE: Final = 64
 _TRIM_BYTES: Final = 1 << 28  # evicted in one round, above the files that must go
 
 
+_LEFT: Final = W.together(W.READY_HEAD, W.REDELIVERY_HEAD, W.SHUTDOWN, W.ENDING)
 # Whom to wake when items have left the spool
 
 
 def pass_on(words: Words, gone: int) -> int:
     """How many who wait for items are to look, after a step in which so many left the spool: all when it may be at an
     end; another one when items are left, as two puts may have woken one. A step."""
-    if gone and (words[W.SHUTDOWN] or words[W.ENDING]) and at_end(words):
+    ready, redelivery, state, ending = _LEFT(words)
+    if gone and (state or ending) and at_end(words):
         return MEMBERS
-    return 1 if words[W.READY_HEAD] or words[W.REDELIVERY_HEAD] else 0
+    return 1 if ready or redelivery else 0
 
 
 def at_end(words: Words) -> int:

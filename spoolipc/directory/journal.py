@@ -21,6 +21,7 @@ import os
 import struct
 import weakref
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,19 @@ from . import table as W
 from .layout import Directories, agree, item_name, read_shutdown, write_shutdown
 from .liveness import is_alone, process_of, token_name
 from .table import IndexDamaged, Words, known, record_in, violations
-from .transitions import ARRIVE, CLEAN, DONATE, FOLLOW, LEAVE, UNLINK, Stores, Transition, limit_stores, make
+from .transitions import (
+    ARRIVE,
+    CLEAN,
+    DONATE,
+    FOLLOW,
+    LEAVE,
+    UNLINK,
+    Stores,
+    Transition,
+    limit_stores,
+    make,
+    store,
+)
 
 NAME: Final = "index"
 NEW: Final = "index.new"
@@ -177,8 +190,8 @@ class Journal:
         """
         kind, subject, stores, move = transition
         words = self.words
-        count = len(stores)
-        if max(stores[::2]) >= len(words):
+        count, positions = len(stores), stores[::2]
+        if max(positions) >= len(words):
             raise IndexDamaged("the index links to no record")
         try:
             _ROWS[count].pack_into(self.map, _JOURNAL_AT, subject, count >> 1, *stores)
@@ -204,9 +217,7 @@ class Journal:
         elif kind == FOLLOW:
             write_shutdown(self._directories.root, subject, self._directories.file_mode)
         # A crash from here on leaves stores that recovery makes again.
-        each = iter(stores)  # as `make`, whose call would be one more for every put and get
-        for position, value in zip(each, each, strict=False):
-            words[position] = value
+        any(map(store, repeat(words), positions, stores[1::2]))  # as `make`, without its call
         words[W.MARK] = CLEAN
         if VERIFY:
             self._verify(transition)

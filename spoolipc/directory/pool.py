@@ -36,6 +36,14 @@ _LOOKS: Final = 4  # files of a bucket differ by a fifth: the first or second ne
 _LOOKS_LARGE: Final = 64  # a look costs 0.3 us, the page faults of a large file not mapped yet 0.2 ms a MB
 
 
+_ROOM: Final = W.together(
+    *(W.READY_LENGTH, W.ITEM_BYTES, W.REDELIVERY_LENGTH, W.DELAYED_COUNT, W.MAXSIZE, W.MAX_BYTES)
+)
+_POOL: Final = W.together(
+    *(W.ITEM_BYTES, W.POOL_BYTES, W.POOL_COUNT, W.RECYCLE_BYTES, W.SHARE_BYTES, W.SHARE_FILES)
+)
+
+
 def waiting(words: Words) -> int:
     """How many items wait, delayed ones included."""
     return words[W.READY_LENGTH] + words[W.REDELIVERY_LENGTH] + words[W.DELAYED_COUNT]
@@ -61,11 +69,9 @@ def why_full(words: Words, need: int) -> str:
 
 def places(words: Words, size: int) -> int:
     """How many more items in files of `size` bytes the spool's own limits allow; without the lock, a hint."""
-    maxsize, max_bytes = words[W.MAXSIZE], words[W.MAX_BYTES]
-    left = _MANY
-    if maxsize:
-        left = maxsize - words[W.READY_LENGTH] - words[W.REDELIVERY_LENGTH] - words[W.DELAYED_COUNT]
-    return min(left, (max_bytes - words[W.ITEM_BYTES]) // size) if max_bytes else left
+    ready, items, redelivered, delayed, maxsize, max_bytes = _ROOM(words)
+    left = maxsize - ready - redelivered - delayed if maxsize else _MANY
+    return min(left, (max_bytes - items) // size) if max_bytes else left
 
 
 def is_worth_waking(words: Words) -> bool:
@@ -87,8 +93,8 @@ def may_pool(words: Words, size: int) -> bool:
     A backlog that comes and goes would otherwise have its files unlinked and made again, which takes 16 writers of
     54 MB, with up to 100 items waiting, twice as long.
     """
-    limit, pooled, items = words[W.RECYCLE_BYTES], words[W.POOL_BYTES], words[W.ITEM_BYTES]
-    if not limit or pooled + size > words[W.SHARE_BYTES] or words[W.POOL_COUNT] >= words[W.SHARE_FILES]:
+    items, pooled, count, limit, share_bytes, share_files = _POOL(words)
+    if not limit or pooled + size > share_bytes or count >= share_files:
         return False
     return pooled + size <= limit or pooled + items <= max(words[W.PEAK_BYTES], items)
 

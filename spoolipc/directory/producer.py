@@ -247,8 +247,8 @@ class DirectoryProducer(Side):
 
         A crash before the rename leaves a reserved or a temporary file, after it an item.
         """
-        session, recycler = self.session, self._recycler
-        journal, file, size, loan = session.journal, staged.file, staged.size, session.token * staged.loan
+        session, recycler, journal = self.session, self._recycler, self.session.journal
+        file, size, loan = staged.file, staged.size, session.token if staged.loan else 0
         if file is None:
             record = journal.unused_record()
             pool.share(journal.words, fs.room(session.directories.root))
@@ -267,10 +267,10 @@ class DirectoryProducer(Side):
             if file is None:
                 journal.commit(transitions.put_new(words, record, size, "tmp", staged.name))
             else:
-                need = staged.need
+                need, mapped = staged.need, recycler.mappings.kept
                 if len(recycler.reserved) < (MOST_RESERVED if need < LARGE else ENOUGH_LARGE):
-                    only_mapped = need >= LARGE and len(recycler.mappings.kept) >= ENOUGH_LARGE
-                    successor, link = find_pooled(words, need, size, recycler.mappings.kept, only_mapped)
+                    only_mapped = need >= LARGE and len(mapped) >= ENOUGH_LARGE
+                    successor, link = find_pooled(words, need, size, mapped, only_mapped)
                 journal.commit(transitions.put(words, record, seq, file.name, successor, link))
         except FileNotFoundError as error:
             if isinstance(error, SpoolError):

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
-import numpy as np
+from numpy import frombuffer, uint8
 
 from ..engine import ConsumerOptions
 from ..errors import BadItem, Empty, ShutDown, UnsupportedItem, nothing_left
@@ -43,6 +43,11 @@ AT_ONCE: Final = 64
 Opened: TypeAlias = tuple[Message, object, bool]
 """An item's file, read: its message; shown, what the arrays keep alive that are views of the file's pages, None
 where they are arrays of their own; single, whether the file has no other name, so that it may be written again."""
+
+
+_SAID: Final = W.together(W.STATE, W.PUT_TIME, W.ATTEMPT, W.FILE)
+_KEPT: Final = W.together(W.NEXT_DUE, W.HOUSEKEPT)
+_TAKEN: Final = W.together(W.STATE, W.SEQ, W.ATTEMPT, W.FLAGS, W.LOAN, W.FILE, W.BYTES)
 
 
 class Taken(list[Message]):
@@ -123,7 +128,7 @@ class Receiver(Side):
         if not 0 <= time.monotonic_ns() - keeper.now < SECOND:
             self.recycler.mappings.sweep(words)
         record = words[W.REDELIVERY_HEAD] or words[W.READY_HEAD]
-        top = min(words[W.CAPACITY], len(words)) - W.RECORD  # the file may have grown beyond what is mapped
+        top = len(words) - W.RECORD  # of what is mapped: the file may have grown
         places = self._places
         try:
             place = places.pop()
@@ -148,18 +153,16 @@ class Receiver(Side):
     def open(self, words: Words, record: int, seq: int, writable: bool = False) -> Opened:
         """Map or read an item's file; writable: so that the arrays may be written, which nobody else sees. Raises
         BadItem, UnknownVersion, OSError."""
-        name, items, mappings = (
-            str(seq).zfill(20) + ".npy",
-            self.session.directories.items,
-            self.recycler.mappings,
-        )
+        name, items = str(seq).zfill(20) + ".npy", self.session.directories.items
+        mappings = self.recycler.mappings
         try:
             status = fs.stat_at(name, dir_fd=items)
         except FileNotFoundError:
             raise BadItem("its file is missing") from None
         except OSError as error:
             raise unreadable(error) from None
-        size, number = status[6], words[record + W.FILE]
+        size = status[6]
+        state, put_time, attempt, number = _SAID(words, record * W.WORD)
         kept = mappings.kept.get(number)
         if kept is not None and kept.identity == status[1:3] and kept.size == size and not writable:
             buffer: Buffer = kept.buffer
@@ -177,7 +180,7 @@ class Receiver(Side):
             else:
                 buffer = mappings.of(items, name, status, number, record)
         blocks, tail = parse(buffer, size)
-        if kept is not None and tail[0] != words[record + W.PUT_TIME] and buffer is kept.buffer:
+        if kept is not None and tail[0] != put_time and buffer is kept.buffer:
             # Device, inode and size prove nothing on an overlay: whoever mapped a file before it was copied up goes on
             # to see the old one. Its footer tells.
             mappings.forget(number)
@@ -188,13 +191,12 @@ class Receiver(Side):
         if tail[3] == () and not self.values:
             what = "is a value that a Queue put; get it from a Queue of the same path"
             raise UnsupportedItem(f"{self.path}: item {seq} {what}")
-        attempt = words[record + W.ATTEMPT] + (words[record + W.STATE] == W.WAITING)
-        known, single = (seq, attempt, size), status[3] == 1
-        if tail.data_end <= SMALL:
+        known, single = (seq, attempt + (state == W.WAITING), size), status[3] == 1
+        if tail[1] <= SMALL:
             copied = type(buffer) is not bytes
             return message(buffer, blocks, tail, known, copy=copied, writeable=writable), None, single
         # All arrays, their views and bases lead to this one's base, a memoryview that nobody else has.
-        pages: Any = np.frombuffer(buffer, np.uint8)
+        pages: Any = frombuffer(buffer, uint8)
         return message(pages, blocks, tail, known, copy=False, writeable=writable), pages.base, single
 
     def begin(self, leave: int = 0) -> tuple[int, int]:
@@ -203,12 +205,13 @@ class Receiver(Side):
         session, recycler = self.session, self.recycler
         words = session.journal.words
         items = space = 0
-        if housekeeping.is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
+        due, housekept = _KEPT(words)
+        if housekeeping.is_due(housekept, due):
             _, items, space = housekeeping.round_of(session)
-            words = session.journal.words
+            housekept = session.journal.words[W.HOUSEKEPT]
         if len(recycler.pins.pending) > leave:
             recycler.reclaim(leave)
-        if words[W.HOUSEKEPT] != session.looked_at:
+        if housekept != session.looked_at:
             session.see_itself()
         return items, space
 
@@ -251,29 +254,29 @@ class Receiver(Side):
         """
         journal, recycler = self.session.journal, self.recycler
         words = journal.words
-        waits, attempt = words[record + W.STATE] == W.WAITING, words[record + W.ATTEMPT]
+        state, seq, attempt, flags, loan, number, size = _TAKEN(words, record * W.WORD)
+        waits = state == W.WAITING
         before = 0 if waits else 1
         # Whoever had the item in flight before may still show its file.
         keep = (
             single
             and attempt == before
-            and not words[record + W.FLAGS] & W.NEVER_AGAIN
-            and (words[W.RECYCLE_BYTES] > 0 if pin is not None else may_pool(words, words[record + W.BYTES]))
+            and not flags & W.NEVER_AGAIN
+            and (words[W.RECYCLE_BYTES] > 0 if pin is not None else may_pool(words, size))
         )
         if not keep:
-            recycler.mappings.forget(words[record + W.FILE])
+            recycler.mappings.forget(number)
             if undo is not None:
                 if pin is None:
-                    pin = Pin(journal.identity, record, words[record + W.SEQ])
+                    pin = Pin(journal.identity, record, seq)
                     recycler.pins.add(pin, undo)
                 pin.forks, keep = -1, True  # is not written again
         released = 0
-        if waits and recycler.pins.pending:
-            if keep and pin is not None:
-                released = recycler.releasable()
-            if not released:
-                recycler.reclaim(len(recycler.pins.pending) - 1)
-        owner = words[record + W.LOAN] if pin is None else self.session.token
+        if waits and keep and pin is not None:
+            released = recycler.to_release()
+        elif waits and recycler.pins.pending:
+            recycler.reclaim(len(recycler.pins.pending) - 1)
+        owner = loan if pin is None else self.session.token
         try:
             journal.commit(consume(words, record, owner, keep, released))
         except OSError as error:
@@ -287,7 +290,7 @@ class Receiver(Side):
         if released:
             recycler.pins.pending.popleft()
         if attempt > before:
-            forget_history(self.session.directories, words[record + W.SEQ])
+            forget_history(self.session.directories, seq)
 
     def _has_writer(self) -> tuple[bool, int, int]:
         return liveness.has_writer(self.session.directories.root), 0, 0

@@ -280,6 +280,8 @@ class Reserved:
     size: int
 
 
+_PINNED: Final = W.together(W.STATE, W.SEQ, W.FLAGS, W.LOAN, W.OWNER, W.BYTES)
+_RESERVED: Final = W.together(W.STATE, W.OWNER, W.FILE)
 _recyclers: Final[weakref.WeakValueDictionary[int, Recycler]] = weakref.WeakValueDictionary()
 
 
@@ -305,23 +307,20 @@ class Recycler:
 
     # Of a step
 
-    def releasable(self) -> int:
-        """The record of the first file that no array shows any more, if all that is to be done is to pool it; else 0.
-        A step."""
-        pin, journal = self.pins.first(), self.session.journal
-        words, record = journal.words, pin.record
-        if (
-            not pin.left
-            and pin.forks == forks.begun
-            and pin.table is journal.identity
-            and words[record + W.SEQ] == pin.number
-            and words[record + W.STATE] == W.PINNED
-            and words[record + W.OWNER] == self.session.token
-            and not words[record + W.LOAN]
-            and not words[record + W.FLAGS] & W.NEVER_AGAIN
-            and may_pool(words, words[record + W.BYTES])
-        ):
-            return record
+    def to_release(self) -> int:
+        """The record of the first file that no array shows any more, if all that is to be done is to pool it: the
+        transition at hand does, and its maker takes the pin off those pending. Else 0, with the pending ones but for
+        the last done. A step."""
+        pending, journal, words = self.pins.pending, self.session.journal, self.session.journal.words
+        if not pending:
+            return 0
+        pin = self.pins.first()
+        if not pin.left and pin.forks == forks.begun and pin.table is journal.identity:
+            state, seq, flags, loan, owner, size = _PINNED(words, pin.record * W.WORD)
+            is_ours = seq == pin.number and state == W.PINNED and owner == self.session.token
+            if is_ours and not loan and not flags & W.NEVER_AGAIN and may_pool(words, size):
+                return pin.record
+        self.reclaim(len(pending) - 1)
         return 0
 
     def reclaim(self, leave: int = 0) -> None:
@@ -332,18 +331,20 @@ class Recycler:
             pin = self.pins.first()
             words, record = journal.words, pin.record
             pending.popleft()
-            if pin.left or pin.table is not journal.identity or words[record + W.SEQ] != pin.number:
+            if pin.left or pin.table is not journal.identity:
+                continue
+            state, seq, flags, loan, owner, size = _PINNED(words, record * W.WORD)
+            if seq != pin.number:
                 continue
             forked = pin.forks != forks.begun
-            if words[record + W.LOAN] == token:
+            if loan == token:
                 journal.commit(transitions.end_loan(words, record, shared=forked))
-            elif words[record + W.STATE] == W.PINNED and words[record + W.OWNER] == token:
-                size = words[record + W.BYTES]
+            elif state == W.PINNED and owner == token:
                 has_room = may_pool(words, size)
-                shared = forked or words[record + W.FLAGS] & W.NEVER_AGAIN
-                if shared or (words[record + W.LOAN] and not has_room):
+                shared = forked or flags & W.NEVER_AGAIN
+                if shared or (loan and not has_room):
                     journal.commit(transitions.drop(words, record))
-                elif words[record + W.LOAN]:
+                elif loan:
                     journal.commit(transitions.pass_to_lender(words, record))
                 else:
                     journal.commit(transitions.release(words, record))
@@ -364,24 +365,15 @@ class Recycler:
         journal = self.session.journal
         words = journal.words
         number = words[record + W.FILE]
-        return Reserved(
-            journal.identity,
-            record,
-            free_name(number),
-            number,
-            words[record + W.BYTES],
-        )
+        return Reserved(journal.identity, record, free_name(number), number, words[record + W.BYTES])
 
     def is_ours(self, file: Reserved) -> bool:
         """Whether a file is still this session's to write: not committed, not lost with the table. A step."""
         journal = self.session.journal
-        words, record = journal.words, file.record
-        return (
-            file.table is journal.identity
-            and words[record + W.STATE] == W.RESERVED
-            and words[record + W.OWNER] == self.session.token
-            and words[record + W.FILE] == file.number
-        )
+        if file.table is not journal.identity:
+            return False
+        ours = W.RESERVED, self.session.token, file.number
+        return _RESERVED(journal.words, file.record * W.WORD) == ours
 
     def release_all(self) -> None:
         """Put all reserved files back into the pool. A step."""

@@ -18,7 +18,10 @@ does not fit into the journal, and the commit refuses it before anything is stor
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+import operator
+from collections.abc import Callable
+from itertools import repeat
+from typing import Final, TypeAlias, cast
 
 from ..message import Limits
 from . import table as W
@@ -45,11 +48,13 @@ Transition: TypeAlias = tuple[int, int, Stores, Move | None]
 """Kind, number of the file moved, stores, move. Plain, as a named tuple costs a call each on the path of every put."""
 
 
+store: Final = cast(Callable[[Words, int, int], None], operator.setitem)
+"""`store(words, position, value)`: an assignment that `map` can make."""
+
+
 def make(words: Words, stores: Stores) -> None:
     """Make stores, in their order."""
-    each = iter(stores)
-    for position, value in zip(each, each, strict=True):
-        words[position] = value
+    any(map(store, repeat(words), stores[::2], stores[1::2]))  # in half the time that a loop takes
 
 
 # Lists
@@ -71,8 +76,8 @@ def _prepend(words: Words, stores: Stores, queue: Queue, record: int) -> None:
 def _pop(words: Words, stores: Stores, record: int) -> None:
     """Take a record off the queue that it heads."""
     queue = W.REDELIVERY if words[W.REDELIVERY_HEAD] == record else W.READY
-    following = words[record + W.NEXT]
-    stores += (queue.head, following, queue.length, words[queue.length] - 1)
+    following, length = words[record + W.NEXT], queue.length
+    stores += (queue.head, following, length, words[length] - 1)
     if not following:
         stores += (queue.tail, 0)
 
@@ -130,21 +135,26 @@ def next_seq(words: Words) -> int:
     return seq
 
 
+_BEFORE_PUT: Final = W.together(W.READY_TAIL, W.READY_LENGTH, W.ITEM_BYTES, W.POOL_BYTES, W.POOL_COUNT)
+_RESERVED: Final = W.together(W.OWNER, W.BYTES)
+_POOLED: Final = W.together(W.NEXT, W.BYTES)
+
+
 def put(words: Words, record: int, seq: int, name: str, successor: int, link: int) -> Transition:
     """RESERVED becomes WAITING, last in order; the caller has described the item in its record.
 
     seq: NEXT_SEQ. name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes
     RESERVED in its stead, or zeros.
     """
-    tail = words[W.READY_TAIL]
+    tail, length, items, pooled, count = _BEFORE_PUT(words)
+    owner, size = _RESERVED(words, record * W.WORD)
     stores = [tail + W.NEXT if tail else W.READY_HEAD, record, W.READY_TAIL, record]
-    stores += (W.READY_LENGTH, words[W.READY_LENGTH] + 1, record + W.STATE, W.WAITING, record + W.NEXT, 0)
-    stores += (W.NEXT_SEQ, seq + 1, W.NEXT_SEQ_CHECK, seq + 1 ^ W.ALL_BITS)
-    stores += (W.ITEM_BYTES, words[W.ITEM_BYTES] + words[record + W.BYTES])
+    stores += (W.READY_LENGTH, length + 1, record + W.STATE, W.WAITING, record + W.NEXT, 0)
+    stores += (W.NEXT_SEQ, seq + 1, W.NEXT_SEQ_CHECK, seq + 1 ^ W.ALL_BITS, W.ITEM_BYTES, items + size)
     if successor:
-        stores += (link, words[successor + W.NEXT], successor + W.STATE, W.RESERVED)
-        stores += (successor + W.OWNER, words[record + W.OWNER], W.POOL_COUNT, words[W.POOL_COUNT] - 1)
-        stores += (W.POOL_BYTES, words[W.POOL_BYTES] - words[successor + W.BYTES])
+        following, room = _POOLED(words, successor * W.WORD)
+        stores += (link, following, successor + W.STATE, W.RESERVED, successor + W.OWNER, owner)
+        stores += (W.POOL_COUNT, count - 1, W.POOL_BYTES, pooled - room)
     return (ARRIVE, seq, stores, ("free", name, "items", str(seq).zfill(20) + ".npy"))
 
 
@@ -173,8 +183,9 @@ def first(words: Words) -> int:
     return 0
 
 
-def claim(words: Words, record: int, owner: int, due: int) -> Transition:
-    """WAITING, the first, becomes IN_FLIGHT at `owner`, until `due` (monotonic ns, 0 for no lease)."""
+def claim(words: Words, record: int, owner: int, due: int, released: int = 0) -> Transition:
+    """WAITING, the first, becomes IN_FLIGHT at `owner`, until `due` (monotonic ns, 0 for no lease); `released` as for
+    `consume`."""
     stores: Stores = []
     _pop(words, stores, record)
     _activate(words, stores, record)
@@ -183,7 +194,13 @@ def claim(words: Words, record: int, owner: int, due: int) -> Transition:
     stores += (W.IN_FLIGHT_COUNT, words[W.IN_FLIGHT_COUNT] + 1)
     if due:
         _due_no_later(words, stores, due)
+    if released:
+        _pool(words, stores, released, words[released + W.BYTES])
     return (MEMORY, 0, stores, None)
+
+
+_BEFORE_GET: Final = W.together(W.ITEM_BYTES, W.PEAK_BYTES, W.DELIVERED_TOTAL)
+_DELIVERED: Final = W.together(W.STATE, W.SEQ, W.LOAN, W.FILE, W.BYTES)
 
 
 def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0) -> Transition:
@@ -192,11 +209,12 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
     keep: its file moves to free/, PINNED by `owner`, or POOLED where that is 0; else it is unlinked (NOTHING).
     released: a PINNED record without a LOAN that becomes POOLED in the same transition.
     """
-    seq, size, items = words[record + W.SEQ], words[record + W.BYTES], words[W.ITEM_BYTES]
-    stores = [W.ITEM_BYTES, items - size, W.DELIVERED_TOTAL, words[W.DELIVERED_TOTAL] + 1]
-    if items > words[W.PEAK_BYTES]:
+    state, seq, loan, number, size = _DELIVERED(words, record * W.WORD)
+    items, peak, total = _BEFORE_GET(words)
+    stores = [W.ITEM_BYTES, items - size, W.DELIVERED_TOTAL, total + 1]
+    if items > peak:
         stores += (W.PEAK_BYTES, items)
-    if words[record + W.STATE] == W.WAITING:
+    if state == W.WAITING:
         _pop(words, stores, record)
     else:
         stores += (W.IN_FLIGHT_COUNT, words[W.IN_FLIGHT_COUNT] - 1)
@@ -207,15 +225,15 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
         return (LEAVE, seq, stores, ("items", name, "", ""))
     if owner:
         stores += (record + W.STATE, W.PINNED, record + W.OWNER, owner)
-        if owner == words[record + W.LOAN]:  # the lender itself, who may still have the array
+        if owner == loan:  # the lender itself, who may still have the array
             stores += (record + W.LOAN, 0)
     else:
-        released = record
-        if words[record + W.LOAN]:
+        if loan:
             stores += (record + W.LOAN, 0)
+        _pool(words, stores, record, size)
     if released:
         _pool(words, stores, released, words[released + W.BYTES])
-    return (LEAVE, seq, stores, ("items", name, "free", free_name(words[record + W.FILE])))
+    return (LEAVE, seq, stores, ("items", name, "free", free_name(number)))
 
 
 def requeue(words: Words, record: int, due: int) -> Transition:

@@ -191,6 +191,11 @@ class Walk:
     def due(self) -> int:
         return self.random.choice([0, self.random.randrange(1, 1000)])
 
+    def released(self) -> int:
+        """A record to be pooled by the transition of another, or 0."""
+        free = [at for at in self.of(W.PINNED) if not self.words[at + W.LOAN]]
+        return self.random.choice([0, *free])
+
     def token(self) -> int:
         return self.random.randrange(1, 5)
 
@@ -223,7 +228,8 @@ class Walk:
         return transitions.put(self.words, record, self.words[W.NEXT_SEQ], name, *successor)
 
     def _claim(self) -> Transition | None:
-        return self._on(transitions.claim, W.WAITING, owner=self.token(), due=self.due())
+        options = {"owner": self.token(), "due": self.due(), "released": self.released()}
+        return self._on(transitions.claim, W.WAITING, **options)
 
     def _consume(self) -> Transition | None:
         record = self.pick(W.WAITING, W.WAITING, W.IN_FLIGHT)
@@ -232,8 +238,7 @@ class Walk:
         keep, owner = self.random.choice([(True, 0), (True, 3), (True, 3), (False, 0), (False, 3)])
         released = 0
         if self.words[record + W.STATE] == W.WAITING and keep and owner:
-            free = [at for at in self.of(W.PINNED) if not self.words[at + W.LOAN]]
-            released = self.random.choice([0, *free])
+            released = self.released()
         return transitions.consume(self.words, record, owner, keep, released)
 
     def _requeue(self) -> Transition | None:
