@@ -171,10 +171,12 @@ def store(buffer: WritableBuffer, layout: Layout, arrays: Sequence[Array]) -> No
     """
     if len(buffer) < layout.end:
         raise ValueError(f"a buffer of {len(buffer)} bytes for an item of {layout.end}")
+    if len(arrays) != len(layout.blocks):
+        raise ValueError(f"{len(arrays)} arrays for a layout of {len(layout.blocks)}")
     is_map = type(buffer) is mmap.mmap
     small = _SMALL_OF_MAP if is_map else _SMALL
     data: Any
-    for block, header, array in zip(layout.blocks, layout.headers, arrays, strict=True):
+    for block, header, array in zip(layout.blocks, layout.headers, arrays):  # noqa: B905 - `strict` doubles its time
         dtype = block.dtype
         if array.shape != block.shape or array.dtype != dtype:
             raise ValueError(
