@@ -42,6 +42,8 @@ _FORWARDED: Final = 256
 _AHEAD: Final = 65536
 """Bytes of a forwarded item from which on it goes piece by piece, as what is in a batch is written twice."""
 _OVERHEAD: Final = 256
+_MOST_BYTES: Final = 1 << 38
+"""Bytes of an item that no servers are asked to take, as they do not tell every client what they have."""
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 _LAST: Final = "Nats-Expected-Last-Msg-Id"
 _UNANSWERED, _NOT_LAST, _ANOTHER, _IN_PROCESS, _INCOMPLETE = 0, 10070, 10071, 10158, 10176
@@ -88,7 +90,7 @@ class NatsProducer(Session):
 
     def _packed(self, message: Message) -> _Packed:
         layout, checksum = items.layout_of(message.arrays), None
-        if self._checksum:
+        if self._checksum and layout.end <= _MOST_BYTES:
             checksum = 0
             for part in items.parts(layout, message.arrays):
                 checksum = zlib.crc32(part, checksum)
@@ -189,6 +191,8 @@ class NatsProducer(Session):
         """How many items may be put now, `room` at most, the first of so many bytes. Raises ShutDown, TooLarge,
         Full."""
         control = await self._open_control()
+        if size > _GROUP_BYTES:
+            await self._check_servers(size)
         if control.limits.maxsize:
             counts = await self.spool.counts()
             control = await self._open_control()  # news may have come meanwhile
@@ -207,6 +211,24 @@ class NatsProducer(Session):
                 raise errors.Full(f"{self.path}: full: {there} bytes taken, max_bytes={most}, {size} needed")
             room = 1
         return room
+
+    async def _check_servers(self, size: int) -> None:
+        """Raise TooLarge for more than the servers say that the account or the stream may have, or than is known to be
+        too much for any."""
+        asked = "INFO", f"STREAM.INFO.{self.spool.items}"
+        account, stream = await asyncio.gather(*map(self.link.api, asked))
+        config = stream["config"]
+        tier = account.get("tiers", {}).get(f"R{config['num_replicas']}", account)
+        kind = "max_storage" if config["storage"] == "file" else "max_memory"
+        for what, most in (
+            ("an item on servers", _MOST_BYTES),
+            ("this account of the servers", tier.get("limits", {}).get(kind, 0)),
+            ("the stream", config.get("max_bytes", 0)),
+        ):
+            if 0 < most < size:
+                raise errors.TooLarge(
+                    f"{self.path}: an item of {size} bytes can never fit: {what} may have {most}"
+                )
 
     async def _open_control(self) -> Control:
         control = await self.spool.agreed()
