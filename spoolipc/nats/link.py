@@ -316,7 +316,7 @@ class Link:
         it, at most. Where nothing comes or goes for some seconds, the last says why; what comes after that is not
         heard. A request of no subject comes back by itself."""
         found, came, sizes, ahead = list[Msg | str](), dict[str, Msg](), list[int](), 0
-        now = asyncio.get_running_loop().time
+        now, task = asyncio.get_running_loop().time, cast("asyncio.Task[Any]", asyncio.current_task())
         try:
             with self.replies() as (inbox, queue):
                 async with asyncio.timeout(TRY) as limit:
@@ -351,8 +351,8 @@ class Link:
                         sizes.append(len(payload))
                         ahead += len(payload)
                         moved()
-                        if limit.expired():  # the client goes on where it is cancelled while it sends
-                            raise TimeoutError
+                        if task.cancelling():  # the client goes on where it is cancelled while it sends
+                            raise asyncio.CancelledError
                     while len(found) < len(sizes):
                         await hear()
         except TimeoutError:

@@ -73,6 +73,8 @@ class NatsProducer(Session):
         self._checksum = options.checksum
         self._records: dict[str, tuple[int, Known]] = {}  # those we wrote last, by source
         self._met = -math.inf  # when another was seen to put at the same time
+        self._begun, self._given_up = set[str](), set[str]()  # ids of items of which pieces are there
+        self._withdrawing = asyncio.Lock()
         super().__init__(where, options.limits, options.create, options)
 
     async def begin(self) -> None:
@@ -83,8 +85,10 @@ class NatsProducer(Session):
         seqs: list[int] = []
         try:
             self.do(within(until, self._put, packed, until, seqs))
-        except errors.SpoolError as error:
-            error.seqs = tuple(seqs)
+        except BaseException as error:
+            if isinstance(error, errors.SpoolError):
+                error.seqs = tuple(seqs)
+            self.link.loop.beside(self._give_up, [each.id for each in packed])
             raise
         return seqs
 
@@ -111,12 +115,46 @@ class NatsProducer(Session):
 
     async def _put(self, waiting: list[_Packed], until: Deadline, seqs: list[int]) -> None:
         last: dict[str, int] = {}
+        await self._withdraw()
         while len(seqs) < len(waiting):
             group = await self._roomy(waiting[len(seqs) :], until, _TOGETHER)
             total = accumulate(each.size for each in group)
             group = group[: max(1, sum(nbytes <= _GROUP_BYTES for nbytes in total))]
             seqs += await self._store(group, self._most, last, partial(self._commit, last), self._known)
+            self._begun.difference_update(each.id for each in waiting[: len(seqs)])
             await self.spool.news.tell()
+
+    # Giving up
+
+    async def _give_up(self, ids: list[str]) -> None:
+        """Remove the pieces of those that a put that has ended did not make items; what fails is tried again."""
+        given_up = self._begun.intersection(ids)
+        self._begun -= given_up
+        self._given_up |= given_up
+        await within(NOW, self._withdraw)
+
+    async def _withdraw(self) -> None:
+        async with self._withdrawing:
+            for number in [*self._given_up]:
+                # What makes it an item may be on its way still: after one more piece it is refused.
+                stored, _ = await self._sent([Request(self.spool.subject("chunk", number))])
+                if stored and not await self._is_there(number):
+                    asked = {"filter": self.spool.subject("chunk", number), "seq": stored[0]["seq"] + 1}
+                    await self.link.api(f"STREAM.PURGE.{self.spool.items}", asked)
+                    await self.spool.news.tell()
+                if stored:
+                    self._given_up.discard(number)
+
+    async def _is_there(self, number: str) -> bool:
+        """Whether there is an item of that id, or a dead letter, either of which may become the other meanwhile."""
+        return bool(
+            (await self.spool.last(self.spool.items, "item", number))[0]
+            or await self.spool.subjects(self.spool.notes, "dead", "*", number, "*")
+            or (await self.spool.last(self.spool.items, "item", number))[0]
+        )
+
+    async def leave(self) -> None:
+        await self._withdraw()
 
     # Forwarding
 
@@ -265,6 +303,7 @@ class NatsProducer(Session):
                 for each in group:
                     if each.size > most:
                         await self.spool.forget(self.spool.items, "chunk", each.id)
+                        self._begun.discard(each.id)
                 raise errors.StorageError(
                     0, f"{self.path}: the server refuses the item: {error['description']}"
                 )
@@ -288,6 +327,7 @@ class NatsProducer(Session):
         def pieces() -> Iterator[Request]:
             for each in sending:
                 if time.monotonic() - began < ORPHANED / 3:
+                    self._begun.add(each.id)
                     yield from self._pieces(each)
 
         said, error = await self._sent(pieces()) if sending else ([], None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from nats_engine.server import Server
-from spoolipc import SpoolWriter, TooLarge
+from spoolipc import ServerUnreachable, SpoolReader, SpoolWriter, TooLarge, failed_retry, stat
 from spoolipc.nats.producer import NatsProducer
 
 
@@ -60,3 +62,67 @@ def test_item_that_can_never_fit_is_too_large_and_nothing_is_sent(
         with pytest.raises(TooLarge, match="can never fit: the stream may have 60000000"):
             filed.put_many([np.zeros(3), np.broadcast_to(np.uint8(0), (70_000_000,))], timeout=5)
         assert filed.qsize() == 1
+
+
+def test_pieces_of_a_put_that_is_interrupted_are_gone_before_the_next(
+    small_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces, url = NatsProducer._pieces, small_server.url("interrupted")
+
+    def interrupted(self: NatsProducer, packed: Any) -> Any:
+        for number, request in enumerate(pieces(self, packed)):
+            if number == 300:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            yield request
+
+    with SpoolWriter(url, max_bytes=70_000_000) as writer, SpoolReader(url) as reader:
+        for _ in range(3):
+            with monkeypatch.context() as patch:
+                patch.setattr(NatsProducer, "_pieces", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    writer.put(np.zeros(60_000_000, np.uint8))
+            writer.put(np.ones(60_000_000, np.uint8), timeout=0)
+            assert reader.get(timeout=20).all()
+            assert stat(url).bytes == 0
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_item_whose_put_fails_when_it_is_stored_keeps_its_pieces(
+    small_server: Server, monkeypatch: pytest.MonkeyPatch, is_dead: bool
+) -> None:
+    commit, url, array = NatsProducer._commit, small_server.url(f"stored-{is_dead}"), np.arange(1_000_000)
+
+    async def failing(self: NatsProducer, *args: Any) -> Any:
+        await commit(self, *args)
+        if is_dead:
+            await asyncio.to_thread(lambda: reader.receive(timeout=20).reject("no good"))
+        raise ServerUnreachable("away")
+
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        with monkeypatch.context() as patch:
+            patch.setattr(NatsProducer, "_commit", failing)
+            with pytest.raises(ServerUnreachable, match="away"):
+                writer.put(array)
+        writer.put(np.zeros(1))
+        if is_dead:
+            assert reader.get(timeout=20).shape == (1,)
+            failed_retry(url)
+        assert np.array_equal(reader.get(timeout=20), array)
+
+
+def test_pieces_of_a_put_that_failed_are_gone_when_its_writer_is_closed(
+    small_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they could not be removed at once."""
+    url = small_server.url("failed")
+
+    async def failing(self: NatsProducer, *_: Any) -> Any:
+        raise ServerUnreachable("away")
+
+    with SpoolWriter(url) as writer, monkeypatch.context() as patch:
+        patch.setattr(NatsProducer, "_commit", failing)
+        patch.setattr(NatsProducer, "_is_there", failing)
+        with pytest.raises(ServerUnreachable, match="away"):
+            writer.put(np.zeros(1_000_000))
+        assert stat(url).bytes > 8_000_000
+    assert stat(url).bytes == 0
