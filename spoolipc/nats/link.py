@@ -100,12 +100,14 @@ class Loop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns; it is cancelled when this thread is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(_ended(work), self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # it holds the error, which holds this frame
 
     async def settled(self) -> None:
         """Wait for what was begun beside before this, some seconds at most: who counts is to count what it did."""
@@ -316,7 +318,7 @@ class Link:
         it, at most. Where nothing comes or goes for some seconds, the last says why; what comes after that is not
         heard. A request of no subject comes back by itself."""
         found, came, sizes, ahead = list[Msg | str](), dict[str, Msg](), list[int](), 0
-        now, task = asyncio.get_running_loop().time, cast("asyncio.Task[Any]", asyncio.current_task())
+        now = asyncio.get_running_loop().time
         try:
             with self.replies() as (inbox, queue):
                 async with asyncio.timeout(TRY) as limit:
@@ -351,7 +353,7 @@ class Link:
                         sizes.append(len(payload))
                         ahead += len(payload)
                         moved()
-                        if task.cancelling():  # the client goes on where it is cancelled while it sends
+                        if _is_cancelled():  # the client goes on where it is cancelled while it sends
                             raise asyncio.CancelledError
                     while len(found) < len(sizes):
                         await hear()
@@ -481,6 +483,18 @@ class _Quiet:
         chosen = sorted(servers, key=lambda each: each.uri.netloc == self._left)[turn % len(servers)]
         self.chosen = chosen.uri.netloc
         return chosen, min(5.0, 0.05 * 2 ** min(turn // len(servers), 10)) if turn else 0.0
+
+
+async def _ended(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. Of one that was cancelled no frame is kept: one has the task, which would keep them all."""
+    with suppress(asyncio.CancelledError):
+        return await work
+    raise asyncio.CancelledError
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def header(msg: Msg, name: str, default: str = "") -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc as collector
+import signal
+import threading
 from functools import partial
 from typing import Any
 
@@ -11,9 +14,21 @@ import numpy as np
 import pytest
 
 from nats_engine.server import Server
-from spoolipc import JoinableQueue, ServerUnreachable, ShutDown, SpoolReader, SpoolWriter, remove, stat
+from spoolipc import (
+    Empty,
+    Full,
+    JoinableQueue,
+    LimitMismatch,
+    ServerUnreachable,
+    ShutDown,
+    SpoolReader,
+    SpoolWriter,
+    remove,
+    stat,
+)
 from spoolipc.aio import AsyncSpoolReader, AsyncSpoolWriter
 from spoolipc.nats import session
+from spoolipc.nats.producer import NatsProducer
 from spoolipc.nats.spool import Spool
 
 
@@ -76,6 +91,65 @@ def test_faces_of_asyncio_dropped_after_their_loop_have_left(url: str) -> None:
     asyncio.run(run())
     collector.collect()
     assert stat(url).live_sessions == 0
+
+
+def interrupt() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def interrupted_put(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = NatsProducer._pieces
+
+    def interrupting(self: NatsProducer, packed: Any) -> Any:
+        for number, request in enumerate(pieces(self, packed)):
+            if number == 20:
+                interrupt()
+            yield request
+
+    monkeypatch.setattr(NatsProducer, "_pieces", interrupting)
+    SpoolWriter(url, fresh=True).put(np.zeros(20_000_000))
+
+
+def interrupted_get(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pull = Spool.pull
+
+    def interrupting(self: Spool, limit: int, seconds: float = 0.0) -> Any:
+        if seconds:
+            interrupt()
+        return pull(self, limit, seconds)
+
+    monkeypatch.setattr(Spool, "pull", interrupting)
+    SpoolReader(url).get()
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "error"),
+    [
+        ("limits", lambda url, _: SpoolWriter(url, maxsize=7), LimitMismatch),
+        ("put", lambda url, _: SpoolWriter(url).put(np.zeros(3)), ShutDown),
+        ("get", lambda url, _: SpoolReader(url).get(), ShutDown),
+        ("many", lambda url, _: SpoolWriter(url).put_many([np.zeros(3)] * 3, timeout=0), Full),
+        ("receive", lambda url, _: SpoolReader(url).receive(timeout=0.1), Empty),
+        ("put-interrupted", interrupted_put, KeyboardInterrupt),
+        ("get-interrupted", interrupted_get, KeyboardInterrupt),
+    ],
+)
+def test_who_is_dropped_with_an_error_has_left_before_the_collector_runs(
+    server: Server, monkeypatch: pytest.MonkeyPatch, name: str, call: Any, error: Any
+) -> None:
+    url = server.url(f"error-{name}")
+    with SpoolWriter(url, maxsize=2) as writer:
+        if error is ShutDown:
+            writer.shutdown()
+    collector.collect()
+    collector.disable()
+    try:
+        with contextlib.suppress(error):
+            call(url, monkeypatch)
+            raise AssertionError("no error")
+        assert stat(url).live_sessions == 0
+    finally:
+        collector.enable()
 
 
 @pytest.mark.parametrize("face", [SpoolWriter, partial(SpoolReader, end="writers")])
