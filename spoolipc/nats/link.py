@@ -110,10 +110,10 @@ class Loop:
             del future  # it holds the error, which holds this frame
 
     async def settled(self) -> None:
-        """Wait for what was begun beside before this, some seconds at most: who counts is to count what it did."""
+        """Wait for what was begun beside before this, a moment at most: who counts is to count what it did."""
         task = asyncio.current_task()
         if earlier := [*itertools.takewhile(lambda each: each is not task, self._beside)]:
-            await asyncio.wait(earlier, timeout=TRY)
+            await asyncio.wait(earlier, timeout=TRY / 2)
 
     def is_this_thread(self) -> bool:
         return threading.current_thread() is self._thread

@@ -195,8 +195,8 @@ class Session:
                 self.link.loop.beside(end)
 
     async def _close(self) -> None:
-        await self.link.loop.settled()
-        if self._renewing is not None:
+        if self._renewing is not None:  # it was opened
+            await self.link.loop.settled()
             self._renewing.cancel()
         with suppress(errors.SpoolError, nats.errors.Error):
             if self.link.client.is_connected:

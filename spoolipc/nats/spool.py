@@ -402,7 +402,7 @@ class Spool:
     async def pull(self, limit: int, seconds: float = 0.0) -> list[Msg]:
         """Up to `limit` items that wait, or the first that come within so many seconds: in flight from now on."""
         asked = {"batch": limit, "no_wait": True} | ({"expires": int(seconds * _NS)} if seconds else {})
-        found: list[Msg] = []
+        found, began = list[Msg](), time.monotonic()
         try:
             with self.link.replies(limit) as (inbox, queue):
                 async with asyncio.timeout(TRY + seconds):
@@ -411,7 +411,8 @@ class Spool:
                     while len(found) < limit and (msg := await queue.get()) and not status(msg):
                         found.append(msg)
         except (TimeoutError, nats.errors.Error):
-            pass
+            if not found:
+                self.link.check(began, "it says nothing")
         except BaseException:
             for msg in found:
                 await self.refuse(msg)

@@ -253,6 +253,33 @@ def test_calls_keep_their_timeout_while_a_server_hangs_and_closing_ends(
         own_server.go()
 
 
+def test_time_that_a_hung_server_takes_is_that_of_one_try_and_a_moment(
+    own_server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Also where what was begun beside does not end."""
+    url, loop, ended = own_server.url("hung"), linking.loop(), asyncio.Event()
+
+    async def beside() -> None:
+        await ended.wait()
+
+    def took(call: Any) -> float:
+        began = time.monotonic()
+        with pytest.raises(ServerUnreachable):
+            call()
+        return time.monotonic() - began
+
+    with SpoolWriter(url, maxsize=3) as writer, SpoolReader(url) as reader:
+        own_server.hang()
+        request.addfinalizer(own_server.go)
+        assert took(partial(reader.get, timeout=0.1)) < 3.5, "it is asked once, for 2 seconds"
+        monkeypatch.setattr(linking, "TRY", 4.0)
+        loop.beside(beside)
+        assert took(writer.qsize) < 7.5, "it waits 2 seconds before it asks"
+        assert took(partial(SpoolWriter, url)) < 6.5, "it tries to connect for 5 seconds, and closes at once"
+        loop._loop.call_soon_threadsafe(ended.set)
+        own_server.go()
+
+
 @pytest.mark.parametrize("size", [10, LARGE, 2_500_000])
 def test_what_a_server_hears_once_more_and_late_changes_nothing(
     server: Server, url: str, size: int, monkeypatch: pytest.MonkeyPatch
