@@ -181,6 +181,10 @@ class Known(NamedTuple):
     acknowledged: Mapping[str, int] = {}
     put: Mapping[str, int] = {}
 
+    def has(self, message: Message) -> bool:
+        """Whether this one came. An item that came, went on and came to its source again has another number there."""
+        return message.seq in (self.acknowledged.get(message.id), self.put.get(message.id))
+
     def after(self, done: Collection[str], new: Mapping[str, int]) -> Known:
         """The same when those of `done` are acknowledged, and then others were put."""
         acknowledged = dict(self.acknowledged) | {each: seq for each, seq in self.put.items() if each in done}
@@ -205,7 +209,15 @@ class Source(Protocol):
     """A capability of a consumer: its items can be forwarded."""
 
     def name(self) -> str:
-        """The name of the spool, which no other has: it stays its own however it is reached."""
+        """The name of the spool, which no other has but a copy of its directory: it stays its own however it is
+        reached."""
+
+    def identity(self) -> object:
+        """Equal to that of a `Destination` where both are of the same spool, and to that of no other spool."""
+
+    def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+        """Let items in flight here wait again, as if they had not been delivered; those that are not any more stay as
+        they are."""
 
     def browse(self, after: int) -> Iterator[Message]:
         """The items that wait or are in flight and have a number above `after`, in the order of their numbers: copies,
@@ -215,6 +227,9 @@ class Source(Protocol):
 @runtime_checkable
 class Destination(Protocol):
     """A capability of a producer: items forwarded from another spool, each of them once, whatever crashes when."""
+
+    def identity(self) -> object:
+        """Equal to that of a `Source` where both are of the same spool, and to that of no other spool."""
 
     def forwarded(self, source: str) -> Known:
         """What `put_forwarded` put last from the spool of that name. To be called before it. Raises SpoolInUse while

@@ -8,6 +8,7 @@ away is opened again, with pauses, until it is there.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -39,9 +40,11 @@ from .errors import (
     ServerUnreachable,
     ShutDown,
     SpoolGone,
+    StorageError,
+    TooLarge,
     UnsupportedOperation,
 )
-from .message import NOW, Ack, Delivery, Message, flag, one_of, whole
+from .message import NOW, Ack, Delivery, Message, Reject, flag, one_of, whole
 
 Place = str | os.PathLike[str]
 T = TypeVar("T")
@@ -79,13 +82,14 @@ def forward(
     durability: of the destination, as for SpoolWriter. stop: end as soon as it is set, with nothing in doubt. moved:
     called after each batch with its items and bytes.
 
-    An item that cannot be read is a dead letter of the source; with `keep` it is passed over. One process forwards from
-    a source to a destination: another that is begun meanwhile raises SpoolInUse, or makes the first one do so. While
-    the destination is full, or an end is away, this waits, and the log says so once, and when it goes on. Servers that
-    do not answer may be away from the first. A destination that is not there is made, but not again where it was
-    removed since: it is waited for. Raises NotASpool for a source that is not there when it is first looked for, and
-    for a destination that cannot be made a spool then; TooLarge for an item that the destination never takes,
-    UnsafeSpool, AccessDenied, StorageError.
+    An item that cannot be read, or that the destination never takes, is a dead letter of the source; with `keep` it is
+    passed over, and the log says so. One that went on from the destination and came back to the source is another one.
+    One process forwards from a source to a destination: another that is begun meanwhile raises SpoolInUse, or makes the
+    first one do so. While the destination, or its disk, is full, or an end is away, this waits, and the log says so
+    once, and when it goes on. Servers that do not answer may be away from the first. A destination that is not there is
+    made, but not again where it was removed since: it is waited for. Raises NotASpool for a source that is not there
+    when it is first looked for, and for a destination that cannot be made a spool then; ValueError where both are one
+    spool; UnsafeSpool, AccessDenied, StorageError.
     """
     one_of("end", end, "shutdown", "writers")
     if flag("keep", keep) and end == "writers":
@@ -108,16 +112,14 @@ def forward(
             ends.enter_context(closing(consumer))
             producer = one.opened("destination", lambda: connect(destination).producer(writing()))
             ends.enter_context(closing(producer))
-            if consumer.path == producer.path:
-                raise ValueError(f"{consumer.path} is both source and destination")
+            take, give = cast(_From, consumer), cast(_To, producer)
+            if take.identity() == give.identity():
+                what = "" if take.path == give.path else f", as {give.path} is the same spool"
+                raise ValueError(f"{take.path} is both source and destination{what}")
             if keep:
-                one.copy(
-                    cast(_From, consumer),
-                    cast(_To, producer),
-                    lambda: connect(source).admin().stat().state != "open",
-                )
+                one.copy(take, give, lambda: connect(source).admin().stat().state != "open")
             else:
-                one.move(cast(_From, consumer), cast(_To, producer))
+                one.move(take, give)
 
     one.run(move)
     return one.total
@@ -189,19 +191,29 @@ class _Forwarder:
     # Moving
 
     def move(self, consumer: _From, producer: _To) -> None:
-        """Until the source has ended, or nothing waits."""
-        source = consumer.name()
-        known = producer.forwarded(source)
-        here = {*known.acknowledged, *known.put}
-        waiting: list[Delivery] = []
-        done: list[str] = []
-        while producer.full():  # what is claimed and then not put has one attempt more
+        """Until the source has ended, or nothing waits. What is claimed and not put goes back, without an attempt
+        more."""
+        while producer.full():  # of one that is killed amid waiting, it would have one more
             self._has_no_room(producer)
             if self._stop.wait(0.2):
                 return
+        waiting: list[Delivery] = []
+        try:
+            self._move(consumer, producer, waiting)
+        finally:
+            with suppress(*_AWAY):
+                consumer.unclaim(waiting)
+
+    def _move(self, consumer: _From, producer: _To, waiting: list[Delivery]) -> None:
+        """The same. waiting: what is claimed and neither put nor a dead letter."""
+        source = consumer.name()
+        known = producer.forwarded(source)
+        here = {*known.acknowledged.items(), *known.put.items()}
+        done: list[str] = []
         while not self._stop.is_set():
             try:
-                waiting = waiting or self._claim(consumer)
+                if not waiting:
+                    waiting += self._claim(consumer)
             except ShutDown:
                 return
             except Empty:
@@ -211,12 +223,19 @@ class _Forwarder:
                 continue
             batch = self._batch(consumer, waiting, here, done)
             while batch:
-                count = self._put(producer, source, [message for _, message in batch], done)
+                try:
+                    count = self._put(producer, source, [message for _, message in batch], done)
+                except TooLarge as error:  # the first
+                    with suppress(LeaseExpired):
+                        consumer.settle(waiting[:1], Reject(str(error)))
+                    del waiting[0], batch[0]
+                    continue
                 if not count:
                     return
                 arrived, batch = batch[:count], batch[count:]
                 done = _acknowledge(consumer, arrived)
-                here |= {message.id for _, message in arrived} - set(done)  # these will be delivered again
+                del waiting[:count]
+                here |= {(one.id, one.seq) for _, one in arrived if one.id not in done}  # these come again
                 self._count(producer, [message for _, message in arrived])
 
     def _claim(self, consumer: _From) -> list[Delivery]:
@@ -231,32 +250,46 @@ class _Forwarder:
         return found
 
     def _batch(
-        self, consumer: _From, waiting: list[Delivery], here: set[str], done: list[str]
+        self, consumer: _From, waiting: list[Delivery], here: set[tuple[str, int]], done: list[str]
     ) -> list[tuple[Delivery, Message]]:
-        """Take out of `waiting` the first items that may be on their way together; those that the destination has are
-        acknowledged, and those that cannot be read passed over."""
-        batch: list[tuple[Delivery, Message]] = []
+        """The first of `waiting`, that may be on their way together. Taken out of it are those before that the
+        destination has, by their ids and numbers, which are acknowledged, and those that cannot be read."""
+        batch: dict[str, tuple[Delivery, Message]] = {}
         total = 0
         for delivery in list(waiting):
             if batch and total + delivery.size > self._max_bytes:
                 break
             with suppress(BadItem, LeaseExpired):
                 message = consumer.load(delivery)
-                if message.id in here:
-                    done += _acknowledge(consumer, [(delivery, message)])
-                else:
-                    batch.append((delivery, message))
+                if message.id in batch:  # it went round and came again
+                    break
+                if (message.id, message.seq) not in here:
+                    batch[message.id] = delivery, message
                     total += message.nbytes
+                    continue
+                done += _acknowledge(consumer, [(delivery, message)])
             waiting.remove(delivery)
-        return batch
+        return [*batch.values()]
 
     def _put(self, producer: _To, source: str, messages: Sequence[Message], done: Sequence[str]) -> int:
-        """Put the first of them, as soon as there is room; how many: none when this is to stop."""
+        """Put the first of them, as soon as there is room; how many: none when this is to stop. Raises TooLarge where
+        the first is what never fits."""
         while not self._stop.is_set():
             try:
                 return producer.put_forwarded(source, messages, time.monotonic() + _LOOK, done)
             except Full:
                 self._has_no_room(producer)
+            except TooLarge:
+                if len(messages) == 1:
+                    raise
+                messages = messages[: len(messages) // 2]
+            except StorageError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                if len(messages) == 1:
+                    self._has_no_room(producer)
+                    self._stop.wait(_LOOK)
+                messages = messages[: max(1, len(messages) // 2)]
         return 0
 
     def _has_no_room(self, producer: _To) -> None:
@@ -288,7 +321,12 @@ class _Forwarder:
             before = after
             for batch in self._batches(consumer.browse(after)):
                 while batch and not self._stop.is_set():
-                    count = self._put(producer, source, batch, [*known.put])
+                    try:
+                        count = self._put(producer, source, batch, [*known.put])
+                    except TooLarge as error:
+                        _log.error("%s: item %d is passed over: %s", consumer.path, batch[0].seq, error)
+                        after = batch.pop(0).seq
+                        continue
                     if not count:
                         return
                     known = Known({}, {message.id: message.seq for message in batch[:count]})

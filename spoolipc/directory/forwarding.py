@@ -9,8 +9,8 @@ from functools import partial
 from ..engine import Known, retry
 from ..errors import BadItem, UnknownVersion
 from ..format import item as items
-from ..message import Deadline, Message
-from . import fs, sources
+from ..message import Deadline, Delivery, Message
+from . import fs, sources, transitions
 from .consumer import DirectoryConsumer
 from .itemfile import ItemFile
 from .layout import item_name, item_number
@@ -24,6 +24,11 @@ class DirectoryDestination(DirectoryProducer):
     """A writer's session that can put items forwarded from elsewhere. Keeps `spoolipc.engine.Destination`."""
 
     _forwards = False
+
+    @operation
+    def identity(self) -> object:
+        """What tells the spool from all others of this machine, by whatever path."""
+        return fs.fstat(self.session.directories.root)[1:3]  # inode and device
 
     @operation
     def forwarded(self, source: str) -> Known:
@@ -78,6 +83,26 @@ class DirectorySource(DirectoryConsumer):
     def name(self) -> str:
         """The name of the spool, which no other has."""
         return self.session.step(sources.own_name, self.session)
+
+    @operation
+    def identity(self) -> object:
+        """What tells the spool from all others of this machine, by whatever path."""
+        return fs.fstat(self.session.directories.root)[1:3]  # inode and device
+
+    @operation
+    def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+        """Let items in flight here wait again, as if they had not been delivered."""
+        self.session.step(self._unclaim, deliveries)
+
+    def _unclaim(self, deliveries: Sequence[Delivery]) -> tuple[None, int, int]:
+        """A step."""
+        journal, count = self.session.journal, 0
+        for delivery in deliveries:
+            if record := self._find(delivery):
+                journal.commit(transitions.requeue(journal.words, record, 0, counted=1))
+                self.given.pop(delivery.handle.given, None)
+                count += 1
+        return None, count, 0
 
     def browse(self, after: int) -> Iterator[Message]:
         """The items that wait or are in flight, from the one after that number on, copied where they are."""

@@ -236,9 +236,10 @@ def consume(words: Words, record: int, owner: int, keep: bool, released: int = 0
     return (LEAVE, seq, stores, ("items", name, "free", free_name(number)))
 
 
-def requeue(words: Words, record: int, due: int) -> Transition:
-    """IN_FLIGHT or DELAYED becomes WAITING, before all never delivered, or DELAYED until `due` (monotonic ns)."""
-    stores: Stores = []
+def requeue(words: Words, record: int, due: int, counted: int = 0) -> Transition:
+    """IN_FLIGHT or DELAYED becomes WAITING, before all never delivered, or DELAYED until `due` (monotonic ns).
+    counted: 1 where being in flight was no attempt."""
+    stores: Stores = [record + W.ATTEMPT, words[record + W.ATTEMPT] - counted] if counted else []
     if words[record + W.STATE] == W.IN_FLIGHT:
         stores += (W.IN_FLIGHT_COUNT, words[W.IN_FLIGHT_COUNT] - 1)
         delayed = words[W.DELAYED_COUNT]

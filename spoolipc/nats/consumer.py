@@ -473,8 +473,10 @@ class NatsConsumer(Session):
                     raise errors.Empty(f"{self.path}: no item waits")
 
     def name(self) -> str:
-        stream = f"STREAM.INFO.{self.spool.items}"
-        return f"{self.spool.items} {self.do(self.link.api(stream))['created']}"
+        return self.identity()
+
+    def unclaim(self, deliveries: Sequence[Delivery]) -> None:
+        self.do(self._put_back([delivery.handle.held for delivery in deliveries]))
 
     def browse(self, after: int) -> Iterator[Message]:
         while some := self.do(self.spool.first(after + 1, count=16)):

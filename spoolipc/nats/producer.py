@@ -10,6 +10,7 @@ aside and then to the stream, which takes two to four times as long.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import math
@@ -47,6 +48,7 @@ _MOST_BYTES: Final = 1 << 38
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 _LAST: Final = "Nats-Expected-Last-Msg-Id"
 _UNANSWERED, _NOT_LAST, _ANOTHER, _IN_PROCESS, _INCOMPLETE = 0, 10070, 10071, 10158, 10176
+_NO_SPACE: Final = (10002, 10023, 10028, 10047)
 _PASSING: Final = (_UNANSWERED, _ANOTHER, _IN_PROCESS, _INCOMPLETE)
 """What another try may mend: the last, where a server begins again amid a batch."""
 
@@ -180,7 +182,9 @@ class NatsProducer(Session):
         last: dict[str, int] = {}
         record = self._records.pop(source) if source in self._records else await self._forwarded(source)
         before, known = record
-        if found := [each.id for each in packed if each.id in known.put]:  # an earlier call was not answered
+        if found := [
+            each.id for each in packed if known.has(each.message)
+        ]:  # an earlier call was not answered
             return found
 
         async def commit(ready: list[_Packed]) -> tuple[list[str], _Error | None]:
@@ -200,7 +204,7 @@ class NatsProducer(Session):
 
         async def there(number: str) -> list[str]:
             now, then = await self._forwarded(source)
-            found = [each.id for each in packed if each.id in then.put]
+            found = [each.id for each in packed if then.has(each.message)]
             if now != before and not found:
                 what = "another process forwards from the same spool to it"
                 raise errors.SpoolInUse(0, f"{self.path}: {what}")
@@ -304,9 +308,9 @@ class NatsProducer(Session):
                     if each.size > most:
                         await self.spool.forget(self.spool.items, "chunk", each.id)
                         self._begun.discard(each.id)
-                raise errors.StorageError(
-                    0, f"{self.path}: the server refuses the item: {error['description']}"
-                )
+                number = errno.ENOSPC if error["err_code"] in _NO_SPACE else 0
+                what = f"the server refuses the item: {error['description']}"
+                raise errors.StorageError(number, f"{self.path}: {what}")
             if error["err_code"] == _ANOTHER:
                 last.clear()  # they may have been removed since, where this process was stopped for long
             self.spool.control = None

@@ -172,6 +172,11 @@ class Session:
 
         return self.do(within(NOW, read))
 
+    def identity(self) -> str:
+        """The name of the spool on its servers, and when it was made there, to the nanosecond."""
+        stream = f"STREAM.INFO.{self.spool.items}"
+        return f"{self.spool.items} {self.do(self.link.api(stream))['created']}"
+
     def qsize(self) -> int:
         return self.do(within(NOW, self._qsize))
 

@@ -318,3 +318,20 @@ class TestPaths:
             other.run("for place in places: SpoolWriter(place / 'spool').put(np.zeros(9))")
             assert other.ask("[stat(place / 'spool').file_system for place in places][1:]") == ["tmpfs"] * 3
             assert other.ask("[stat(place / 'spool').depth for place in places]") == [1] * 4
+
+    @pytest.mark.fault
+    @needs_namespaces[1]
+    def test_spool_is_not_forwarded_to_itself_by_another_mount(self, tmp_path: Path) -> None:
+        (mounted := tmp_path / "mounted").mkdir()
+        with container(
+            tmp_path, f"mkdir {tmp_path}/source && mount --bind {tmp_path}/source {mounted}"
+        ) as other:
+            other.run("SpoolWriter(path + '/source').put(np.zeros(9))")
+            other.run(
+                "import spoolipc\n"
+                "try: spoolipc.forward(path + '/source', path + '/mounted', until_empty=True)\n"
+                "except ValueError as error: said = str(error)"
+            )
+            what = f"{tmp_path}/source is both source and destination, as {mounted} is the same spool"
+            assert other.ask("said") == what
+            assert other.ask("stat(path + '/source').depth") == 1

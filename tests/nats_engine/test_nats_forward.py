@@ -186,6 +186,62 @@ def test_batch_that_a_server_has_a_part_of_is_sent_again(
     assert len(lost) == 1
 
 
+def test_spool_on_servers_is_not_forwarded_to_itself_by_another_name_of_its_server(server: Server) -> None:
+    url = server.url("itself")
+    fill(url, 3)
+    with pytest.raises(ValueError, match=r"both source and destination, as .* is the same spool"):
+        forward(url, url.replace("127.0.0.1", "localhost"), until_empty=True)
+    assert stat(url).depth == 3
+
+
+@pytest.mark.parametrize(("first", "second"), [("server", "server"), ("directory", "server")])
+def test_item_that_comes_round_is_another_one(
+    place: Callable[[str, str], str], first: str, second: str
+) -> None:
+    one, other = place(first, f"round-{first}"), place(second, f"trip-{first}")
+    ids = fill(one, 12)
+    for origin, to in [(one, other), (other, one)] * 2:
+        assert forward(origin, to, until_empty=True) == 12
+        assert (stat(origin).depth, stat(to).depth) == (0, 12)
+    assert drained(one) == ids
+
+
+def test_what_is_claimed_on_servers_and_not_put_goes_back_without_an_attempt(
+    server: Server, tmp_path: Path
+) -> None:
+    url = server.url("unclaimed")
+    ids = fill(url, 6)
+    stop = threading.Event()
+    for number in range(2):
+        stop.clear()
+        assert forward(url, tmp_path / "to", moved=lambda _, __: stop.set(), stop=stop, max_bytes=1) == 1
+        assert stat(url).depth == 5 - number
+    with SpoolReader(url) as reader:
+        found = [reader.receive() for _ in range(4)]
+        assert [(each.id, each.attempt) for each in found] == [(each, 1) for each in ids[2:]]
+
+
+def test_servers_whose_disk_is_full_are_waited_for(tmp_path: Path) -> None:
+    config = f'jetstream {{ store_dir: "{tmp_path}/small", max_file_store: 20MB }}'
+    own = Server(tmp_path, config)
+    try:
+        url, source = own.url("small"), tmp_path / "source"
+        with SpoolWriter(source) as writer:
+            for number in range(50):
+                writer.put(np.full(100_000, number))
+        stop = threading.Event()
+        running = threading.Thread(target=forward, args=(source, url), kwargs={"stop": stop})
+        running.start()
+        with SpoolReader(url) as reader:
+            for number in range(50):
+                assert (reader.get(timeout=100) == number).all()
+        stop.set()
+        running.join()
+        assert (stat(source).depth, stat(source).failed) == (0, 0)
+    finally:
+        own.stop()
+
+
 def test_item_that_cannot_be_read_is_a_dead_letter_of_the_source(server: Server, tmp_path: Path) -> None:
     source, destination = str(tmp_path / "source"), server.url("unreadable")
     ids = fill(source, 3)

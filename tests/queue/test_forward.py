@@ -637,6 +637,53 @@ def test_forwarder_that_is_to_stop_while_the_destination_is_full_stops(
     assert (stat(source).in_flight, stat(source).depth) == (0, 3 if keep else 2)
 
 
+def test_item_that_comes_round_is_another_one(source: Path, destination: Path) -> None:
+    ids = fill(source, 5)
+    for origin, to in [(source, destination), (destination, source)] * 2:
+        assert forward(origin, to, until_empty=True) == 5
+        assert (stat(origin).depth, stat(to).depth) == (0, 5)
+    with (
+        SpoolReader(source) as reader,
+        SpoolWriter(source) as writer,
+    ):  # once while its first delivery is forwarded
+        items = [reader.take() for _ in ids]
+        for each in (items[0], *items):
+            message = Message(tuple(each.arrays.values()), None, each.meta, id=each.id)
+            writer._producer.put([message], None)
+    assert forward(source, destination, until_empty=True) == 6
+    with SpoolReader(destination) as reader:
+        assert [reader.take().id for _ in range(6)] == [ids[0], *ids]
+
+
+def test_what_is_claimed_and_not_put_goes_back_without_an_attempt(source: Path, destination: Path) -> None:
+    ids = fill(source, 10)
+    stop = threading.Event()
+    for number in range(3):
+        stop.clear()
+        assert (
+            forward(source, destination, moved=lambda _, __: stop.set(), rate=1e9, stop=stop, max_bytes=1)
+            == 1
+        )
+        assert stat(source).depth == 9 - number
+    with SpoolReader(destination, end="writers") as reader:
+        assert [reader.take().id for _ in range(3)] == ids[:3]
+    with SpoolReader(source) as reader:
+        found = [reader.receive() for _ in range(7)]
+        assert [(each.id, each.attempt) for each in found] == [(each, 1) for each in ids[3:]]
+
+
+def test_item_that_never_fits_is_a_dead_letter_of_the_source_alone(source: Path, destination: Path) -> None:
+    ids = fill(source, 25)  # three of them are large
+    SpoolWriter(destination, max_bytes=1_000_000).close()
+    assert forward(source, destination, until_empty=True, keep=True) == 22
+    assert drained(destination) == [each for number, each in enumerate(ids) if number % 10]
+    assert forward(source, destination, until_empty=True) == 22
+    assert drained(destination) == [each for number, each in enumerate(ids) if number % 10]
+    letters = failed_list(source)
+    assert [each.attempts for each in letters] == [1, 1, 1]
+    assert all("can never fit: max_bytes is 1000000" in each.reason for each in letters)
+
+
 def test_order_is_kept_where_the_destination_takes_a_part(source: Path, destination: Path) -> None:
     ids = fill(source, 20)
     SpoolWriter(destination, maxsize=3).close()

@@ -242,6 +242,8 @@ class Walk:
         return transitions.consume(self.words, record, owner, keep, released)
 
     def _requeue(self) -> Transition | None:
+        if self.random.random() < 0.3:
+            return self._on(transitions.requeue, W.IN_FLIGHT, due=0, counted=1)
         return self._on(transitions.requeue, W.IN_FLIGHT, W.DELAYED, due=self.due())
 
     def _restore(self) -> Transition | None:
