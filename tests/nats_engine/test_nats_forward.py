@@ -232,11 +232,13 @@ def test_servers_whose_disk_is_full_are_waited_for(tmp_path: Path) -> None:
         stop = threading.Event()
         running = threading.Thread(target=forward, args=(source, url), kwargs={"stop": stop})
         running.start()
-        with SpoolReader(url) as reader:
-            for number in range(50):
-                assert (reader.get(timeout=100) == number).all()
-        stop.set()
-        running.join()
+        try:
+            with SpoolReader(url) as reader:
+                for number in range(50):
+                    assert (reader.get(timeout=100) == number).all()
+        finally:
+            stop.set()
+            running.join()
         assert (stat(source).depth, stat(source).failed) == (0, 0)
     finally:
         own.stop()
