@@ -369,6 +369,14 @@ full-first | forward | test_forward costs_no_attempts | while producer.full(): =
 not-there | forward | test_forward source_that_was_never | and self.is_new: ==> and False:
 made-again | forward | test_forward removed_is_waited_for | create=one.is_new) ==> create=True)
 never-one | forward | test_forward that_can_never_be_one | = end not in self._known ==> = end == "source"
+unclaimed | forward | test_forward claimed_and_not_put | consumer.unclaim(waiting) ==> pass
+no-attempt | forwarding | test_forward claimed_and_not_put | record, 0, counted=1) ==> record, 0)
+# items go round between spools
+round | forward | test_forward comes_round | if (message.id, message.seq) not in here: ==> if message.id not in dict(here):
+twice-at-once | forward | test_forward comes_round | if message.id in batch: ==> if False:
+itself | forward | test_forward to_itself | if take.identity() == give.identity(): ==> if False:
+mounts | session | test_places itself | fs.fstat(self.session.directories.root)[1:3] ==> self.path
+never-fits | forward | test_forward never_fits | consumer.settle(waiting[:1], Reject(str(error))) ==> raise
 # a process that uses a temporary spool is killed, or ends
 temporary-used | temporary | test_queues forked_child | or not fs.lock(fd): ==> :
 temporary-new | temporary | test_queues made_anew | fs.lock_shared(fd) and ==> True or

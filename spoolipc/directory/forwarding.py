@@ -26,11 +26,6 @@ class DirectoryDestination(DirectoryProducer):
     _forwards = False
 
     @operation
-    def identity(self) -> object:
-        """What tells the spool from all others of this machine, by whatever path."""
-        return fs.fstat(self.session.directories.root)[1:3]  # inode and device
-
-    @operation
     def forwarded(self, source: str) -> Known:
         """What came last from the spool of that name. Raises SpoolInUse while another process forwards from there."""
         # Whether an item was put is told by the file it was staged in, whose name nobody else may ever use.
@@ -83,11 +78,6 @@ class DirectorySource(DirectoryConsumer):
     def name(self) -> str:
         """The name of the spool, which no other has."""
         return self.session.step(sources.own_name, self.session)
-
-    @operation
-    def identity(self) -> object:
-        """What tells the spool from all others of this machine, by whatever path."""
-        return fs.fstat(self.session.directories.root)[1:3]  # inode and device
 
     @operation
     def unclaim(self, deliveries: Sequence[Delivery]) -> None:

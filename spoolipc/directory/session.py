@@ -496,6 +496,11 @@ class Side:
         """The spool's directory, absolute."""
         return self.session.path
 
+    @operation
+    def identity(self) -> object:
+        """What tells the spool from all others, by whatever path."""
+        return fs.fstat(self.session.directories.root)[1:3]  # inode and device
+
     @property
     @operation
     def maxsize(self) -> int:
