@@ -372,7 +372,7 @@ never-one | forward | test_forward that_can_never_be_one | = end not in self._kn
 unclaimed | forward | test_forward claimed_and_not_put | consumer.unclaim(waiting) ==> pass
 no-attempt | forwarding | test_forward claimed_and_not_put | record, 0, counted=1) ==> record, 0)
 # items go round between spools
-round | forward | test_forward comes_round | if (message.id, message.seq) not ==> if message.id not in dict(here) and 0 not
+round | forward | test_forward comes_round | if (message.id, message.seq) ==> if message.id not in dict(here) and 0
 twice-at-once | forward | test_forward comes_round | if message.id in batch: ==> if False:
 itself | forward | test_forward to_itself | if take.identity() == give.identity(): ==> if False:
 mounts | session | test_places itself | fs.fstat(self.session.directories.root)[1:3] ==> self.path
