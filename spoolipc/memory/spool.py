@@ -125,7 +125,8 @@ class Spool:
     def agree(self, asked: Limits) -> None:
         """Let limits be decided by who asks first. Raises LimitMismatch."""
         for name, (there, value) in values.differing(self.asked, asked).items():
-            what = f"has {name}={there}, not {value}; leave {name} out to take what is there"
+            remedy = f"change it (spoolipc.set_limits({self.path!r}, {name}={value}))"
+            what = f"has {name}={there}, not {value}; leave {name} out to take what is there, or {remedy}"
             raise errors.LimitMismatch(f"{self.path}: {what}")
         self.change(asked)
 
@@ -314,8 +315,9 @@ class Session:
         self._spool, self.path = spool, spool.path
         self.dropped = deque[tuple[Item, int]]()
         with spool.step():
-            if fresh and (spool.in_flight or spool.has_writer()):
-                raise errors.SpoolInUse(f"{spool.path}: is in use: it has another writer, or items in flight")
+            if fresh and (count := len(spool.in_flight)) + (has_writer := spool.has_writer()):
+                why = "it has another writer" if has_writer else f"items in flight at readers: {count}"
+                raise errors.SpoolInUse(f"{spool.path}: is in use: {why}")
             if fresh:
                 spool.empty()
                 spool.change(limits)

@@ -270,7 +270,8 @@ async def _dead(spool: Spool, seqs: Iterable[int] | None) -> list[tuple[int, Any
     found.pop(-1, None)  # somebody else's
     for seq in wanted or ():
         if seq not in found:
-            raise errors.NoSuchItem(f"{spool.path}: has no dead letter {seq}; see failed_list()")
+            what = f"has no dead letter {seq}; spoolipc failed list tells those it has"
+            raise errors.NoSuchItem(f"{spool.path}: {what}")
     return [(seq, found[seq]) for seq in (sorted(found) if wanted is None else wanted)]
 
 

@@ -50,6 +50,8 @@ _TELL: Final = 5.0
 _NO_LEADER: Final = 10008
 """What a server says that does not know, for some seconds, who leads."""
 _NO_SUCH, _NOT_REMOVED = 10043, 10057
+_REMEDY: Final = "; replicas in the URL needs as many servers: leave it out, or let more join"
+_REMEDIES: Final = dict.fromkeys((10005, 10074), _REMEDY)
 _limit: Final = ContextVar[float | None]("_limit", default=None)
 _NO_JETSTREAM: Final = "no JetStream answers"
 OLDEST: Final = (2, 12)
@@ -353,7 +355,8 @@ class Link:
                         sizes.append(len(payload))
                         ahead += len(payload)
                         moved()
-                        if _is_cancelled():  # the client goes on where it is cancelled while it sends
+                        # The client goes on where it is cancelled while it sends.
+                        if cast("asyncio.Task[Any]", asyncio.current_task()).cancelling():
                             raise asyncio.CancelledError
                     while len(found) < len(sizes):
                         await hear()
@@ -417,8 +420,8 @@ class Link:
             elif missing and (error.get("code") == 404 or _is_gone(error)):
                 return {}
             else:
-                why = f"the server refuses {what}: {error.get('description')}"
-                raise StorageError(0, f"{self.path}: {why}")
+                why = f"{error.get('description')}{_REMEDIES.get(error.get('err_code'), '')}"
+                raise StorageError(0, f"{self.path}: the server refuses {what}: {why}")
 
     async def read(self, stream: str, subject: str, start: int = 1, batch: int = 256) -> AsyncIterator[Msg]:
         """The messages of a stream on a subject, from the one numbered `start` on."""
@@ -490,11 +493,6 @@ async def _ended(work: Coroutine[Any, Any, T]) -> T:
     with suppress(asyncio.CancelledError):
         return await work
     raise asyncio.CancelledError
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def header(msg: Msg, name: str, default: str = "") -> str:

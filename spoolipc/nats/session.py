@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from shlex import quote
 from typing import Any, Final, TypeVar
 
 import nats.errors
@@ -97,17 +98,18 @@ class Session:
         await self.link.open()
         await self.spool.open(create)
         if options and options.fresh:
-            if "writer" in await self.spool.sessions() or (await self.spool.counts()).in_flight:
-                raise errors.SpoolInUse(
-                    0, f"{self.path}: is in use: it has another writer, or items in flight"
-                )
+            count = (await self.spool.counts()).in_flight
+            if (has_writer := "writer" in await self.spool.sessions()) or count:
+                why = "it has another writer" if has_writer else f"items in flight at readers: {count}"
+                raise errors.SpoolInUse(0, f"{self.path}: is in use: {why}")
             await self.spool.change(lambda now: replace(now, asked=completed(limits, now.asked)))
             await self.spool.purge()
         reopen = bool(options and (options.reopen or options.fresh))
 
         def agree(now: Control) -> Control:
             for name, (there, value) in differing(now.asked, limits).items():
-                what = f"has {name}={there}, not {value}; leave {name} out to take what is there"
+                remedy = f"change it (spoolipc set {quote(self.path)} {name}={value})"
+                what = f"has {name}={there}, not {value}; leave {name} out to take what is there, or {remedy}"
                 raise errors.LimitMismatch(f"{self.path}: {what}")
             writers = now.writers + (self.role == "writer")
             asked, state = completed(limits, now.asked), "open" if reopen else now.state

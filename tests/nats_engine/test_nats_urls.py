@@ -17,11 +17,15 @@ import pytest
 
 from nats_engine.server import Server
 from spoolipc import (
+    LimitMismatch,
+    NoSuchItem,
     NotASpool,
     Queue,
     ServerUnreachable,
+    SpoolInUse,
     SpoolReader,
     SpoolWriter,
+    StorageError,
     UnsupportedOperation,
     failed_list,
     failed_retry,
@@ -227,6 +231,25 @@ def test_what_only_a_directory_has_is_refused_with_one_sentence(server: Server) 
         with pytest.raises(ValueError, match="replicas"):
             SpoolWriter(url, durability="fsync")
         assert pickle.loads(pickle.dumps(writer)).qsize() == 1
+
+
+def test_errors_say_what_to_do_and_who_is_there(server: Server) -> None:
+    url = server.url("says")
+    with SpoolWriter(url, maxsize=2) as writer, SpoolReader(url) as reader:
+        with pytest.raises(LimitMismatch, match=rf"or change it \(spoolipc set {url} maxsize=3\)"):
+            SpoolWriter(url, maxsize=3)
+        with pytest.raises(NoSuchItem, match="has no dead letter 7; spoolipc failed list tells those it has"):
+            failed_list(url, [7])
+        with pytest.raises(SpoolInUse, match=r"is in use: it has another writer$"):
+            SpoolWriter(url, fresh=True)
+        writer.put(np.zeros(3))
+        item = reader.receive(timeout=20)
+        writer.close()
+        with pytest.raises(SpoolInUse, match=r"is in use: items in flight at readers: 1$"):
+            SpoolWriter(url, fresh=True)
+        item.ack()
+    with pytest.raises(StorageError, match="replicas in the URL needs as many servers: leave it out"):
+        SpoolWriter(f"{server.url('three')}?replicas=3")
 
 
 def test_command_line_takes_urls(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

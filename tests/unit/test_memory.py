@@ -17,9 +17,18 @@ import pytest
 
 from spoolipc import memory
 from spoolipc.engine import ConsumerOptions, ProducerOptions
-from spoolipc.errors import AlreadySettled, Empty, NotASpool, ReentrantCall, ShutDown, UnsupportedOperation
+from spoolipc.errors import (
+    AlreadySettled,
+    Empty,
+    LimitMismatch,
+    NotASpool,
+    ReentrantCall,
+    ShutDown,
+    SpoolInUse,
+    UnsupportedOperation,
+)
 from spoolipc.memory import MemoryEngine
-from spoolipc.message import NOW, Ack, ArraySpec, Message, Nack, Verdict
+from spoolipc.message import NOW, Ack, ArraySpec, Limits, Message, Nack, Verdict
 
 
 @pytest.fixture
@@ -41,6 +50,25 @@ def test_spool_lives_until_it_is_cleared_and_open_sessions_keep_it(engine: Memor
     with pytest.raises(Empty):
         engine.consumer(ConsumerOptions()).take(1, NOW)
     assert len(old.take(9, NOW)) == 2
+
+
+def test_errors_say_what_to_do_and_who_is_there(engine: MemoryEngine) -> None:
+    producer, consumer = (
+        engine.producer(ProducerOptions(Limits(maxsize=2))),
+        engine.consumer(ConsumerOptions()),
+    )
+    with pytest.raises(
+        LimitMismatch, match=r"or change it \(spoolipc\.set_limits\('memory://.*', maxsize=3\)\)"
+    ):
+        engine.producer(ProducerOptions(Limits(maxsize=3)))
+    with pytest.raises(SpoolInUse, match=r"is in use: it has another writer$"):
+        engine.producer(ProducerOptions(fresh=True))
+    producer.put([Message((np.zeros(3),))], NOW)
+    deliveries = consumer.claim(1, None, NOW)
+    producer.close()
+    with pytest.raises(SpoolInUse, match=r"is in use: items in flight at readers: 1$"):
+        engine.producer(ProducerOptions(fresh=True))
+    consumer.settle(deliveries, Ack())
 
 
 def test_durability_is_refused(engine: MemoryEngine) -> None:
