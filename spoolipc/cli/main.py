@@ -224,7 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "purge", _run_purge, "remove the items that wait", _PURGE, _PURGE_EXAMPLES)
     _command(commands, "rm", _run_rm, "delete a spool", _RM, _RM_EXAMPLES)
     one = _command(commands, "set", _run_set, "change the limits of a spool", _SET, _SET_EXAMPLES)
-    one.add_argument("limits", metavar="NAME=NUMBER", type=_limit, nargs="*", help="what they are to be")
+    what = "what they are to be"
+    one.add_argument("limits", metavar="NAME=NUMBER", type=_limit, nargs="*", default=[], help=what)
     about, place = "check files and index against each other", "the spool's directory"
     one = _command(commands, "fsck", _run_fsck, about, _FSCK, _FSCK_EXAMPLES, place)
     one.add_argument("--repair", action="store_true", help="put right what can be, losing nothing silently")
@@ -241,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--rate", type=float, metavar="BYTES", help="most bytes a second")
     one.add_argument(
-        "--max-bytes", type=int, metavar="BYTES", default=64 << 20, help="most on their way at once"
+        "--max-bytes", type=_nbytes, metavar="BYTES", default=64 << 20, help="most on their way at once"
     )
     one.add_argument("--until-empty", action="store_true", help="end when nothing waits")
     one.add_argument("--keep", action="store_true", help="copy the items, and leave them at the source")
@@ -258,7 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         example = f"example:\n  %(prog)s /data/spool{'' if name == 'list' else ' 17'}"
         one = _command(actions, name, run, what, what[0].upper() + what[1:] + ".", example)
-        one.add_argument("seqs", metavar="SEQ", type=_seq, nargs="*", help="their numbers; none for all")
+        what = "their numbers; none for all"
+        one.add_argument("seqs", metavar="SEQ", type=_seq, nargs="*", default=[], help=what)
     return parser
 
 
@@ -282,9 +284,18 @@ def _seq(text: str) -> int:
 
 def _limit(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
-    if name not in _LIMITS or not (value.isascii() and value.isdigit()):
+    if name not in _LIMITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, NAME one of {', '.join(_LIMITS)}")
+    if not (value.isascii() and value.isdigit()):
+        raise argparse.ArgumentTypeError(f"{name} can be 0, which is none, or more, not {value!r}")
     return name, int(value)
+
+
+def _nbytes(text: str) -> int:
+    try:
+        return int(text) if text.isdigit() else int(float(text))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, as 64000000 or 64e6") from None
 
 
 def _described(commands: Any, name: str, help: str, about: str, examples: str) -> argparse.ArgumentParser:

@@ -150,6 +150,28 @@ def test_rm_tells_no_password_of_a_url(run: Command, monkeypatch: pytest.MonkeyP
     assert (said.code, said.out) == (0, "removed nats:...@host/frames\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("failed list", "the following arguments are required: DIR\n"),
+        ("set", "the following arguments are required: DIR\n"),
+        ("set x maxsize=-1", "maxsize can be 0, which is none, or more, not '-1'"),
+        ("set x size=1", "'size=1' is not NAME=NUMBER, NAME one of maxsize,"),
+        ("forward x y --max-bytes much", "'much' is no number of bytes, as 64000000 or 64e6"),
+        ("forward x y --max-bytes 1e999", "'1e999' is no number of bytes"),
+        ("forward x y --max-bytes 1e-3", "max_bytes must be a whole number from 1"),
+    ],
+)
+def test_wrong_argument_is_told_and_none_that_may_be_left_out(run: Command, command: str, what: str) -> None:
+    said = run(command)
+    assert (said.code, said.err.count(what)) == (2, 1), said.err
+
+
+def test_bytes_may_be_given_with_an_exponent(path: Path, run: Command, tmp_path: Path) -> None:
+    SpoolWriter(path).close()
+    assert run("forward", path, tmp_path / "to", "--max-bytes", "1e6", "--until-empty").code == 0
+
+
 def test_set_changes_limits_and_shows_them_as_they_can_be_given_again(path: Path, run: Command) -> None:
     said = run("set", path, "maxsize=7", "max_bytes=2000000000")
     assert said == (0, f"maxsize=7 max_bytes=2000000000 recycle_bytes={1 << 30} max_attempts=5\n", "")
