@@ -182,9 +182,11 @@ class SpoolWriter(_BlockingFace):
 
         array: any dtype that np.save can store without pickle, or what lends its memory by `__dlpack__` (a tensor) or
         as a buffer (`memoryview`, `array.array`); it is read before put returns, never kept.
-        block, timeout: wait for room, for ever or for `timeout` seconds; without `block` not at all.
-        meta: any JSON value, delivered with the item.
+        block, timeout: wait for room, for ever or for `timeout` seconds; without `block` not at all. To store the item
+        may take longer.
+        meta: any JSON value, delivered with the item; up to 100 levels, no NaN or infinity. A tuple becomes a list.
 
+        An item has up to 1,024 arrays, and 1 MiB of names and meta; on servers `max_payload` less 4 KiB of these.
         Raises Full when there is no room in time, ShutDown when the spool was shut down, TooLarge when the
         array could never fit, UnsupportedArray (a TypeError) for object arrays and what only converts to an array,
         StorageError.
@@ -231,8 +233,8 @@ class SpoolWriter(_BlockingFace):
                 camera.read_into(frame)
 
         shape, dtype, order: as for np.empty; what the array holds at first is undefined.
-        block, timeout, meta: as for `put`; at the end of the block the item is put, waiting for room for ever. When
-        the block raises, nothing is put.
+        block, timeout, meta: as for `put`: room is waited for here, when the array is lent, and where there is none any
+        more at the end of the block, for ever, before the item is put. When the block raises, nothing is put.
 
         Of several loans the one committed first arrives first; of blocks within one another that is the inner one. To
         choose the order, commit by hand:

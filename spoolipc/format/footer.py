@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import operator
 import struct
@@ -208,6 +209,10 @@ def _dump(names: Sequence[str] | None, meta: Any) -> bytes:
 def _check(value: Any, where: str, depth: int) -> None:
     """Refuse what JSON would refuse, alter, or give back only to a reader with a deep stack."""
     if value is None or isinstance(value, _PLAIN):
+        if isinstance(value, (float, np.floating)) and not math.isfinite(value):
+            raise ValueError(
+                f"{where} is {value}, which JSON cannot hold; give None, or a string as with str(x)"
+            )
         return
     if depth > MAX_DEPTH:
         raise ValueError(f"meta is nested deeper than {MAX_DEPTH} levels")
