@@ -355,9 +355,8 @@ class Link:
                         sizes.append(len(payload))
                         ahead += len(payload)
                         moved()
-                        # The client goes on where it is cancelled while it sends.
-                        if cast("asyncio.Task[Any]", asyncio.current_task()).cancelling():
-                            raise asyncio.CancelledError
+                        if cast(Any, asyncio.current_task()).cancelling():
+                            raise asyncio.CancelledError  # the client goes on where it is cancelled amid sending
                     while len(found) < len(sizes):
                         await hear()
         except TimeoutError:
@@ -377,13 +376,18 @@ class Link:
     async def call_all(self, requests: Sequence[Request]) -> list[Msg]:
         """What is answered to these, each sent again until it is. Raises ServerUnreachable when nothing is for some
         seconds."""
-        found, began, pause = list[Any](), time.monotonic(), 0.05
+        found, began, pause, left = list[Any](), time.monotonic(), 0.05, cast("float | None", None)
         while len(found) < len(requests):
-            found += await self.answers(requests[len(found) :])
+            try:
+                async with asyncio.timeout(left):  # after one whole try
+                    found += await self.answers(requests[len(found) :])
+            except TimeoutError:
+                found.append(self._silence())
             if isinstance(found[-1], str):
                 self.check(began, found.pop())
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, 1.0)
+                pause, left = min(2 * pause, 1.0), _limit.get()
+                left = left and max(0.1, left - time.monotonic())
         return found
 
     async def call(self, *request: Any) -> Msg:

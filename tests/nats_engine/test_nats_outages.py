@@ -277,6 +277,20 @@ def test_time_that_a_hung_server_takes_is_that_of_one_try_and_a_moment(
         assert took(writer.qsize) < 7.5, "it waits 2 seconds before it asks"
         assert took(partial(SpoolWriter, url)) < 6.5, "it tries to connect for 5 seconds, and closes at once"
         loop._loop.call_soon_threadsafe(ended.set)
+        answers, times = linking.Link.answers, 0
+
+        async def lost(link: linking.Link, requests: Any) -> Any:
+            """The first try is given up when half of its time is over, as where the connection is lost then."""
+            nonlocal times
+            times += 1
+            if times == 1:
+                await asyncio.sleep(3)
+                return ["the connection is lost"]
+            return await answers(link, requests)
+
+        monkeypatch.setattr(linking.Link, "answers", lost)
+        assert took(lambda: reader.maxsize) < 5.5, "another try has what is left of 4 seconds"
+        assert times > 1
         own_server.go()
 
 
