@@ -139,7 +139,9 @@ class NatsProducer(Session):
         async with self._withdrawing:
             for number in [*self._given_up]:
                 # What makes it an item may be on its way still: after one more piece it is refused.
-                stored, _ = await self._sent([Request(self.spool.subject("chunk", number))])
+                stored, error = await self._sent([Request(self.spool.subject("chunk", number))])
+                if error and error["err_code"] == _UNANSWERED:
+                    return
                 if stored and not await self._is_there(number):
                     asked = {"filter": self.spool.subject("chunk", number), "seq": stored[0]["seq"] + 1}
                     await self.link.api(f"STREAM.PURGE.{self.spool.items}", asked)

@@ -6,16 +6,21 @@ import asyncio
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nats
 import numpy as np
 import pytest
+from support.waits import until
 
 from nats_engine.server import Server
 from spoolipc import ServerUnreachable, SpoolReader, SpoolWriter, TooLarge, failed_retry, stat
+from spoolipc.nats import link
 from spoolipc.nats.producer import NatsProducer
 
 
@@ -108,6 +113,30 @@ def test_item_whose_put_fails_when_it_is_stored_keeps_its_pieces(
             assert reader.get(timeout=20).shape == (1,)
             failed_retry(url)
         assert np.array_equal(reader.get(timeout=20), array)
+
+
+def test_puts_that_failed_cost_the_next_no_more_than_one_try_where_the_server_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(link, "TRY", 1.0)
+    server = Server(tmp_path)
+    request.addfinalizer(server.stop)
+    with SpoolWriter(server.url("hangs")) as writer:
+        writer._producer._given_up.update(f"{number:032x}" for number in range(6))  # type: ignore[attr-defined]
+        server.hang()
+        began = time.monotonic()
+        with pytest.raises(ServerUnreachable):
+            writer.put(np.zeros(3), timeout=0.1)
+        assert time.monotonic() - began < 5
+        server.go()
+        until(partial(has_put, writer))
+        assert not writer._producer._given_up  # type: ignore[attr-defined]
+
+
+def has_put(writer: SpoolWriter) -> bool:
+    with suppress(ServerUnreachable):
+        return bool(writer.put(np.zeros(3), timeout=1))
+    return False
 
 
 def test_pieces_of_a_put_that_failed_are_gone_when_its_writer_is_closed(
