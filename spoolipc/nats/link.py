@@ -348,10 +348,8 @@ class Link:
                             await hear()
                         answer_at = f"{inbox}.{number}"
                         await self.client.publish(subject or answer_at, payload, answer_at, headers)
-                        if (
-                            len(payload) > 1 << 16
-                        ):  # let it be sent before the next is copied, to the same memory
-                            await asyncio.sleep(0)
+                        if len(payload) > 1 << 16:
+                            await asyncio.sleep(0)  # it is sent before the next is copied, to the same memory
                         sizes.append(len(payload))
                         ahead += len(payload)
                         moved()

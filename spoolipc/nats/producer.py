@@ -184,10 +184,8 @@ class NatsProducer(Session):
         last: dict[str, int] = {}
         record = self._records.pop(source) if source in self._records else await self._forwarded(source)
         before, known = record
-        if found := [
-            each.id for each in packed if known.has(each.message)
-        ]:  # an earlier call was not answered
-            return found
+        if found := [each.id for each in packed if known.has(each.message)]:
+            return found  # an earlier call was not answered
 
         async def commit(ready: list[_Packed]) -> tuple[list[str], _Error | None]:
             then = known.after(done, {each.id: each.message.seq for each in ready})
