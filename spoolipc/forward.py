@@ -201,8 +201,9 @@ class _Forwarder:
         try:
             self._move(consumer, producer, waiting)
         finally:
-            with suppress(*_AWAY):
-                consumer.unclaim(waiting)
+            if waiting:
+                with suppress(*_AWAY):
+                    consumer.unclaim(waiting)
 
     def _move(self, consumer: _From, producer: _To, waiting: list[Delivery]) -> None:
         """The same. waiting: what is claimed and neither put nor a dead letter."""

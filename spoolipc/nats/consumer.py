@@ -476,7 +476,7 @@ class NatsConsumer(Session):
         return self.identity()
 
     def unclaim(self, deliveries: Sequence[Delivery]) -> None:
-        self.do(self._put_back([delivery.handle.held for delivery in deliveries]))
+        self.do(within(NOW, self._put_back, [delivery.handle.held for delivery in deliveries]))
 
     def browse(self, after: int) -> Iterator[Message]:
         while some := self.do(self.spool.first(after + 1, count=16)):

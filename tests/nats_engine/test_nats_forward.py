@@ -37,7 +37,7 @@ from spoolipc import (
 from spoolipc.cli.main import main
 from spoolipc.message import NOW, Message
 from spoolipc.nats.access import Guarded
-from spoolipc.nats.link import Link
+from spoolipc.nats.link import PATIENCE, Link
 from spoolipc.nats.producer import NatsProducer
 
 
@@ -219,6 +219,25 @@ def test_what_is_claimed_on_servers_and_not_put_goes_back_without_an_attempt(
     with SpoolReader(url) as reader:
         found = [reader.receive() for _ in range(4)]
         assert [(each.id, each.attempt) for each in found] == [(each, 1) for each in ids[2:]]
+
+
+def test_forwarder_that_is_to_stop_while_its_source_hangs_ends_without_giving_back(tmp_path: Path) -> None:
+    own, destination = Server(tmp_path), tmp_path / "to"
+    try:
+        fill(own.url("hung"), 3)
+        SpoolWriter(destination, maxsize=1).close()
+        stop = threading.Event()
+        running = threading.Thread(target=forward, args=(own.url("hung"), destination), kwargs={"stop": stop})
+        running.start()
+        until(lambda: destination.exists() and stat(destination).depth == 1)
+        until(lambda: stat(own.url("hung")).in_flight == 2)
+        own.hang()
+        stop.set()
+        running.join(PATIENCE - 5)
+        assert not running.is_alive()
+    finally:
+        own.go()
+        own.stop()
 
 
 def test_servers_whose_disk_is_full_are_waited_for(tmp_path: Path) -> None:
