@@ -207,7 +207,7 @@ def test_number_that_is_no_bound_is_wrong_use(
     except SystemExit as ended:
         code = int(str(ended.code))
     assert code == 2
-    assert "must be a" in (said := capsys.readouterr().err) or "invalid int value" in said
+    assert "must be a" in (said := capsys.readouterr().err) or "is no number of bytes" in said
 
 
 @pytest.mark.parametrize(
