@@ -44,7 +44,7 @@ def round_of():
             while True:
                 reader.get_nowait()
         with contextlib.suppress(spoolipc.Empty):
-            reader.get(timeout=0.01)
+            reader.get(timeout=0.3)
     with SpoolWriter(path, durability="fsync", checksum=True) as writer:
         writer.put(large)
     with SpoolReader(path, verify=True) as reader:
