@@ -63,7 +63,7 @@ def failed_drop(path: str | os.PathLike[str], seqs: Iterable[int] | None) -> lis
     a directory that somebody has planted."""
     with administration(path) as session:
         wanted = _wanted(session.directories, seqs)
-        return [number for number in wanted if drop_letter(session.directories, number)]
+        return [number for number in wanted if session.step(drop_letter, session, number)]
 
 
 def _wanted(directories: Directories, seqs: Iterable[int] | None) -> list[int]:
@@ -135,16 +135,18 @@ def _requeue(session: Session, number: int, size: int, tail: Footer) -> tuple[in
     return seq, 1, 0
 
 
-def drop_letter(directories: Directories, number: int) -> bool:
-    """Remove a dead letter; false when it is gone already. A crash after the first call leaves a history of no item."""
+def drop_letter(session: Session, number: int) -> tuple[bool, int, int]:
+    """Remove a dead letter; false when it is gone already. A crash after the first call leaves a history of no item.
+    A step, so that nobody retries it meanwhile."""
+    directories = session.directories
     part, name = letter_at(directories, number)
     try:
         fs.unlink(name, dir_fd=directories.places[part])
     except FileNotFoundError:
-        return False
+        return False, 0, 0
     except IsADirectoryError as error:
         where = str(directories.path / part / name)
         what = "is a directory, which spoolipc did not make; remove it"
         raise StorageError(errno.EISDIR, what, where) from error
     forget_history(directories, number)
-    return True
+    return True, 0, 0

@@ -54,7 +54,7 @@ def remove(path: str | os.PathLike[str]) -> None:
             while session.step(housekeeping.discard_if_shut_down, session):
                 pass
             for number in failed_numbers(session.directories):
-                drop_letter(session.directories, number)
+                session.step(drop_letter, session, number)
             session.step(_remove, session)
     except NotASpool:
         if not _finish_removal(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from spoolipc import (
     fsck,
     stat,
 )
+from spoolipc.directory import fs
 
 
 @pytest.fixture
@@ -40,6 +42,27 @@ def path(spool: Path) -> Path:
 
 def seqs(path: Path) -> list[int]:
     return [letter.seq for letter in failed_list(path)]
+
+
+def test_who_drops_a_dead_letter_lets_nobody_retry_it_meanwhile(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, tried = fs.unlink, list[str]()
+
+    def watched(name: str, *, dir_fd: int) -> None:
+        if name.endswith(".npy"):
+            tried.append(name)
+            other = os.open(path / "items", os.O_RDONLY)
+            try:
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(other)
+        unlink(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(fs, "unlink", watched)
+    assert failed_drop(path, [2]) == [2]
+    assert tried == [item_name(2)]
 
 
 def test_a_list_tells_why_each_is_there_and_changes_nothing(path: Path) -> None:
