@@ -167,6 +167,7 @@ place-left | fs | test_giving_way lacks | min(_FILES_LEFT, status.f_files >> 4) 
 share | pool | test_giving_way idle_spool | pooled + size > share_bytes or ==>
 # the sessions of one process, one of which puts
 siblings | recycling | test_giving_way let_go_of | for ref in _recyclers.valuerefs(): ==> for ref in []:
+siblings-late | producer | test_giving_way while_a_put | (before or has_room(words, need)) and ==> before and
 hoarding | producer | test_giving_way idle_writer | MOST_RESERVED if need < LARGE else ENOUGH_LARGE ==> MOST_RESERVED
 # other programs have taken every file
 spare | session | test_giving_way took_every | self.directories.retire( ==> self.directories.remove("alive",

@@ -182,7 +182,7 @@ class DirectoryProducer(Side):
 
     def _room_for(self, need: int) -> tuple[Look, Callable[[], None]]:
         """How to wait for room for `need` bytes: where the file system refused what it seemed to have (a quota does
-        that), for any change of its free space, any item taken, or a second gone by. Raises TooLarge."""
+        that), for any change of it; or for a second, as sessions of this process give way to a try. Raises TooLarge."""
         need = rounded(need)
         self._refuse_impossible(need)
         before, self._staging.no_space = self._staging.no_space, None
@@ -190,10 +190,10 @@ class DirectoryProducer(Side):
         retry_at = time.monotonic() + RETRY_AFTER
 
         def look(words: Words) -> bool:
-            if words[W.SHUTDOWN]:
+            if words[W.SHUTDOWN] or ((before or has_room(words, need)) and time.monotonic() >= retry_at):
                 return True
             if before is not None:
-                return before != self._staging.space(words) or time.monotonic() >= retry_at
+                return before != self._staging.space(words)
             return has_room(words, need) and (bool(words[W.POOL_COUNT]) or not self._recycler.lacking(need))
 
         def each_second() -> None:

@@ -34,7 +34,7 @@ from spoolipc import (
     stat,
 )
 from spoolipc.cli.text import stat_lines
-from spoolipc.directory import receiving, staging
+from spoolipc.directory import producer, receiving, staging
 
 MIB = 1 << 20
 LITTLE = MIB  # what a spool without items may take: its table
@@ -245,6 +245,19 @@ def test_what_other_sessions_of_the_process_have_let_go_of_gives_way(disk: Path)
             other.put_nowait(frame(40))
             assert len(receiving.get_nowait()) == len(frame(40))
         check_spool(disk / "a")
+
+
+def test_what_other_sessions_of_the_process_let_go_of_while_a_put_waits_gives_way(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producer, "RETRY_AFTER", 0.05)
+    with SpoolWriter(disk / "spool") as writer, SpoolReader(disk / "spool") as reader:
+        writer.put_many([frame(20)] * 3)
+        kept = reader.get()
+        putting = Call(writer.put, frame(20))
+        putting.until_asleep()
+        del kept  # and makes no call
+        putting.result()
 
 
 def test_an_idle_writer_of_another_process_keeps_few_large_files(disk: Path) -> None:
