@@ -348,7 +348,7 @@ def _make_root(place: Path) -> None:
 
 
 def open_root(place: Path) -> int:
-    """A descriptor of the spool's directory. Raises NotASpool."""
+    """A descriptor of the spool's directory. Raises NotASpool, UnsafeSpool."""
     try:
         return fs.open_place(place)
     except FileNotFoundError:
@@ -361,6 +361,11 @@ def open_root(place: Path) -> int:
             link = stat.S_ISLNK(fs.stat_at(place).st_mode)
             what = "is a symbolic link; give the directory itself" if link else "is not a directory"
         raise NotASpool(errno.ENOTDIR, what, str(place)) from None
+    except PermissionError:
+        if fs.stat_at(place).st_uid == fs.user():
+            raise
+        what = "belongs to another user and is closed to you; use a path of your own, or have it made with mode=0o770"
+        raise UnsafeSpool(errno.EACCES, what, str(place)) from None
 
 
 def read_limits(place: Path, root: int) -> Limits | None:
