@@ -328,7 +328,7 @@ class _Look:
         try:
             with ItemFile(self.directories.items, name) as file:
                 # So that it is not emptied when it is taken meanwhile: `pool.evict_one`.
-                if not fs.lock(file.fd):
+                if not fs.lock(file.fd, blocking=False):
                     return  # another fsck reads it
                 file.parse(whole=True)
                 size = file.size

@@ -76,6 +76,7 @@ sync = os.fsync
 list_names = os.listdir
 scan = os.scandir
 seek = os.lseek  # to the end: the file's size, for a third of what fstat and its answer cost
+lock = lock_descriptor  # `blocking=False`: false where somebody has it
 unlock = unlock_descriptor
 sleep = time.sleep
 yield_core = os.sched_yield
@@ -167,11 +168,6 @@ def as_owner(path: str | os.PathLike[str]) -> Iterator[None]:
         return
     with _acting(status.st_uid, status.st_gid):
         yield
-
-
-def lock(fd: int) -> bool:
-    """Take the lock on a descriptor; false where somebody has it. A `partial` would take as long again as the call."""
-    return lock_descriptor(fd, blocking=False)
 
 
 def lock_shared(fd: int) -> bool:

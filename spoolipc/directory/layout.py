@@ -42,7 +42,7 @@ from ..errors import (
 )
 from ..message import DEFAULTS, Limits, completed, differing
 from . import fs
-from .lock import exclusively
+from .lock import exclusively, put_off
 from .table import ALL_BITS, CAPACITY, DISCARDED, DRAINING, OPEN, WORD, IndexDamaged
 
 _log = logging.getLogger("spoolipc")
@@ -106,7 +106,6 @@ class Directories:
         self.file_mode = mode & 0o666
         self.parts: dict[str, int] = {}
         self._shared = shared
-        self.said: list[tuple[int, str, tuple[object, ...]]] = []
         self.stuck: set[str] = set()  # files that could not be removed
         fs.lock_shared(root)
         try:
@@ -225,15 +224,9 @@ class Directories:
         self.remove("alive", name)
 
     def say(self, level: int, message: str, *values: object) -> None:
-        """Log something once the lock is let go, as a log may be slow or blocked."""
-        self.said.append((level, message, values))
-
-    def tell(self) -> None:
-        """Log what was said under the lock."""
-        with contextlib.suppress(IndexError):  # another thread told the rest
-            while self.said:
-                level, message, values = self.said.pop(0)
-                _log.log(level, message, *values)
+        """Log something, once the lock is let go, as a log may be slow or blocked."""
+        if not put_off(_log.log, level, message, *values):
+            _log.log(level, message, *values)
 
     def descriptors(self) -> list[int]:
         """All descriptors held, for closing them in a forked child or at the end."""

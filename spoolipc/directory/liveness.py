@@ -66,7 +66,7 @@ def announce(root: int, alive: int, token: Token, role: Role, mode: int) -> int:
         said = json.dumps({"pid": os.getpid(), "role": role})
         with contextlib.suppress(OSError):  # only told in messages, and a full disk must keep no reader away
             fs.write(fd, f"\n{said}\n".encode())
-        if not fs.lock(fd):
+        if not fs.lock(fd, blocking=False):
             raise OSError(errno.EWOULDBLOCK, "a file just made is locked by somebody else", token_name(token))
     except BaseException:
         fs.close(fd)
@@ -87,7 +87,7 @@ def has_crashed(alive: int, token: int, *, missing: bool = False) -> bool:
     except OSError as error:
         return error.errno in fs.NO_FILE  # no session has such a file
     try:
-        return fs.lock(fd)
+        return fs.lock(fd, blocking=False)
     finally:
         fs.close(fd)
 
@@ -125,7 +125,7 @@ def has_writer(root: int) -> bool:
     except OSError:
         return True
     try:
-        return not fs.lock(fd)
+        return not fs.lock(fd, blocking=False)
     except OSError:
         return True
     finally:
@@ -149,7 +149,7 @@ def ring(alive: int, token: int) -> bool:
     except OSError:
         return False
     try:
-        if fs.lock(fd):
+        if fs.lock(fd, blocking=False):
             return False
         fs.pwrite(fd, b"\n", 0)  # over the same byte: no block is needed, even on a full file system
         return True

@@ -131,7 +131,7 @@ class IndexLock:
             patience = BRIEFLY
         deadline = time.monotonic() + patience
         spins, pause = _SPINS, _FIRST_PAUSE
-        while not fs.lock(fd):
+        while not fs.lock(fd, blocking=False):
             if time.monotonic() >= deadline:
                 raise self._timeout(patience, self._holder())
             if spins:
@@ -159,7 +159,7 @@ class IndexLock:
         if not self.mutex.acquire(blocking=False):
             return False
         try:
-            if not fs.lock(self.fd):
+            if not fs.lock(self.fd, blocking=False):
                 return False
             fs.unlock(self.fd)
             return True

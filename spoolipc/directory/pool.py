@@ -229,7 +229,8 @@ def evict_one(directories: Directories, journal: Journal, record: int, link: int
     try:
         journal.commit(transitions.evict(journal.words, record, link))
         with suppress(OSError):
-            if fd >= 0 and not fs.fstat(fd).st_nlink and fs.lock(fd) and _nobody_looks(directories, journal):
+            is_nameless = fd >= 0 and not fs.fstat(fd).st_nlink
+            if is_nameless and fs.lock(fd, blocking=False) and _nobody_looks(directories, journal):
                 fs.truncate(fd, 0)
     finally:
         if fd >= 0:

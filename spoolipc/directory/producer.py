@@ -131,9 +131,9 @@ class DirectoryProducer(Side):
             batch = messages
             if len(messages) > 1:
                 batch = messages[start : start + min(MOST_RESERVED, self._places)]
-            if len(batch) > 1 and self._staging.recycles:
-                needs = [need_of(message) for message in batch]
-                self._recycler.stock_up([(need, self._staging.most(need)) for need in needs])
+                if len(batch) > 1 and self._staging.recycles:
+                    needs = [need_of(message) for message in batch]
+                    self._recycler.stock_up([(need, self._staging.most(need)) for need in needs])
             try:
                 for message in batch:
                     staged.append(self._staging.stage(message))
@@ -248,7 +248,7 @@ class DirectoryProducer(Side):
         A crash before the rename leaves a reserved or a temporary file, after it an item.
         """
         session, recycler, journal = self.session, self._recycler, self.session.journal
-        file, size, loan = staged.file, staged.size, session.token if staged.loan else 0
+        file, size, token = staged.file, staged.size, session.token
         if file is None:
             record = journal.unused_record()
             pool.share(journal.words, fs.room(session.directories.root))
@@ -257,21 +257,20 @@ class DirectoryProducer(Side):
             if not recycler.is_ours(file):
                 return 0
         words = journal.words
-        seq = transitions.next_seq(words)
-        at = (record + W.ITEM_AT) * W.WORD
-        W.ITEM.pack_into(
-            journal.map, at, seq, staged.put_time, 0, staged.flags, staged.layout.end, 0, 0, 0, loan
-        )
         successor = link = 0
+        if file is None:
+            change = transitions.put_new(words, record, size, "tmp", staged.name)
+        else:
+            need, mapped = staged.need, recycler.mappings.kept
+            if len(recycler.reserved) < (MOST_RESERVED if need < LARGE else ENOUGH_LARGE):
+                only_mapped = need >= LARGE and len(mapped) >= ENOUGH_LARGE
+                successor, link = find_pooled(words, need, size, mapped, only_mapped)
+            change = transitions.put(words, record, size, file.name, token, successor, link)
+        at, seq, loan = (record + W.ITEM_AT) * W.WORD, change[1], token if staged.loan else 0
+        end, flags = staged.layout.end, staged.flags
+        W.ITEM.pack_into(journal.map, at, seq, staged.put_time, 0, flags, end, 0, 0, 0, loan)
         try:
-            if file is None:
-                journal.commit(transitions.put_new(words, record, size, "tmp", staged.name))
-            else:
-                need, mapped = staged.need, recycler.mappings.kept
-                if len(recycler.reserved) < (MOST_RESERVED if need < LARGE else ENOUGH_LARGE):
-                    only_mapped = need >= LARGE and len(mapped) >= ENOUGH_LARGE
-                    successor, link = find_pooled(words, need, size, mapped, only_mapped)
-                journal.commit(transitions.put(words, record, seq, file.name, successor, link))
+            journal.commit(change)
         except FileNotFoundError as error:
             if isinstance(error, SpoolError):
                 raise

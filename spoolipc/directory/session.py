@@ -185,7 +185,7 @@ class Session:
                 if not self.is_open:
                     raise SpoolClosed(self.end)
                 try:
-                    if not fs.lock(lock.fd):
+                    if not fs.lock(lock.fd, blocking=False):
                         lock.take()
                     journal = self.journal
                     if journal is _NONE:
@@ -208,8 +208,6 @@ class Session:
             later = steps.pop(thread, None)  # a child forked within has forgotten it
             if later:
                 catch_up(later)
-        if self.directories.said:
-            self.directories.tell()
         result, items, space = done
         if items or space:
             journal = self.journal

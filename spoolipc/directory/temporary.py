@@ -107,7 +107,7 @@ def _remove_if_unused(path: str, dry_run: bool = False) -> bool:
     except OSError:  # gone, or another user's
         return False
     try:
-        if fs.user() not in (0, fs.fstat(fd).st_uid) or not fs.lock(fd):
+        if fs.user() not in (0, fs.fstat(fd).st_uid) or not fs.lock(fd, blocking=False):
             return False
         if not dry_run:
             _empty(fd)

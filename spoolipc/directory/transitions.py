@@ -135,19 +135,22 @@ def next_seq(words: Words) -> int:
     return seq
 
 
-_BEFORE_PUT: Final = W.together(W.READY_TAIL, W.READY_LENGTH, W.ITEM_BYTES, W.POOL_BYTES, W.POOL_COUNT)
-_RESERVED: Final = W.together(W.OWNER, W.BYTES)
+_BEFORE_PUT: Final = W.together(
+    *(W.NEXT_SEQ, W.NEXT_SEQ_CHECK, W.READY_TAIL, W.READY_LENGTH, W.ITEM_BYTES, W.POOL_BYTES, W.POOL_COUNT)
+)
 _POOLED: Final = W.together(W.NEXT, W.BYTES)
 
 
-def put(words: Words, record: int, seq: int, name: str, successor: int, link: int) -> Transition:
-    """RESERVED becomes WAITING, last in order; the caller has described the item in its record.
+def put(words: Words, record: int, size: int, name: str, owner: int, successor: int, link: int) -> Transition:
+    """RESERVED by `owner` becomes WAITING, last in order, under the number that the transition moves; the caller
+    describes the item in its record before the commit.
 
-    seq: NEXT_SEQ. name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes
-    RESERVED in its stead, or zeros.
+    size, name: of its file in free/. successor, link: a pooled file as `find_pooled` gives it, which becomes RESERVED
+    in its stead, or zeros. Raises IndexDamaged, as `next_seq` does.
     """
-    tail, length, items, pooled, count = _BEFORE_PUT(words)
-    owner, size = _RESERVED(words, record * W.WORD)
+    seq, check, tail, length, items, pooled, count = _BEFORE_PUT(words)
+    if check != seq ^ W.ALL_BITS:
+        next_seq(words)
     stores = [tail + W.NEXT if tail else W.READY_HEAD, record, W.READY_TAIL, record]
     stores += (W.READY_LENGTH, length + 1, record + W.STATE, W.WAITING, record + W.NEXT, 0)
     stores += (W.NEXT_SEQ, seq + 1, W.NEXT_SEQ_CHECK, seq + 1 ^ W.ALL_BITS, W.ITEM_BYTES, items + size)

@@ -20,9 +20,9 @@ import math
 import mmap
 import operator
 import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -116,8 +116,8 @@ def pack(
         ) from None
     if len(id) != _ID_SIZE:  # struct would cut or fill it
         raise ValueError(f"an id has {_ID_SIZE} bytes, not {len(id)}")
-    crc = zlib.crc32(body)
-    return body + (zlib.crc32(text, crc) if text else crc).to_bytes(4, "little") + text
+    crc = crc32(body)
+    return body + (crc32(text, crc) if text else crc).to_bytes(4, "little") + text
 
 
 def json_size(names: Sequence[str] | None, meta: Any) -> int:
@@ -139,12 +139,16 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
     very offset.
     """
     end = offset + SIZE
-    record = buffer[offset : end if end < limit else limit] if 0 <= offset <= limit else b""
+    if offset < 0 or end > limit:
+        raise _refusal(buffer[offset:limit] if 0 <= offset <= limit else b"", offset)
+    record = buffer[offset:end]
     if len(record) != SIZE:
         raise _refusal(record, offset)
     beginning, kind, flags, put_time, data_end, checksum, id, expires, length, crc = _WHOLE.unpack(record)
     if beginning != _BEGINNING:
         raise _refusal(record, offset)
+    actual = crc32(record[:_CHECKED])
+    names = meta = None
     text = b""
     if length:
         if length > MAX_JSON:
@@ -152,7 +156,7 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
         text = bytes(buffer[end : min(end + length, limit)])
         if len(text) != length:
             raise BadItem(f"footer claims {length} bytes of JSON; {len(text)} are left in the file")
-    actual = zlib.crc32(text, zlib.crc32(record[:_CHECKED])) if text else zlib.crc32(record[:_CHECKED])
+        actual = crc32(text, actual)
     if crc != actual:
         raise BadItem(f"footer is damaged: its CRC is {actual:#010x}, it says {crc:#010x}")
     if data_end != offset:
@@ -161,7 +165,8 @@ def read(buffer: Buffer | Slices, offset: int, limit: int) -> Footer:
         raise UnknownVersion(errno.EINVAL, f"item of kind {kind}, which this release does not know")
     if flags & ~_HAS_CHECKSUM:
         raise BadItem(f"footer has unknown flags {flags:#06x}")
-    names, meta = _load(text) if text else (None, None)
+    if text:
+        names, meta = _load(text)
     if kind:
         if names is not None:
             raise BadItem("footer has names for the arrays of a value")

@@ -258,9 +258,9 @@ def parse(buffer: Buffer, size: int) -> tuple[tuple[Block, ...], Footer]:
     length = 10 + _LENGTH(buffer, 8)[0] if limit > 10 else 0
     header = bytes(buffer[: length if length < limit else limit])
     block = _parsed.get(header)
-    if block is not None and block.offset == len(header) and block.offset + block.nbytes + 8 <= limit:
-        at = block.offset + block.nbytes
-        if buffer[at : at + 8] == footers.MAGIC:
+    if block is not None and block.offset == length:
+        at = length + block.nbytes
+        if at + 8 <= limit and buffer[at : at + 8] == footers.MAGIC:
             end = footers.read(buffer, at, limit)
             names = end[3]
             if not names or len(names) == 1:

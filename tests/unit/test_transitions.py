@@ -224,8 +224,8 @@ class Walk:
             return None
         self.describe(record, 0)
         successor = self.random.choice([(0, 0), self.pooled()])
-        name = item_name(self.words[record + W.FILE])
-        return transitions.put(self.words, record, self.words[W.NEXT_SEQ], name, *successor)
+        size, owner, number = (self.words[record + at] for at in (W.BYTES, W.OWNER, W.FILE))
+        return transitions.put(self.words, record, size, item_name(number), owner, *successor)
 
     def _claim(self) -> Transition | None:
         options = {"owner": self.token(), "due": self.due(), "released": self.released()}
