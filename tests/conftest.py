@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ import pytest
 
 from spoolipc import SpoolReader, SpoolWriter
 from spoolipc.directory import fs
+
+# What each of the processes that tests start would do again: compile the package, spin in idle threads of OpenBLAS.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Whoever starts the tests in the background may have SIGINT ignored; children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
