@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_article_interrupted_leaves_no_process_and_no_file(
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, process_group=0) as process:
         assert process.stderr is not None
         text = ""
-        while "1/200000" not in text.replace(" ", ""):
+        while not re.search(r"[1-9]\d*/200000", text):
             letter = process.stderr.read(1)
             assert letter, text
             text += letter
@@ -193,8 +194,8 @@ def test_programs_before_and_after_the_move_differ_in_one_line_and_do_the_same(t
     changed = [pair for pair in zip(*texts, strict=True) if pair[0] != pair[1]]
     assert changed == [("from multiprocessing import Queue", "from spoolipc import Queue")]
     for name in (before, after):
-        ran = run(tmp_path, name)
+        ran = run(tmp_path, name, "--frames=10")
         assert ran.returncode == 0, ran.stderr
-        assert ran.stdout.startswith("30 frames of 6 MB there and grey ones back in ")
-        assert ran.stdout.endswith("sum 435\n")
+        assert ran.stdout.startswith("10 frames of 6 MB there and grey ones back in ")
+        assert ran.stdout.endswith("sum 45\n")
     assert list(tmp_path.iterdir()) == []
