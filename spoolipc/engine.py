@@ -137,7 +137,8 @@ class Consumer(Session, Protocol):
 
 
 class Loan(Protocol):
-    """An array in the very memory that readers will see, not yet an item. array: writable until the commit."""
+    """An array in the very memory that readers will see, not yet an item. array: writable until the commit. One thread
+    at a time calls it."""
 
     array: Array
 

@@ -198,38 +198,52 @@ class Loan:
     """
 
     def __init__(self, lent: Lent) -> None:
-        self._lent: Lent | None = lent
+        self._lent = [lent]  # who takes it commits or discards it
+        self._is_unwanted = False
 
     @property
     def array(self) -> Array:
         """The array, writable; what it holds at first is undefined. Raises AlreadySettled after its end as a loan."""
-        return self._open().array
+        try:
+            return self._lent[0].array
+        except IndexError:
+            raise self._gone() from None
 
     def commit(self, block: bool = True, timeout: float | None = None) -> int:
         """Put the array, which is read-only from now on; returns its sequence number.
 
         block, timeout: wait for room, as `put` does. Raises what `put` raises, and then it stays a loan, unless `seqs`
-        of the error says that it was put; AlreadySettled after a commit or discard.
+        of the error says that it was put; AlreadySettled after a commit or discard, and while another thread commits.
         """
         try:
-            seq = self._open().commit(deadline_of(block, timeout))
-        except SpoolError as error:
-            if error.seqs:
-                self._lent = None
+            lent = self._lent.pop()
+        except IndexError:
+            raise self._gone() from None
+        try:
+            return lent.commit(deadline_of(block, timeout))
+        except BaseException as error:
+            if not (isinstance(error, SpoolError) and error.seqs):
+                self._lent.append(lent)
+                if self._is_unwanted:
+                    self.discard()
             raise
-        self._lent = None
-        return seq
 
     def discard(self) -> None:
-        """Put nothing. Harmless when repeated, and after the commit."""
-        if self._lent is not None:
-            self._lent.discard()
-            self._lent = None
+        """Put nothing. Harmless when repeated, and after the commit; while another thread commits, it is for the case
+        that this fails."""
+        self._is_unwanted = True
+        try:
+            lent = self._lent.pop()
+        except IndexError:
+            return
+        try:
+            lent.discard()
+        except BaseException:
+            self._lent.append(lent)
+            raise
 
-    def _open(self) -> Lent:
-        if self._lent is None:
-            raise AlreadySettled("this loan was committed or discarded before")
-        return self._lent
+    def _gone(self) -> AlreadySettled:
+        return AlreadySettled("this loan was committed or discarded before, or another thread commits it")
 
     def __enter__(self) -> Array:
         return self.array
@@ -238,7 +252,7 @@ class Loan:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None and self._lent is not None:
+            if error is None and self._lent:
                 self.commit()
         finally:
             self.discard()

@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from support.calls import Call
 from support.faults import Event, Injector
 from support.peek import peek_table
 
-from spoolipc import AlreadySettled, Empty, Full, SpoolReader, SpoolWriter, StorageError
+from spoolipc import AlreadySettled, Empty, Full, Loan, ShutDown, SpoolReader, SpoolWriter, StorageError
+from spoolipc.memory import clear
 
 LARGE = 5000
 
@@ -207,6 +209,53 @@ def test_loan_waits_for_room_when_it_begins(spool: Path, reader: SpoolReader) ->
         assert reader.get()[0] == 0
         lending.result()
         assert reader.get()[0] == 5
+
+
+@pytest.fixture(params=["directory", "memory"])
+def full(request: pytest.FixtureRequest, spool: Path) -> Iterator[tuple[SpoolWriter, Loan, SpoolReader]]:
+    """A writer and its loan, for which there is no room now, and the reader that can make some."""
+    path = spool if request.param == "directory" else "memory://full"
+    with SpoolWriter(path, maxsize=1) as writer, SpoolReader(path) as reader:
+        loan = writer.loan(LARGE)
+        loan.array[:] = 1
+        writer.put(np.zeros(3))
+        yield writer, loan, reader
+    clear("full")
+
+
+def test_of_two_threads_that_commit_a_loan_the_later_is_told_that_it_is_committed(
+    full: tuple[SpoolWriter, Loan, SpoolReader],
+) -> None:
+    _, loan, reader = full
+    first = Call(loan.commit)
+    first.until_asleep()
+    later = Call(loan.commit)
+    later.until_asleep_or_done()
+    assert (reader.get(timeout=30) == 0).all()
+    assert (reader.get(timeout=30) == 1).all()
+    assert first.result() == 2
+    assert isinstance(later.error(), AlreadySettled)
+    assert reader.empty()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_discard_while_another_thread_commits_is_for_the_case_that_this_fails(
+    full: tuple[SpoolWriter, Loan, SpoolReader], fails: bool
+) -> None:
+    writer, loan, reader = full
+    commit = Call(loan.commit)
+    commit.until_asleep()
+    loan.discard()
+    if fails:
+        writer.shutdown()
+        assert isinstance(commit.error(), ShutDown)
+    assert (reader.get(timeout=30) == 0).all()
+    if not fails:
+        assert commit.result() == 2
+        assert (reader.get(timeout=30) == 1).all()
+    with pytest.raises(AlreadySettled):
+        loan.commit(block=False)
+    assert reader.empty()
 
 
 def test_writer_gone_with_its_array_leaves_no_file_behind(spool: Path, reader: SpoolReader) -> None:
