@@ -29,7 +29,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar
 
 from . import errors
 from .engine import Watch, Watchable
-from .errors import BadItem, Empty, Full, LockTimeout, ShutDown, SpoolError
+from .errors import AlreadySettled, BadItem, Empty, Full, LockTimeout, ShutDown, SpoolError
 from .item import Item, Received, reason_of, taken_item
 from .message import (
     NOW,
@@ -494,7 +494,8 @@ class AsyncItem(Received):
         if self.settled:
             return
         if error is None:
-            await self.ack()
+            with suppress(AlreadySettled):  # another task was first
+                await self.ack()
             return
         try:
             await self.nack(reason=reason_of(error))

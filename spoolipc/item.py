@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -30,6 +31,7 @@ from .message import (
 
 _log = logging.getLogger("spoolipc")
 _ACK: Final = Ack()
+_TAKEN_AWAY: Final = "taken away when its lease ended"
 
 
 class Received:
@@ -120,22 +122,37 @@ class Received:
         return self._contents
 
     def _settle(self, verdict: Verdict, settled: str) -> None:
-        if self._settled:
-            raise AlreadySettled(f"item {self.seq} was {self._settled} before")
-        turn = self._turn if settled else [None]  # a lease is extended beside
+        self._check()
         try:
-            turn.pop()
+            self._turn.pop()
         except IndexError:
-            raise AlreadySettled(f"item {self.seq} is being settled by another thread") from None
+            raise self._overtaken() from None
         try:
             self._consumer.settle((self._delivery,), verdict)
             self._settled = settled
         except LeaseExpired:
-            self._settled = "taken away when its lease ended"
+            self._settled = _TAKEN_AWAY
             raise
         except BaseException:
-            turn.append(None)
+            self._turn.append(None)
             raise
+
+    def _extend(self, seconds: float) -> None:
+        self._check()
+        try:
+            self._consumer.settle((self._delivery,), Extend(seconds))
+        except LeaseExpired:
+            if not self._turn:
+                raise self._overtaken() from None
+            self._settled = _TAKEN_AWAY
+            raise
+
+    def _check(self) -> None:
+        if self._settled:
+            raise AlreadySettled(f"item {self.seq} was {self._settled} before")
+
+    def _overtaken(self) -> AlreadySettled:
+        return AlreadySettled(f"item {self.seq} is being settled by another thread")
 
     def __repr__(self) -> str:
         return (
@@ -170,7 +187,7 @@ class Item(Received):
 
     def extend(self, seconds: float) -> None:
         """Let the lease end so many seconds from now. Raises LeaseExpired, AlreadySettled."""
-        self._settle(Extend(duration("seconds", seconds, positive=True)), "")
+        self._extend(duration("seconds", seconds, positive=True))
 
     def __enter__(self) -> Self:
         return self
@@ -181,7 +198,8 @@ class Item(Received):
         if self._settled:
             return
         if error is None:
-            self.ack()
+            with suppress(AlreadySettled):  # another thread was first
+                self.ack()
             return
         try:
             self.nack(reason=reason_of(error))

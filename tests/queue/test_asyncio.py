@@ -185,6 +185,24 @@ def test_what_a_call_cancelled_at_any_step_had_got_is_still_there(
         asyncio.run(run(step))
 
 
+def test_item_that_another_task_acknowledges_as_its_block_ends_is_acknowledged(spool: Path) -> None:
+    async def main() -> None:
+        async with AsyncSpoolReader(spool) as reader, AsyncSpoolWriter(spool) as writer:
+            await writer.put(np.zeros(3))
+            item = await reader.receive()
+            threads = Threads(False, lambda: None)
+            asyncio.get_running_loop().set_default_executor(threads)
+            with locked(spool):
+                ends = [asyncio.ensure_future(end) for end in (item.ack(), item.__aexit__(None, None, None))]
+                while len(threads.given) < 2:
+                    await asyncio.sleep(0)
+            threads.run()
+            await asyncio.gather(*ends)
+            assert (item.settled, reader.empty()) == (True, True)
+
+    asyncio.run(main())
+
+
 def test_small_items_of_a_cancelled_get_many_with_large_ones_are_written_over_by_nobody(spool: Path) -> None:
     async def main() -> None:
         async with AsyncSpoolReader(spool) as reader, AsyncSpoolWriter(spool) as writer:

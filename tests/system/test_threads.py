@@ -18,7 +18,7 @@ import pytest
 from support.calls import Call
 from support.faults import Event, Injector
 
-from spoolipc import Empty, LeaseExpired, ShutDown, SpoolClosed, SpoolReader, SpoolWriter
+from spoolipc import AlreadySettled, Empty, LeaseExpired, ShutDown, SpoolClosed, SpoolReader, SpoolWriter
 from spoolipc.directory import fs
 from spoolipc.directory.session import Side
 
@@ -107,6 +107,21 @@ def test_array_of_an_item_that_another_thread_uses_at_once_stays_as_it_is(spool:
                 writer.put_many([np.full(LARGE, -1)] * 3)
                 reader.get_many(3)
             assert array is None or (array == line).all()  # None where it was acknowledged before
+    assert line > 20
+
+
+def test_item_that_another_thread_acknowledges_as_its_lease_is_extended_is_settled(
+    writer: SpoolWriter, reader: SpoolReader
+) -> None:
+    """The other one does so between each two lines of the extension, which may be told so."""
+    for line in range(1000):
+        writer.put(np.zeros(3))
+        item = reader.receive()
+        with contextlib.suppress(AlreadySettled):
+            if not at_once(partial(item.extend, 60), line, item.ack, []):
+                break
+        assert item.settled, line
+    item.ack()
     assert line > 20
 
 
