@@ -13,9 +13,10 @@ import platform
 import queue
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cached_property, partial
 from itertools import cycle, product
 from multiprocessing import resource_tracker
 from time import perf_counter
@@ -28,7 +29,6 @@ from spoolipc.connect import shown
 
 SIZES, KINDS, WINDOW, TIMEOUT = (1_000, 64_000, 1_000_000, 54_000_000), ("one way", "round trip"), 8, 120.0
 SPAWN = multiprocessing.get_context("spawn")
-Json = dict[str, Any]
 _SIDE: list[Any] = []
 
 
@@ -61,77 +61,49 @@ CARRIERS: dict[str, Callable[[str, int], tuple[Any, Any]]] = {  # the putting an
 }
 
 
-def bench(directory: str | None = None, *, quick: bool = False) -> Json:
+def bench(directory: str | None = None, *, quick: bool = False) -> dict[str, Any]:
     """Measure every carrier at every size (bytes of a float64 array), one way and round trip.
 
-    Raises OSError, and ValueError for a `directory` that cannot be used.
-
     The spools are made in `directory`, /dev/shm where there is one, and removed again. quick: fewer arrays and turns.
+    Raises OSError, and ValueError for a `directory` that cannot be used.
     """
     if directory is not None and not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
         raise ValueError(f"{shown(directory)}: is not a directory that spools can be made in")
     place = directory or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    results: list[Json] = []
+    results: list[dict[str, Any]] = []
     for nbytes in SIZES:
         count = min(max((10**8 if quick else 4 * 10**8) // nbytes, 4), 2_000)
         took: dict[tuple[str, str], list[float]] = {key: [] for key in product(KINDS, CARRIERS)}
         with ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="spoolipc-bench-", dir=place))
-            pairs = {name: _pair(stack, name, f"{scratch}/{name}", nbytes) for name in CARRIERS}
-            for turn, (kind, name) in product(range(3 if quick else 6), took):
-                seconds = _ask(pairs[name], kind == "round trip", count)
-                took[kind, name] += [seconds] if turn else []
-        results += [{"carrier": n, "kind": k, "nbytes": nbytes, "seconds": s} for (k, n), s in took.items()]
+            with ThreadPoolExecutor(1) as aside:  # where no signal interrupts what is half started
+                started = aside.map(partial(_pair, stack, scratch, nbytes), CARRIERS)
+                pairs = dict(zip(CARRIERS, started, strict=True))
+            for _, (kind, name) in product(range(3 if quick else 6), took):
+                took[kind, name].append(_ask(pairs[name], kind, count))
+        for (kind, name), (_, *seconds) in took.items():
+            results.append({"carrier": name, "kind": kind, "nbytes": nbytes, "seconds": seconds})
     machine = {"cores": len(os.sched_getaffinity(0)), "kernel": platform.release(), "numpy": np.__version__}
     machine |= {"python": platform.python_version(), "spoolipc": __version__}
     return {"machine": machine, "results": results}
 
 
-def table(results: list[Json]) -> list[str]:
-    """Median microseconds per array, a line for each kind and size, and the ratio to those of spoolipc."""
-    lines = [f"| us per array | KB | {' | '.join(CARRIERS)} |", "|---|" + "--:|" * (1 + len(CARRIERS))]
-    for row in zip(*[iter(results)] * len(CARRIERS), strict=True):
-        middle = [float(np.median(one["seconds"])) for one in row]
-        cells = [f"{seconds * 1e6:,.0f} ({seconds / middle[0]:.2f})" for seconds in middle]
-        lines.append(f"| {row[0]['kind']} | {row[0]['nbytes'] / 1000:,g} | {' | '.join(cells)} |")
-    return lines
-
-
-def _pair(stack: ExitStack, name: str, path: str, nbytes: int) -> list[Any]:
-    """Start the two processes of a carrier."""
-    there, back = (CARRIERS[name](path + way, nbytes) for way in (".there", ".back"))
+def _pair(stack: ExitStack, scratch: str, nbytes: int, name: str) -> list[Any]:
+    """Start the two processes of a carrier; in a thread of its own, as they leave Ctrl-C to the first process."""
+    there, back = (CARRIERS[name](f"{scratch}/{name}.{way}", nbytes) for way in ("there", "back"))
     for end in there + back:
         stack.callback(getattr(end, "close", int))
-    sides = (there[0], back[1], True, nbytes), (back[0], there[1], False, nbytes)
     resource_tracker.ensure_running()  # which changes the mask
-    with _undisturbed():
-        return [stack.enter_context(SPAWN.Pool(1, _begin, side)) for side in sides]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    sides = (there[0], back[1], True, nbytes), (back[0], there[1], False, nbytes)
+    return [stack.enter_context(SPAWN.Pool(1, _begin, side)) for side in sides]
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A block at whose end the signals take effect that came in it. Processes started in it leave Ctrl-C, which reaches
-    all, to this one."""
-    came: list[int] = []
-    stops = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in stops]
-    # The mask is for them; here the handlers run all the same, as numpy has threads without it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in zip(stops, before, strict=True):
-            signal.signal(number, handler)
-        for sent in came:
-            signal.raise_signal(sent)
-
-
-def _ask(pair: list[Any], both: bool, count: int) -> float:
+def _ask(pair: list[Any], kind: str, count: int) -> float:
     """Let a pair of processes pass arrays; returns the seconds of one."""
     said: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for pool in pair:
-        pool.apply_async(_pass, (both, count), callback=said.put, error_callback=said.put)
+        pool.apply_async(_pass, (kind == "round trip", count), callback=said.put, error_callback=said.put)
     for _ in pair:
         if isinstance(answer := said.get(timeout=TIMEOUT), BaseException):
             raise OSError(f"an array could not be passed: {answer}") from answer

@@ -420,7 +420,7 @@ def _run_forward(options: argparse.Namespace) -> Answer:
 
 
 def _run_bench(options: argparse.Namespace) -> Answer:
-    from .bench import bench, table
+    from .bench import bench
 
     # What was made is removed on the way out.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
@@ -428,7 +428,7 @@ def _run_bench(options: argparse.Namespace) -> Answer:
         found = bench(options.path, quick=options.quick)
     finally:
         signal.signal(signal.SIGTERM, before)
-    return found, table(found["results"]), DONE
+    return found, text.bench_lines(found["results"]), DONE
 
 
 def _run_list(options: argparse.Namespace) -> Answer:

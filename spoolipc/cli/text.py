@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from typing import Final
+from itertools import groupby
+from typing import Any, Final
+
+import numpy as np
 
 from ..directory.check import FsckReport
 from ..message import DeadLetter, GcReport, Limits, Retried, SpoolStat
@@ -184,6 +187,17 @@ def retry_lines(done: Retried) -> list[str]:
     lines = [f"requeued {count(len(done.seqs), 'dead letter')}"]
     lines += [f"  {old} as {new}" for old, new in done.seqs.items()]
     lines += [f"  {seq} stays, it cannot be read: {why}" for seq, why in done.damaged.items()]
+    return lines
+
+
+def bench_lines(results: list[dict[str, Any]]) -> list[str]:
+    """Median microseconds per array, a line for each kind and size, and the ratio to those of the first carrier."""
+    carriers = list(dict.fromkeys(one["carrier"] for one in results))
+    lines = [f"| us per array | KB | {' | '.join(carriers)} |", "|---|" + "--:|" * (1 + len(carriers))]
+    for (kind, nbytes), row in groupby(results, lambda one: (one["kind"], one["nbytes"])):
+        middle = [float(np.median(one["seconds"])) for one in row]
+        cells = [f"{seconds * 1e6:,.0f} ({seconds / middle[0]:.2f})" for seconds in middle]
+        lines.append(f"| {kind} | {nbytes / 1000:,g} | {' | '.join(cells)} |")
     return lines
 
 

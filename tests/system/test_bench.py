@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from benchmarks.pair import WINDOW, MakeLink, Pair, compare
 from benchmarks.wake import wake
 from spoolipc.cli import bench as cli_bench
 from spoolipc.cli import main as cli
+from spoolipc.cli import text
 
 ROOT = Path(__file__).parents[2]
 TINY = 8_000
@@ -50,7 +52,11 @@ def test_the_command_measures_all_three_both_ways(
 
 
 def children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        child
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
 
 
 def semaphores(pid: int) -> list[Path]:
@@ -62,9 +68,20 @@ def semaphores(pid: int) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize(("number", "measuring"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def imports(pid: str) -> bool:
+    """Whether a process that was started to measure has begun to import what it needs."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        is_one = b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()  # and not just forked
+        return is_one and "/numpy/" in Path(f"/proc/{pid}/maps").read_text()
+    return False
+
+
+@pytest.mark.parametrize(
+    ("number", "amid"),
+    [(signal.SIGINT, "the start"), (signal.SIGINT, "an import"), (signal.SIGTERM, "a measurement")],
+)
 def test_the_command_stopped_by_a_signal_leaves_nothing_and_says_one_line(
-    number: signal.Signals, measuring: bool, tmp_path: Path
+    number: signal.Signals, amid: str, tmp_path: Path
 ) -> None:
     """Ctrl-C reaches the processes that it started as well, while they start and while they measure."""
     command = [sys.executable, "-m", "spoolipc", "bench", str(tmp_path)]
@@ -72,8 +89,10 @@ def test_the_command_stopped_by_a_signal_leaves_nothing_and_says_one_line(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         # The first child is the one that looks after the semaphores.
-        until(lambda: len(children(process.pid)) > (6 if measuring else 1))
-        if measuring:
+        until(lambda: len(children(process.pid)) > (6 if amid == "a measurement" else 1))
+        if amid == "an import":
+            until(lambda: any(map(imports, children(process.pid))))
+        elif amid == "a measurement":
             until(lambda: list(tmp_path.glob("*/spoolipc.*/items/*")))
         left = semaphores(process.pid)
         if number == signal.SIGINT:
@@ -118,7 +137,9 @@ def test_the_table_shows_medians_and_ratios_to_the_spool() -> None:
     rows = [
         {"carrier": name, "kind": "one way", "nbytes": 10**6, "seconds": [2 * s, s, 0.0]} for name, s in each
     ]
-    assert cli_bench.table(rows)[2:] == ["| one way | 1,000 | 2,000 (1.00) | 50,000 (25.00) | 1,000 (0.50) |"]
+    assert text.bench_lines(rows)[2:] == [
+        "| one way | 1,000 | 2,000 (1.00) | 50,000 (25.00) | 1,000 (0.50) |"
+    ]
 
 
 @pytest.mark.parametrize("make", [RingLink, QueueLink, SpoolLink])
