@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,35 +72,27 @@ def killed(path: Path, name: str, fault: Hook, *, watched: bool) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def kill_all(place: Path, name: str, faults: list[tuple[int, Hook]], parity: int = 0) -> None:
-    """Kill a scenario by one fault after another; another session watches every second time."""
-    assert faults
-    for count, (number, fault) in enumerate(faults):
-        try:
-            killed(place / "spool", name, fault, watched=name not in ALONE and count % 2 == parity)
-        except BaseException as failure:
-            failure.add_note(f"{name} killed at event {number}")
-            raise
-
-
-@pytest.mark.parametrize("parity", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_at_every_system_call(place: Path, name: str, parity: int) -> None:
+def kills(place: Path, name: str) -> Iterator[tuple[int, Hook, bool]]:
+    """Each kill of a scenario: at which event, how, and whether another session has the spool open meanwhile."""
     found, end = changes(place, name)
-    # Of stores one after another, the first: what the store after a rename finds.
-    faults: list[tuple[int, Hook]] = [
-        (number, at(number, kill))
-        for (last, before), (number, event) in pairwise([(0, ""), *found])
-        if event != STORE or (last, before) != (number - 1, STORE)
-    ]
-    for number, event in found:
-        if event in WRITES:
-            faults += [(number, at(number, partly(part, kill))) for part in (0.01, 0.6)]
-    kill_all(place, name, [*faults, (end, at(end, kill))], parity)  # the last is killed when all is done
+    for (last, before), (number, event) in pairwise([(0, ""), *found, (end, "")]):  # or when all is done
+        # Of stores one after another, the first is what follows a rename; of the others one way will do.
+        follows = (number, event) == (last + 1, before) and event == STORE
+        ways = (False,) if name in ALONE else (number % 2 == 0,) if follows else (False, True)
+        for hook in (kill, *(partly(part, kill) for part in (0.01, 0.6) if event in WRITES)):
+            yield from ((number, at(number, hook), watched) for watched in ways)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "rest", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["some", "rest"]
+)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_before_every_store_to_the_index(place: Path, name: str) -> None:
-    found, _ = changes(place, name)
-    kill_all(place, name, [(number, at(number, kill)) for number, event in found if event == STORE])
+def test_killed_at_every_system_call_and_store(place: Path, name: str, rest: bool) -> None:
+    """rest: all but one in seven, which `make test` tries."""
+    for count, (number, fault, watched) in enumerate(kills(place, name)):
+        if (count % 7 > 0) == rest:
+            try:
+                killed(place / "spool", name, fault, watched=watched)
+            except BaseException as failure:
+                failure.add_note(f"{name} killed at event {number}")
+                raise
