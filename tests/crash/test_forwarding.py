@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -107,10 +108,14 @@ def each_kill(found: list[tuple[int, str]]) -> Iterator[tuple[int, Hook]]:
 
 
 @pytest.mark.parametrize(
-    "turn", [0, *(pytest.param(turn, marks=pytest.mark.exhaustive) for turn in (1, 2, 3))]
+    ("turn", "step"),
+    [(0, 5), *(pytest.param(turn, 1, marks=pytest.mark.exhaustive) for turn in range(len(MEANWHILE)))],
 )
-def test_forwarder_killed_at_every_system_call_loses_and_doubles_nothing(place: Path, turn: int) -> None:
-    for count, (number, fault) in enumerate(each_kill(events(place / "dry"))):
+def test_forwarder_killed_at_every_system_call_loses_and_doubles_nothing(
+    place: Path, turn: int, step: int
+) -> None:
+    """step: 5 to try one in five, with each that may follow in its turn."""
+    for count, (number, fault) in [*enumerate(each_kill(events(place / "dry")))][::step]:
         spools = Spools(place / "both")
 
         def work(spools: Spools = spools, fault: Hook = fault) -> None:
@@ -144,7 +149,10 @@ def faulty(place: Path, act: Hook, error: type[BaseException] | tuple[type[BaseE
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
-def test_error_at_every_system_call_is_told_and_loses_and_doubles_nothing(place: Path, number: int) -> None:
+def test_error_at_every_system_call_is_told_and_loses_and_doubles_nothing(
+    place: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["spoolipc.forward"], "_LOOK", 0.01)  # what is full is tried again at once
     faulty(place, fail(number), SpoolError)
 
 

@@ -75,6 +75,7 @@ def killed(path: Path, name: str, fault: Hook, *, watched: bool) -> None:
 def kills(place: Path, name: str) -> Iterator[tuple[int, Hook, bool]]:
     """Each kill of a scenario: at which event, how, and whether another session has the spool open meanwhile."""
     found, end = changes(place, name)
+    assert found
     for (last, before), (number, event) in pairwise([(0, ""), *found, (end, "")]):  # or when all is done
         # Of stores one after another, the first is what follows a rename; of the others one way will do.
         follows = (number, event) == (last + 1, before) and event == STORE
