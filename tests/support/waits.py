@@ -20,10 +20,11 @@ _STILL = 0.01
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Wait until a condition holds that somebody else brings about."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.0005
     while not condition():
         assert time.monotonic() < deadline, "the condition was not reached"
-        time.sleep(0.0005)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.01)  # to ask costs as much as it does
 
 
 def _seen(pid: int, thread: int) -> tuple[str, int]:
