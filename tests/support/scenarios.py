@@ -223,17 +223,6 @@ def verify(
         assert os.listdir(path / "tmp") == []
         check_spool(path, orphans=True, checked=False)
         _drain(bystander or fresh, account)
-        failed = {letter.seq: letter for letter in spoolipc.failed_list(path)}
-        by_seq = {seq: value for value, seq in account.seqs.items()}
-        for seq, letter in failed.items():
-            value = by_seq.get(seq, seq) if letter.damage else value_of(np.load(letter.path))
-            fate = "gone" if letter.reason.startswith("could not be removed") else "failed"
-            if "cannot be read" not in letter.reason:  # else a fault met it
-                assert fate in account.fates[value], f"{value} is {fate}, not {account.fates[value]}"
-            account.fates[value] = {"gone"}
-        for value, fates in account.fates.items():
-            if value != SPOOL:
-                assert "gone" in fates, f"{value} is gone, not {fates}"
         try:
             writer.put_nowait(arrays(LAST, "small"))
             assert "open" in account.fates[SPOOL]
@@ -249,7 +238,18 @@ def verify(
     assert os.listdir(path / "alive") == [] or not ended
     check_spool(path, checked=False)
     assert spoolipc.fsck(path).problems == ()
-    assert not explained or all(letter.history for letter in spoolipc.failed_list(path))
+    failed = spoolipc.failed_list(path)
+    by_seq = {seq: value for value, seq in account.seqs.items()}
+    for letter in failed:
+        value = by_seq.get(letter.seq, letter.seq) if letter.damage else value_of(np.load(letter.path))
+        fate = "gone" if letter.reason.startswith("could not be removed") else "failed"
+        if "cannot be read" not in letter.reason:  # else a fault met it
+            assert fate in account.fates[value], f"{value} is {fate}, not {account.fates[value]}"
+        account.fates[value] = {"gone"}
+    for value, fates in account.fates.items():
+        if value != SPOOL:
+            assert "gone" in fates, f"{value} is gone, not {fates}"
+    assert not explained or all(letter.history for letter in failed)
     assert {name for name in os.listdir(path) if ".failed." not in name} <= {*PLACES, "shutdown"}
 
 
@@ -404,7 +404,7 @@ def put_into_a_consumed_file(stage: Stage) -> Iterator[None]:
 def steady(stage: Stage, kind: str) -> tuple[SpoolWriter, SpoolReader]:
     """A writer and a reader for whom every file has come round: both use only files they have mapped from now on."""
     writer, reader = stage.writer(), stage.reader()
-    for _ in range(12):
+    for _ in range(8):
         for _ in range(2):
             stage.put(writer, kind)
         for value in (stage.last - 1, stage.last):
