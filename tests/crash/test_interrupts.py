@@ -89,7 +89,7 @@ def interrupted(*_: object) -> None:
 
 def without_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody gets the lock."""
-    monkeypatch.setattr(fs, "lock", lambda _: False)
+    monkeypatch.setattr(fs, "lock", lambda *_, **options: False)
     monkeypatch.setattr(IndexLock, "take", functools.partialmethod(IndexLock.take, 0))
 
 
