@@ -10,6 +10,7 @@ import functools
 import shutil
 import sys
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from support.account import check_spool
 from support.faults import Event, Injector, at, interrupt, interrupted_at
 from support.peek import peek_table
-from support.scenarios import Run, every_or_core
+from support.scenarios import CORE, SCENARIOS, Run
 
 import spoolipc
 from spoolipc import Empty, LockTimeout, SpoolReader, SpoolWriter, set_limits, stat
@@ -43,13 +44,23 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
 
 
-@pytest.mark.parametrize("after", AFTER)
-@pytest.mark.parametrize("name", every_or_core())
-def test_interrupted_amid_an_operation(place: Path, name: str, after: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "after", "step"),
+    [
+        *(pytest.param(name, True, 3, id=f"{name}-after-some") for name in CORE),
+        *(
+            pytest.param(
+                name, after, 1, id=f"{name}-{'after' if after else 'before'}", marks=pytest.mark.exhaustive
+            )
+            for name, after in product(SCENARIOS, (True, False))
+        ),
+    ],
+)
+def test_interrupted_amid_an_operation(place: Path, name: str, after: bool, step: int) -> None:
     path = place / "spool"
     with Run(path, name) as run:
         met = run.with_fault()
-    for number, call in enumerate(met, 1):
+    for number, call in [*enumerate(met, 1)][::step]:
         fault = at(number, interrupt)
         try:
             with Run(path, name) as run:

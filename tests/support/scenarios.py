@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
-import pytest
 
 import spoolipc
 from spoolipc import BadItem, Empty, Item, ShutDown, SpoolError, SpoolReader, SpoolWriter
@@ -854,8 +853,3 @@ CORE: Final = (
     " receive_and_acknowledge nack_and_ack_the_second_attempt close shutdown_immediately open_after_a_crash"
     " rebuild_a_deleted_index retry_a_dead_letter"
 ).split()
-
-
-def every_or_core() -> list[Any]:
-    """All scenarios, as parameters: those beyond the core are for who has minutes."""
-    return [pytest.param(name, marks=[] if name in CORE else pytest.mark.exhaustive) for name in SCENARIOS]
