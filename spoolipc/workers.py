@@ -16,12 +16,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Semaphore
 from typing import Any, Final, Generic, Self, TypeVar
 
 from tqdm import tqdm
 
 from .connect import connect
-from .errors import Empty, SpoolClosed, TooLarge, UnsupportedItem, WorkerDied
+from .errors import Empty, Full, SpoolClosed, TooLarge, UnsupportedItem, WorkerDied
 from .format.values import Values
 from .message import Ack, flag, whole
 from .mp import Queue
@@ -32,6 +33,8 @@ _GLANCE: Final = 0.5
 """Seconds between two looks at whether the workers, or their parent, are still there."""
 _AHEAD: Final = 2
 """Items under way for each worker: the one it works on, and the next."""
+_PATIENCE: Final = 10.0
+"""Seconds for which all may wait for room: longer than it takes the sessions of a spool to give way to one another."""
 _MOST_DEATHS: Final = 5
 """Workers that may die one after another, each in the place of the last, with nothing done."""
 
@@ -52,7 +55,8 @@ def imap(
     come to it as read-only views.
     arrays: arrays, or whatever `spoolipc.Queue` takes. It is read as results are taken, two items a worker ahead, so
     that a stream without end is worked on in bounded memory. These items, and a result of each worker, must have room
-    where temporary spools lie (see `Queue`): where they have not, all wait, and the log says for what.
+    where temporary spools lie (see `Queue`): where they have not, fewer are read ahead, and where nothing can go on,
+    Full is raised.
     processes: how many workers; None for as many as there are cores for this process. They are daemons, which have no
     workers of their own, and leave Ctrl-C to their parent.
     ordered: give results in the order of the items, and not as they come.
@@ -92,22 +96,26 @@ class Results(Generic[T, R], Iterator[R]):
         self._ordered, self._window = ordered, count * _AHEAD
         self._fed, self._given, self._deaths = 0, 0, 0
         self._is_fed = self._have_died = False
+        self._unfed: list[T] = []  # the next item, when there is no room for it
         self._broken: Exception | None = None  # what the items' source raised
         self._waiting: dict[int, int] = {}  # by the number of an item, that of its task
         self._tasks_put = 0
         self._answers: dict[int, tuple[bool, Any]] = {}
         self._turn = threading.Lock()
         self._look_at = time.monotonic() + _GLANCE
+        self._stuck_since = 0.0  # monotonic seconds, 0 when something was fed or came since
         total = len(arrays) if isinstance(arrays, Sized) else None
         self._bar = tqdm(total=total, unit="item", disable=not progress)
         self._tasks, self._results = tasks, results
         self._workers: list[BaseProcess] = []
+        self._lacking: list[Semaphore] = []  # of each worker, 1 while it waits for room for a result
         self._end = weakref.finalize(
             self, _stop, os.getpid(), self._workers, (self._tasks, self._results), self._bar
         )
         try:
             for _ in range(count):
-                self._workers.append(self._started())
+                self._lacking.append(multiprocessing.Semaphore(0))
+                self._workers.append(self._started(self._lacking[-1]))
         except BaseException:
             self.close()
             raise
@@ -152,26 +160,31 @@ class Results(Generic[T, R], Iterator[R]):
                 self._feed()
             elif self._given == self._fed:
                 return None
-            self._collect(_GLANCE if is_full or self._is_fed else 0.0)
+            self._collect(_GLANCE if is_full or self._is_fed or self._unfed else 0.0)
         return None
 
     def _feed(self) -> None:
         try:
-            item = next(self._arrays)
+            item = self._unfed.pop() if self._unfed else next(self._arrays)
         except StopIteration:
             self._is_fed = True
             return
         except Exception as error:
             self._is_fed, self._broken = True, error
             return
-        number, self._fed = self._fed, self._fed + 1
+        number = self._fed
         try:
-            self._tasks.put((item, number))
+            self._tasks.put((item, number), block=False)
+        except Full:
+            self._unfed.append(item)
+            return
         except (UnsupportedItem, TooLarge) as error:
             self._answers[number] = False, _told(error, "item")
         else:
             self._tasks_put += 1  # the number that the queue gives to what is put
             self._waiting[number] = self._tasks_put
+        self._fed += 1
+        self._stuck_since = 0.0
 
     def _answer(self, number: int, is_result: bool, found: Any) -> None:
         if self._waiting.pop(
@@ -182,12 +195,14 @@ class Results(Generic[T, R], Iterator[R]):
     def _collect(self, seconds: float) -> None:
         with suppress(Empty):
             found, number, is_result = self._results.get(timeout=seconds)
+            self._stuck_since = 0.0
             if number < 0:
                 self._deaths = 0  # a worker has begun
             else:
                 self._answer(number, is_result, found)
         if time.monotonic() >= self._look_at:
             self._replace()
+            self._see_room()
             self._look_at = time.monotonic() + _GLANCE
 
     def _replace(self) -> None:
@@ -201,15 +216,33 @@ class Results(Generic[T, R], Iterator[R]):
                 what = f"the workers end before they begin, with exit code {worker.exitcode}"
                 raise WorkerDied(f'{what}; does the program start them under if __name__ == "__main__"?')
             worker.close()
-            self._workers[place] = self._started()
+            self._lacking[place] = multiprocessing.Semaphore(0)
+            self._workers[place] = self._started(self._lacking[place])
         if not self._have_died:
             return
         for letter in connect(self._tasks.path).admin().failed_list():
             for number in [number for number, seq in self._waiting.items() if seq == letter.seq]:
                 self._answer(number, False, WorkerDied(f"its workers died of it: {letter.reason}"))
 
-    def _started(self) -> BaseProcess:
-        args = self._function, self._tasks, self._results
+    def _see_room(self) -> None:
+        """Raise Full when all wait for room that none of them will make: every item is at a worker that has a result,
+        or waits while all of them do."""
+        lacking = sum(worker.get_value() for worker in self._lacking)
+        is_stuck = bool(lacking or self._unfed)
+        if is_stuck:
+            tasks = connect(self._tasks.path).admin().stat()
+            is_stuck = lacking >= (len(self._workers) if tasks.depth else tasks.in_flight)
+        if not is_stuck:
+            self._stuck_since = 0.0
+        elif not self._stuck_since:
+            self._stuck_since = time.monotonic()
+        elif time.monotonic() - self._stuck_since > _PATIENCE:
+            place, count = os.path.dirname(self._tasks.path), len(self._workers)
+            what = f"{place} has no room for {_AHEAD} items and a result of each worker, of which there are {count}"
+            raise Full(f"{what}; make some there, or give imap fewer processes or smaller items")
+
+    def _started(self, lacking: Semaphore) -> BaseProcess:
+        args = self._function, self._tasks, self._results, lacking
         process = multiprocessing.Process(target=_work, args=args, daemon=True)
         process.start()
         return process
@@ -234,13 +267,13 @@ def _stop(process: int, workers: list[BaseProcess], queues: tuple[Queue, ...], b
         queue.close()
 
 
-def _work(function: Callable[[Any], Any], tasks: Queue, results: Queue) -> None:
+def _work(function: Callable[[Any], Any], tasks: Queue, results: Queue, lacking: Semaphore) -> None:
     """What a worker does, until its parent ends it or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends us
     parent = multiprocessing.parent_process()
     assert parent is not None
     consumer = tasks._opened().consumer
-    results.put((None, -1, True))
+    _answer(results, (None, -1, True), lacking)
     while parent.is_alive():
         try:
             (delivery,) = consumer.claim(1, None, time.monotonic() + _GLANCE)
@@ -253,11 +286,23 @@ def _work(function: Callable[[Any], Any], tasks: Queue, results: Queue) -> None:
             answer = error, number, False
         del item
         try:
-            results.put(answer)
+            _answer(results, answer, lacking)
         except Exception as error:
-            results.put((_told(error, "result"), number, False))
+            _answer(results, (_told(error, "result"), number, False), lacking)
         del answer
         consumer.settle((delivery,), Ack())
+
+
+def _answer(results: Queue, answer: tuple[Any, int, bool], lacking: Semaphore) -> None:
+    """Put an answer, and meanwhile say whether it lacks room."""
+    try:
+        results.put(answer, block=False)
+    except Full:
+        lacking.release()
+        try:
+            results.put(answer)
+        finally:
+            lacking.acquire()
 
 
 def _told(error: Exception, what: str) -> Exception:

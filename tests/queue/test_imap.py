@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.mounts import tmpfs
 
 import spoolipc
-from spoolipc import RemoteError, WorkerDied, imap
+from spoolipc import Full, RemoteError, WorkerDied, imap
 from spoolipc.message import Ack
 
 LARGE = 40_000
@@ -322,3 +323,19 @@ def test_interrupted_or_killed_program_leaves_no_process_and_no_spool(
     monkeypatch.setenv("TMPDIR", str(place))
     spoolipc.remove_temporary()
     place.rmdir()  # it is empty
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("lacks", ["an item", "a result"])
+def test_place_without_room_for_the_items_and_results_of_all_workers_is_named(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    monkeypatch.setattr("spoolipc.workers._PATIENCE", 0.1)
+    with tmpfs(tmp_path_factory.mktemp("small") / "place", "3m") as place:
+        monkeypatch.setenv("TMPDIR", str(place))
+        results = imap(double, arrays(8, 100_000), 2)
+        foreign = place / "foreign"
+        foreign.write_bytes(bytes(2_500_000 if lacks == "an item" else 0))
+        with pytest.raises(Full, match=f"^{place} has no room .* fewer processes"):
+            numbers(results)
+        assert list(place.iterdir()) == [foreign]
