@@ -238,6 +238,7 @@ class _Forwarder:
                 del waiting[:count]
                 here |= {(one.id, one.seq) for _, one in arrived if one.id not in done}  # these come again
                 self._count(producer, [message for _, message in arrived])
+                del arrived  # their files make room at the source, whose disk may be that of the destination
 
     def _claim(self, consumer: _From) -> list[Delivery]:
         """Some items, as many as may be on their way together. Raises Empty, ShutDown."""

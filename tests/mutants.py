@@ -367,6 +367,7 @@ unacknowledged | engine | test_forward known_however | dict(self.without(done).p
 # a forwarder's ends are away
 one-forwards | sources | test_forward second_forwarder | raise SpoolInUse( ==> str(
 full-first | forward | test_forward costs_no_attempts | while producer.full(): ==> while False:
+arrived-held | forward | test_forward same_disk | del arrived ==> pass
 not-there | forward | test_forward source_that_was_never | and self.is_new: ==> and False:
 made-again | forward | test_forward removed_is_waited_for | create=one.is_new) ==> create=True)
 never-one | forward | test_forward that_can_never_be_one | = end not in self._known ==> = end == "source"

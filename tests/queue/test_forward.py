@@ -13,13 +13,16 @@ import sys
 import termios
 import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.calls import Call
 from support.faults import Event, Injector
 from support.forwards import drained, fill
+from support.mounts import tmpfs
 from support.waits import until
 
 from spoolipc import (
@@ -636,6 +639,16 @@ def test_forwarder_that_is_to_stop_while_the_destination_is_full_stops(
         until(lambda: stat(destination).depth == 1)
     assert (running.total, running.error) == (1, None)
     assert (stat(source).in_flight, stat(source).depth) == (0, 3 if keep else 2)
+
+
+@pytest.mark.fault
+def test_what_has_arrived_makes_room_for_what_follows_on_the_same_disk(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk", "16m") as disk:
+        with SpoolWriter(disk / "source") as writer:
+            for _ in range(6):  # as a batch they do not fit twice
+                writer.put_nowait(np.ones(2 << 20, "u1"))
+        moving = Call(partial(forward, disk / "source", disk / "destination", until_empty=True))
+        assert moving.result() == 6
 
 
 def test_item_that_comes_round_is_another_one(source: Path, destination: Path) -> None:
