@@ -470,6 +470,7 @@ def is_shortage(error: OSError) -> bool:
 
 _REMEDIES: Final = {
     errno.EMFILE: "; a session takes 8 descriptors: close some, or raise ulimit -n",
+    errno.EFBIG: "; raise ulimit -f",
     errno.ENOMEM: "; hold fewer arrays, or raise ulimit -v (of arrays by the ten thousand, vm.max_map_count)",
 }
 """What to do where a limit of the process is met."""

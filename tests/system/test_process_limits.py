@@ -237,3 +237,19 @@ with SpoolReader(path) as reader, SpoolWriter(path) as writer:
     SpoolWriter(path).close()  # which finds what could not be left
     assert len(os.listdir(f"{path}/alive")) == 1, "only the reader's is left"
 """)
+
+
+def test_a_put_larger_than_files_may_be_says_which_limit_and_the_writer_goes_on(run: Run) -> None:
+    run("""
+with SpoolWriter(f"{base}/spool") as writer, SpoolReader(f"{base}/spool") as reader:
+    limit(resource.RLIMIT_FSIZE, 1 << 20)
+    for put in (writer.put, lambda array: writer.loan(array.shape, array.dtype)):
+        try:
+            put(np.zeros(2 << 20, "u1"))
+        except StorageError as error:
+            assert error.errno == errno.EFBIG and "ulimit -f" in str(error), error
+        else:
+            raise AssertionError
+    writer.put(np.ones(1000))
+    assert len(reader.get_nowait()) == 1000 and not os.listdir(f"{base}/spool/tmp")
+""")
