@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from ..message import Deadline, Delivery, Message
 from .spool import Item, Session, Spool, clear, spools
 
 __all__ = ["Consumer", "Loan", "MemoryEngine", "Producer", "clear"]
+S = TypeVar("S", bound=Session)
 _MEMORY: Final = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -267,21 +268,29 @@ class MemoryEngine:
     def producer(self, options: ProducerOptions) -> Producer:
         if options.durability != "none":
             raise ValueError(f"memory://{self._name} ends with the process: durability can only be 'none'")
-        return Producer(
-            self._spool(options.create), options.limits, options.reopen or options.fresh, options.fresh
+        reopen = options.reopen or options.fresh
+        return self._joined(
+            options.create, lambda spool: Producer(spool, options.limits, reopen, options.fresh)
         )
 
     def consumer(self, options: ConsumerOptions) -> Consumer:
-        return Consumer(self._spool(options.create), options)
+        return self._joined(options.create, lambda spool: Consumer(spool, options))
 
     def admin(self) -> Spool:
         return self._spool(create=False)
 
+    def _joined(self, create: bool, join: Callable[[Spool], S]) -> S:
+        while True:
+            with suppress(errors.SpoolGone):  # removed meanwhile
+                return join(self._spool(create))
+
     def _spool(self, create: bool) -> Spool:
-        if not create and self._name not in spools:
+        path = f"memory://{self._name}"
+        spool = spools.setdefault(self._name, Spool(path)) if create else spools.get(self._name)
+        if spool is None:
             what = "there is no spool here, in this process; SpoolWriter(path) makes one"
-            raise errors.NotASpool(f"memory://{self._name}: {what}")
-        return spools.setdefault(self._name, Spool(f"memory://{self._name}"))
+            raise errors.NotASpool(f"{path}: {what}")
+        return spool
 
 
 def _footer(layout: items.Layout, message: Message, put_time: int) -> bytes:

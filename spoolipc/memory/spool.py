@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -288,7 +289,12 @@ class Spool:
         with self.step():
             if self.sessions:
                 raise errors.SpoolInUse(f"{self.path}: is in use: {len(self.sessions)} sessions have it open")
-            clear(self.path.removeprefix("memory://"))
+            if self.is_there():
+                clear(self.path.removeprefix("memory://"))
+
+    def is_there(self) -> bool:
+        """Whether who opens its name comes to it, and not to none or another one."""
+        return spools.get(self.path.removeprefix("memory://")) is self
 
     def set_limits(self, limits: Limits) -> Limits:
         with self.step():
@@ -315,6 +321,8 @@ class Session:
         self._spool, self.path = spool, spool.path
         self.dropped = deque[tuple[Item, int]]()
         with spool.step():
+            if not spool.is_there():
+                raise errors.SpoolGone(errno.ENOENT, "this spool was removed", spool.path)
             if fresh and (count := len(spool.in_flight)) + (has_writer := spool.has_writer()):
                 why = "it has another writer" if has_writer else f"items in flight at readers: {count}"
                 raise errors.SpoolInUse(f"{spool.path}: is in use: {why}")

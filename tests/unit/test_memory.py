@@ -6,9 +6,10 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -37,6 +38,30 @@ def engine() -> Iterator[MemoryEngine]:
     memory.clear("unit")
 
 
+def amid(line: int, call: Callable[[], object], act: Callable[[], object]) -> bool:
+    """Make a call, and another one when it has come to so many lines of the engine; false where it has not so many."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if "/spoolipc/memory/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                sys.settrace(None)
+                act()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines == line
+
+
 def test_spool_lives_until_it_is_cleared_and_open_sessions_keep_it(engine: MemoryEngine) -> None:
     for number in range(2):
         producer = engine.producer(ProducerOptions())
@@ -50,6 +75,42 @@ def test_spool_lives_until_it_is_cleared_and_open_sessions_keep_it(engine: Memor
     with pytest.raises(Empty):
         engine.consumer(ConsumerOptions()).take(1, NOW)
     assert len(old.take(9, NOW)) == 2
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_who_opens_a_spool_as_it_is_removed_has_the_one_that_others_open(
+    engine: MemoryEngine, create: bool
+) -> None:
+    def join() -> None:
+        with suppress(NotASpool):
+            joined.append(engine.consumer(ConsumerOptions(create=create)))
+
+    def remove() -> None:
+        with suppress(NotASpool, SpoolInUse, ReentrantCall):
+            engine.admin().remove()
+
+    line, joined = 0, list[memory.Consumer]()
+    engine.producer(ProducerOptions()).close()
+    while amid(line := line + 1, join, remove):
+        assert joined or not create
+        producer = engine.producer(ProducerOptions())
+        producer.put([Message((np.zeros(1),))], NOW)
+        for consumer in joined:
+            consumer.take(1, NOW)
+            consumer.close()
+        joined.clear()
+        producer.close()
+    assert line > 5
+
+
+def test_spool_that_came_in_the_place_of_another_is_not_removed_as_that(engine: MemoryEngine) -> None:
+    engine.producer(ProducerOptions()).close()
+    old = engine.admin()
+    memory.clear("unit")
+    producer = engine.producer(ProducerOptions())
+    old.remove()
+    assert engine.admin().stat().live_sessions == 1
+    producer.close()
 
 
 def test_errors_say_what_to_do_and_who_is_there(engine: MemoryEngine) -> None:
@@ -96,7 +157,6 @@ def test_call_amid_another_of_the_same_thread_is_done_or_refused(engine: MemoryE
     """As a signal handler makes it, between any two lines of the engine."""
     producer, consumer = engine.producer(ProducerOptions()), engine.consumer(ConsumerOptions())
     put, taken, refused = list[int](), list[Message](), 0
-    line = lines = 0
 
     def use(verdict: Verdict) -> None:
         put.extend(producer.put([Message((np.zeros(1),))] * 2, NOW))
@@ -107,28 +167,16 @@ def test_call_amid_another_of_the_same_thread_is_done_or_refused(engine: MemoryE
         if isinstance(verdict, Ack):
             taken.append(loaded)
 
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal lines, refused
-        if "/spoolipc/memory/" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            lines += 1
-            if lines == line:
-                sys.settrace(None)
-                try:
-                    use(Nack(0, ""))
-                except ReentrantCall:
-                    refused += 1
-        return trace
-
-    before = sys.gettrace()
-    while lines == line or not line:
-        line, lines = line + 1, 0
-        sys.settrace(trace)
+    def meanwhile() -> None:
+        nonlocal refused
         try:
-            use(Ack())
-        finally:
-            sys.settrace(before)
+            use(Nack(0, ""))
+        except ReentrantCall:
+            refused += 1
+
+    line = 1
+    while amid(line, partial(use, Ack()), meanwhile):
+        line += 1
     assert 20 < refused < line
     assert consumer.qsize() == len(put) - len(taken)
 
