@@ -457,7 +457,7 @@ class Link:
 
 class _Quiet:
     """What the client says of its connection: kept, not printed. last: the last error. is_opening: what another try
-    does not mend ends the first."""
+    does not help ends the first."""
 
     def __init__(self, link: Link, where: Address) -> None:
         self._link, self._where = link, where
