@@ -21,10 +21,10 @@ import numpy as np
 
 from .connect import connect, shown
 from .directory import temporary
-from .engine import Pair, Pairing, Restorer
+from .engine import Pair, Pairing, Restorer, Source
 from .errors import BadItem, Empty, ShutDown, SpoolClosed, UnsupportedItem, UnsupportedOperation
 from .format.values import Values
-from .message import NOW, Array, Deadline, Limits, Message, Nack, Reject, deadline_of, flag, whole
+from .message import NOW, Array, Deadline, Delivery, Limits, Message, Reject, deadline_of, flag, whole
 
 _log = logging.getLogger("spoolipc")
 _PICKLE: Final = 0x80
@@ -321,12 +321,17 @@ def _put_back(pair: Pair, taken: list[Message]) -> None:
 def _set_aside(pair: Pair, taken: list[Message], reason: str) -> None:
     """Make a dead letter of what was taken and cannot be made again: it waits once more, and is received to say so."""
     consumer, seq = pair.consumer, taken[0].seq
+    others: list[Delivery] = []
     _put_back(pair, taken)
-    with suppress(Empty, ShutDown):  # another process takes it, and does the same
-        for _ in range(_TRIES):
-            (delivery,) = consumer.claim(1, None, NOW)
-            if delivery.seq == seq:
-                consumer.settle((delivery,), Reject(reason))
-                _log.warning("%s: item %d is a dead letter: %s", consumer.path, seq, reason)
-                return
-            consumer.settle((delivery,), Nack(0, "another was looked for"))
+    try:
+        with suppress(Empty, ShutDown):  # another process takes it, and does the same
+            while len(others) < _TRIES:
+                (delivery,) = consumer.claim(1, None, NOW)
+                if delivery.seq == seq:
+                    consumer.settle((delivery,), Reject(reason))
+                    _log.warning("%s: item %d is a dead letter: %s", consumer.path, seq, reason)
+                    return
+                others.append(delivery)
+    finally:
+        if others and isinstance(consumer, Source):
+            consumer.unclaim(others)

@@ -16,7 +16,7 @@ from ..engine import ConsumerOptions, ProducerOptions
 from ..message import Deadline, Limits
 from . import housekeeping
 from . import table as W
-from .consumer import DirectoryConsumer
+from .forwarding import DirectorySource
 from .liveness import is_alone
 from .pool import waiting
 from .producer import DirectoryProducer
@@ -30,7 +30,7 @@ class DirectoryPair(Side):
     def __init__(self, path: str | os.PathLike[str], limits: Limits) -> None:
         self.session = Session(path, limits, "writer")
         self.producer = DirectoryProducer(path, ProducerOptions(limits), self.session)
-        self.consumer = DirectoryConsumer(path, ConsumerOptions(limits, values=True), self.session)
+        self.consumer = DirectorySource(path, ConsumerOptions(limits, values=True), self.session)
         with self.session.explaining():
             self.session.step(self._begin)
 

@@ -40,6 +40,7 @@ from spoolipc import (
     UnsupportedItem,
     UnsupportedOperation,
     failed_list,
+    mp,
     remove_temporary,
 )
 from spoolipc.directory import fs, temporary
@@ -402,6 +403,32 @@ class TestItems:
         (letter,) = failed_list(spool)
         spoolipc.failed_retry(spool, [letter.seq])
         assert there.get() == Point(1, 2)
+
+    def test_no_other_item_has_an_attempt_where_another_process_sets_a_bad_one_aside_first(
+        self, spool: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        queue, other = Queue(path=spool), Queue(path=spool)
+        with SpoolWriter(spool) as writer:
+            writer._producer.put([Message((np.frombuffer(b"{", np.uint8),), ())], None)
+        for number in range(3):
+            queue.put(np.full(1, number))
+        put_back, first = mp._put_back, list[Any]()
+
+        def then_another(*taken: Any) -> None:
+            put_back(*taken)
+            if not first:
+                first.append(None)
+                first[0] = other.get()
+
+        monkeypatch.setattr(mp, "_put_back", then_another)
+        got = queue.get()
+        assert [*first, got] == [0, 1]
+        with SpoolReader(spool) as reader:
+            item = reader.receive(block=False)
+            assert (item.array.tolist(), item.attempt) == ([2], 1)
+            item.ack()
+        (letter,) = failed_list(spool)
+        assert (letter.seq, letter.attempts) == (1, 1)
 
     def test_an_interrupted_get_leaves_the_item_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         queue = Queue()
