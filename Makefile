@@ -10,8 +10,16 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(RELEASE))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
+# All tests are run in parts at once, each a process of its own; those of servers wait most of the time.
+SERVERS := $(wildcard tests/nats_engine/test_*.py)
+OUTAGES := tests/nats_engine/test_nats_outages.py
+SUITE := tests/nats_engine/test_nats_engine.py
 # Of the exhaustive tests, those that take half of their time.
 PAIRED := tests/crash/test_interleavings.py tests/crash/test_interrupts.py
+# $(call begin,name,command): a part. end: wait for all of them, and show what they said.
+begin = $(2) >$(VENV)/$(1).log 2>&1 & parts="$$parts $$!:$(VENV)/$(1).log"
+end = for part in $$parts; do wait $${part%%:*} || code=1; cat $${part\#\#*:}; done; exit $$code
+but = $(addprefix --ignore=,$(1))
 
 .PHONY: help install format lint test faults torch mutants soak demo bench bench-nats docs clean all
 
@@ -44,24 +52,25 @@ test: $(STAMP)  ## run the tests; ARGS="tests/queue -k loan" narrows them
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
 else
-	@run() { $(BIN)/python -m pytest -m "not exhaustive" "$$@"; }; \
-	run tests/crash >$(VENV)/crash.log 2>&1 & crash=$$!; \
-	run tests/system >$(VENV)/system.log 2>&1 & system=$$!; \
-	SPOOLIPC_VERIFY=1 run tests/contract tests/nats_engine >$(VENV)/engines.log 2>&1 & engines=$$!; \
-	SPOOLIPC_VERIFY=1 run $(foreach part,system crash contract nats_engine,--ignore=tests/$(part)); rest=$$?; \
-	wait $$crash; crash=$$?; wait $$system; system=$$?; wait $$engines; engines=$$?; \
-	cat $(VENV)/crash.log $(VENV)/system.log $(VENV)/engines.log; exit $$((rest || crash || system || engines))
+	@parts= code=0; plain() { $(BIN)/python -m pytest -m "not exhaustive" "$$@"; }; \
+	$(call begin,crash,plain tests/crash); \
+	$(call begin,system,plain tests/system); \
+	export SPOOLIPC_VERIFY=1; \
+	$(call begin,outages,plain tests/contract $(OUTAGES)); \
+	$(call begin,servers,plain $(filter-out $(OUTAGES) $(SUITE),$(SERVERS))); \
+	$(call begin,queue,plain tests/queue); \
+	plain $(call but,$(addprefix tests/,crash system contract queue) $(filter-out $(SUITE),$(SERVERS))) || code=1; \
+	$(end)
 endif
 
 faults: $(STAMP)  ## kill and fail every system call of every change of state, in minutes; ARGS="-k name" narrows it
 ifdef ARGS
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 else
-	@run() { $(BIN)/python -m pytest -m exhaustive "$$@"; }; \
-	run $(PAIRED) >$(VENV)/paired.log 2>&1 & paired=$$!; \
-	run $(addprefix --ignore=,$(PAIRED)); rest=$$?; \
-	wait $$paired; paired=$$?; \
-	cat $(VENV)/paired.log; exit $$((rest || paired))
+	@parts= code=0; every() { $(BIN)/python -m pytest -m exhaustive "$$@"; }; \
+	$(call begin,paired,every $(PAIRED)); \
+	every $(call but,$(PAIRED)) || code=1; \
+	$(end)
 endif
 
 torch: $(VENV)/.torch  ## the tests of spoolipc.torch, with a release of torch that they pass with
