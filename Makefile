@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 SERVERS := $(wildcard tests/nats_engine/test_*.py)
 OUTAGES := tests/nats_engine/test_nats_outages.py
 SUITE := tests/nats_engine/test_nats_engine.py
-# Of the exhaustive tests, those that take half of their time.
+# Of the exhaustive tests, those that take half of the work.
 PAIRED := tests/crash/test_interleavings.py tests/crash/test_interrupts.py
 # $(call begin,name,command): a part. end: wait for all of them, and show what they said.
 begin = $(2) >$(VENV)/$(1).log 2>&1 & parts="$$parts $$!:$(VENV)/$(1).log"
@@ -68,8 +68,9 @@ ifdef ARGS
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 else
 	@parts= code=0; every() { $(BIN)/python -m pytest -m exhaustive "$$@"; }; \
+	$(call begin,servers,every tests/nats_engine); \
 	$(call begin,paired,every $(PAIRED)); \
-	every $(call but,$(PAIRED)) || code=1; \
+	every $(call but,tests/nats_engine $(PAIRED)) || code=1; \
 	$(end)
 endif
 
