@@ -2,8 +2,8 @@
 
 A spool is in use, with one of each that a process may hold: a writer, a reader, an item looked at and one that was not,
 an array that was got, a loan, an iterator amid its items. In the midst of one more operation, before each of its
-calls, the process forks. The child tries to settle what it inherited, puts and gets, keeps its arrays or drops
-everything; the parent goes on meanwhile and writes all files again that may be.
+calls, the process forks twice. Each child tries to settle what it inherited, puts and gets; one keeps its arrays, one
+drops everything; the parent goes on meanwhile and writes all files again that may be.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ from spoolipc import AlreadySettled, Empty, LeaseExpired, SpoolReader, SpoolWrit
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of threads, from Python 3.12
 SIZE: Final = 5000
 CHILDS: Final = 1000.0
+LONG: Final = 10
+"""Bytes in which a child tells a number."""
 
 
 def full_of(number: float) -> Any:
@@ -128,7 +131,7 @@ def childs_part(stage: Stage, way: str, gate: int, told: int) -> None:
         gc.collect()
     stage.writer.put(full_of(CHILDS))
     got = stage.reader.get(timeout=20)
-    os.write(told, str(got[0]).encode())
+    os.write(told, f"{got[0]:{LONG}}".encode())
     os.eventfd_read(gate)
     assert (got == got[0]).all()
     if way == "keeps":
@@ -139,15 +142,15 @@ def childs_part(stage: Stage, way: str, gate: int, told: int) -> None:
     stage.writer.close()
 
 
-def forked_amid(path: Path, operation: str, way: str, number: int, threads: ThreadPoolExecutor | None) -> int:
-    """Fork before that call of an operation, in another thread if one is given; how many calls there were."""
-    stage, gate = Stage(path), os.eventfd(0)
+def forked_amid(path: Path, operation: str, number: int, threads: ThreadPoolExecutor | None) -> int:
+    """Fork children before that call of an operation, in another thread if one is given; how many calls there were."""
+    stage, gate = Stage(path), os.eventfd(0, os.EFD_SEMAPHORE)
     hear, told = os.pipe()
     children: list[Forked] = []
     forks: list[Future[None]] = []
 
     def fork(_: object = None) -> None:
-        children.append(Forked(lambda: childs_part(stage, way, gate, told)))
+        children.extend(Forked(partial(childs_part, stage, way, gate, told)) for way in WAYS)
 
     def act(event: Event) -> None:
         if threads is None:
@@ -164,11 +167,11 @@ def forked_amid(path: Path, operation: str, way: str, number: int, threads: Thre
             done.result(20)
         stage.settle()
         stage.write_all_again()
-        os.eventfd_write(gate, 1)
+        os.eventfd_write(gate, len(children))
         for child in children:
             assert child.ended() == 0
             stage.put.append(CHILDS)
-            stage.got.append(float(os.read(hear, 100)))
+            stage.got.append(float(os.read(hear, LONG)))
         stage.rest()
         assert sorted(stage.got) == sorted(stage.put)
         stage.reader.close()
@@ -192,19 +195,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[ThreadPoolExecutor | Non
             yield threads
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "operation",
     [pytest.param(name, marks=[] if name == "put" else pytest.mark.exhaustive) for name in OPERATIONS],
 )
-def test_forked_before_any_call(
-    place: Path, operation: str, way: str, threads: ThreadPoolExecutor | None
-) -> None:
-    calls = forked_amid(place / "spool", operation, way, 0, threads)
+def test_forked_before_any_call(place: Path, operation: str, threads: ThreadPoolExecutor | None) -> None:
+    calls = forked_amid(place / "spool", operation, 0, threads)
     assert calls
     for number in range(1, calls + 1):
         try:
-            forked_amid(place / "spool", operation, way, number, threads)
+            forked_amid(place / "spool", operation, number, threads)
         except BaseException as failure:
             failure.add_note(f"{operation}: forked before call {number} of {calls}")
             raise
