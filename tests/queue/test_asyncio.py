@@ -354,9 +354,9 @@ def test_cancelled_waiter_leaves_the_next_item_to_others(place: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("no_look")
 def test_cancelled_waiter_takes_no_wake_up_from_another_reader(spool: Path) -> None:
-    async def main() -> list[float]:
-        loop, seconds = asyncio.get_running_loop(), []
+    async def main() -> None:
         async with AsyncSpoolReader(spool) as first, AsyncSpoolReader(spool) as second:
             with SpoolWriter(spool) as writer:
                 for _ in range(5):
@@ -364,13 +364,10 @@ def test_cancelled_waiter_takes_no_wake_up_from_another_reader(spool: Path) -> N
                     await asyncio.sleep(0.01)
                     waiting[0].cancel()
                     await asyncio.sleep(0)
-                    began = loop.time()
                     writer.put(np.zeros(3))
-                    await waiting[1]
-                    seconds.append(loop.time() - began)
-        return seconds
+                    await asyncio.wait_for(waiting[1], 20)
 
-    assert min(asyncio.run(main())) < 0.5  # what is not woken looks after a second
+    asyncio.run(main())
 
 
 def test_close_waits_for_what_a_cancelled_get_puts_back(spool: Path) -> None:
@@ -504,9 +501,9 @@ def test_waiting_call_keeps_house_and_gets_what_a_killed_reader_had(spool: Path)
                 os.kill(peer.pid, signal.SIGKILL)
                 item = await asyncio.wait_for(waiting, 20)
             assert item.attempt == 2
-            await item.nack(delay=0.2)
             loop = asyncio.get_running_loop()
             began = loop.time()
+            await item.nack(delay=0.2)
             assert (await reader.take()).attempt == 3
             assert loop.time() - began >= 0.2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,14 +86,19 @@ def test_hung_reader_loses_its_item_when_the_lease_ends_and_learns_it_when_it_go
             peer.run("item.ack()")
 
 
-def test_shorter_delay_is_over_first_and_one_without_an_end_is_a_long_one(pair: Pair, spool: Path) -> None:
+def test_shorter_delay_is_over_first_and_one_without_an_end_is_a_long_one(
+    pair: Pair, spool: Path, spend: Callable[[float], None]
+) -> None:
     writer, reader = pair
     for number in range(5):
         writer.put(np.full(3, number))
     items = [reader.receive() for _ in range(5)]
-    for item, delay in zip(items, (0.5, 0.2, float("inf"), 0.4, 0.3), strict=True):
+    for item, delay in zip(items, (500, 200, float("inf"), 400, 300), strict=True):
         item.nack(delay=delay)
-    assert [int(reader.get(timeout=20)[0]) for _ in range(4)] == [1, 4, 3, 0]
+    spend(100)
+    for number in (1, 4, 3, 0):
+        spend(100)
+        assert int(reader.get(timeout=20)[0]) == number
     with pytest.raises(Empty):
         reader.receive(timeout=0.1)
     assert stat(spool).delayed == 1

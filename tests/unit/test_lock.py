@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.faults import Injector
+from support.faults import Event, Injector
 
 from spoolipc import LockTimeout, ReentrantCall
 from spoolipc.directory import fs
@@ -24,13 +24,20 @@ def locks(tmp_path: Path) -> Iterator[tuple[IndexLock, IndexLock]]:
 
 
 def test_who_waits_looks_again_at_once_before_he_sleeps(locks: tuple[IndexLock, IndexLock]) -> None:
-    with locks[0].mutex:
+    def let_go(_: Event) -> None:
+        if calls.met.count("sleep") == 3:
+            locks[0].release()
+
+    with locks[0].mutex, locks[1].mutex:
         locks[0].take()
-    with Injector() as calls, locks[1].mutex, pytest.raises(LockTimeout, match="held by the other"):
-        locks[1].take(0.05)
-    waits = [name for name in calls.met if name != "lock"]
-    assert waits[:20] == ["yield_core"] * 20
-    assert set(waits[20:]) == {"sleep"}
+        with Injector(let_go) as calls:
+            locks[1].take()
+    assert [name for name in calls.met if name != "lock"] == ["yield_core"] * 20 + ["sleep"] * 3
+
+
+def test_who_waits_too_long_is_told_who_has_it(locks: tuple[IndexLock, IndexLock]) -> None:
+    with locks[0].held(), locks[1].mutex, pytest.raises(LockTimeout, match="held by the other"):
+        locks[1].take(1e-3)
 
 
 def test_lock_that_another_holds_is_not_free(locks: tuple[IndexLock, IndexLock]) -> None:
