@@ -114,8 +114,12 @@ class Side:
         """A child puts and gets with what it inherited; its calls count as those of this process."""
         ours, theirs = Pipe()
 
+        def both() -> None:
+            self.add("large")
+            self.take(0)
+
         def work() -> None:
-            self.both()
+            both()
             theirs.send((self.put, self.got, next(self.values), self.met, self.locked))
 
         assert forked(work) == 0
@@ -123,12 +127,7 @@ class Side:
         self.values = itertools.count(value)
         self.locked |= locked
         self.met.extend(met[len(self.met) :])
-        self.both()
-
-    def both(self) -> None:
-        for kind in ("small", "large"):
-            self.add(kind)
-            self.take(0)
+        both()
 
     def lose_the_index(self) -> None:
         with suppress(FileNotFoundError):
@@ -138,7 +137,9 @@ class Side:
     def end(self) -> tuple[list[int], list[int]]:
         """Go on, and close; returns what was put and got."""
         with suppress(spoolipc.SpoolClosed):
-            self.both()
+            for kind in ("small", "large"):
+                self.add(kind)
+                self.take(0)
         self.close()
         for value, array in self.shown:
             assert value_of(array) == value
