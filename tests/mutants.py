@@ -165,6 +165,9 @@ evict-growing | producer | test_giving_way grow | is_shortage and recycler.make_
 evict-opening | session | test_giving_way opens | with_room(place, journal, announce) ==> announce()
 place-left | fs | test_giving_way lacks | min(_FILES_LEFT, status.f_files >> 4) ==> 0
 share | pool | test_giving_way idle_spool | pooled + size > share_bytes or ==>
+# a file system that names no size
+no-size | fs | test_giving_way without_a_size | if status.f_blocks else _MANY, files ==> , files
+no-total | producer | test_giving_way without_a_size | or 0 < total < need: ==> or total < need:
 # the sessions of one process, one of which puts
 siblings | recycling | test_giving_way let_go_of | for ref in _recyclers.valuerefs(): ==> for ref in []:
 siblings-late | producer | test_giving_way while_a_put | (before or has_room(words, need)) and ==> before and
@@ -179,7 +182,7 @@ crashed-looker | pool | test_giving_way crashed | if not has_crashed( ==> if Tru
 last-empties | session | test_giving_way last | while left or self.evict_if_alone()[0]: ==> while left:
 # an item larger than the file system or `max_bytes`
 larger-limit | producer | test_limits than_the_limit | (limit and need > limit) or ==>
-larger-disk | producer | test_limits than_the_file_system | or need > total ==>
+larger-disk | producer | test_limits than_the_file_system | or 0 < total < need ==>
 max-bytes | pool | test_limits metadata_counts | not (max_bytes and words[W.ITEM_BYTES] + need > max_bytes) ==> True
 delayed-room | pool | test_limits redelivered_and | + words[W.DELAYED_COUNT] >= maxsize ==> >= maxsize
 mismatch | layout | test_limits first_who | in differing(found, asked).items(): ==> in ():

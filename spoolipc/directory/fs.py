@@ -45,7 +45,7 @@ CAREFUL: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Flags of every open: no link is followed, no FIFO waited for, nothing inherited."""
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILES_LEFT: Final = 16
-_MANY: Final = 1 << 62  # files, where a file system has no number of them
+_MANY: Final = 1 << 62  # bytes or files, where a file system has no number of them
 _AT_ONCE: Final = 1 << 20  # bytes of a read, which takes the memory for all that it is asked for
 NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _STATM: Final = Path("/proc/self/statm")
@@ -435,7 +435,7 @@ def room(directory: int) -> tuple[int, int]:
     would come back: a reader that starts makes one."""
     status = statvfs(directory)
     files = max(0, status.f_favail - min(_FILES_LEFT, status.f_files >> 4)) if status.f_files else _MANY
-    return status.f_bavail * status.f_frsize, files
+    return status.f_bavail * status.f_frsize if status.f_blocks else _MANY, files
 
 
 def sync_way(directory: int, place: Path) -> None:

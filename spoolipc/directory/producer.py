@@ -170,7 +170,7 @@ class DirectoryProducer(Side):
         need, limit = rounded(need), self.session.look()[W.MAX_BYTES]
         status = fs.statvfs(self.session.directories.root)
         total = status.f_blocks * status.f_frsize
-        if (limit and need > limit) or need > total:
+        if (limit and need > limit) or 0 < total < need:
             raise TooLarge(
                 f"{self.path}: an item of {need} bytes can never fit: max_bytes is {limit or 'not set'} and the file"
                 f" system has {total} bytes ({status.f_bavail * status.f_frsize} free)"

@@ -304,6 +304,16 @@ def test_a_reject_evicts_for_its_reason_and_without_one_is_no_problem(disk: Path
         assert letter.reason == ("unwanted" if pooled else "unknown: its history is lost")
 
 
+def test_a_file_system_without_a_size_has_room(tmp_path: Path) -> None:
+    path = tmp_path / "disk" / "spool"
+    with tmpfs(path.parent, "0,nr_inodes=0"), SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        for _ in range(2):
+            writer.put_nowait(frame(2))
+            assert len(reader.get_nowait()) == len(frame(2))
+        assert stat(path).free_files == 1  # as it keeps files to be written again
+        assert not writer.full()
+
+
 # Waiting
 
 
