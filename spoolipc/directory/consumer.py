@@ -83,11 +83,12 @@ class DirectoryConsumer(Receiver):
         some = self._take_verified if self.verify else self._take_some
         try:
             try:
-                some(got, limit, until == NOW, writable)
+                some(got, limit, until == NOW or self._ends, writable)
             except Empty:
                 if until == NOW:
                     raise
             if not got:  # not within the handler: what ends the wait is not about its error
+                until = until if self.wait_for_item(until) else NOW
                 retry(lambda: some(got, limit, True, writable), self.wait_for_item, until)
         except (Empty, ShutDown) as error:  # nothing was taken
             raise error.with_traceback(None) from None

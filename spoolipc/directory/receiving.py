@@ -67,7 +67,8 @@ class Receiver(Side):
     ) -> None:
         self.session = session or Session(path, options.limits, "reader", create=options.create)
         self.verify, self.values = options.verify, options.values
-        self._own = 0  # items in flight here, as they were last counted
+        self._own = 0  # items in flight here, as they were last counted, and SHUTDOWN then
+        self._state = W.OPEN
         # Of a reader that ends with its writers: whether they have left, as was last found, WRITERS and HOUSEKEPT then;
         # where it began, in numbers of items and in time.
         self._ends, self._left, self._seen = options.end == "writers", False, (0, 0)
@@ -218,9 +219,10 @@ class Receiver(Side):
     def has_ended(self) -> bool:
         """Whether nothing can come any more: nothing waits, and no other reader may requeue anything. A step."""
         words = self.session.journal.words
+        self._state = words[W.SHUTDOWN]
         if self._ends:
             self._look_for_writers(words)
-        if not words[W.SHUTDOWN] and not self._left:
+        if not self._state and not self._left:
             return False
         token = self.session.token
         self._own = sum(
@@ -304,10 +306,9 @@ class Receiver(Side):
 
     def _item_or_end(self) -> Look:
         """Whether there may be an item, or the end."""
-        state = self.session.look()[W.SHUTDOWN]
 
         def look(words: Words) -> bool:
-            if words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] or words[W.SHUTDOWN] != state:
+            if words[W.REDELIVERY_HEAD] or words[W.READY_HEAD] or words[W.SHUTDOWN] != self._state:
                 return True
             return self._is_over(words) or (self._ends and words[W.WRITERS] != self._seen[0])
 

@@ -240,6 +240,28 @@ def test_crashed_reader_does_not_keep_the_others_waiting_for_the_end(pair: Pair,
         assert [(int(item.array[0]), item.attempt) for item in reader.items()] == [(5, 2)]
 
 
+def test_get_beside_an_item_of_ones_own_ends_whenever_in_it_the_spool_is_shut_down(tmp_path: Path) -> None:
+    def met(path: Path, number: int, timeout: float) -> list[str]:
+        """The calls of a get before whose call of that number the spool is shut down; 0 for never."""
+        with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+            writer.put(np.zeros(3))
+            item = reader.receive()
+
+            def shut_down(event: Event) -> None:
+                if event.number == number:
+                    writer.shutdown()
+
+            with Injector(shut_down) as calls, pytest.raises(ShutDown if number else Empty):
+                reader.get(timeout=timeout)
+            item.ack()
+        return calls.met
+
+    polls = [number for number, name in enumerate(met(tmp_path / "0", 0, 0.05), 1) if name == "poll"]
+    for number in range(1, polls[1] + 1):  # until it sleeps; the first sees whether its watch hears
+        later = met(tmp_path / f"{number}", number, 5.0)[number:]
+        assert later.count("poll") <= 2, f"it slept on, shut down before call {number}"
+
+
 def test_an_item_keeps_its_id_through_redelivery_and_retry(spool: Path) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
         writer.put_many([np.zeros(3), np.zeros(3)])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.faults import Injector
 from support.peer import Peer
 from support.waits import is_locked, naps, polls, start_waiting, until, until_asleep
 
@@ -326,6 +327,17 @@ def opened():
     gc.collect()
     return [len(os.listdir("/proc/self/fd")), threading.active_count()]
 """
+
+
+def test_get_that_waits_takes_the_lock_only_as_its_time_is_up(spool: Path) -> None:
+    """Before it sleeps, looks say that there is nothing; it is made sure of in the end."""
+    with SpoolWriter(spool), SpoolReader(spool) as reader:
+        taken = []
+        for _ in range(5):  # the first takes a place among those who wait, another may keep house
+            with Injector() as calls, pytest.raises(Empty):
+                reader.get(timeout=0.001)
+            taken.append(calls.met.count("lock"))
+    assert min(taken) == 1
 
 
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
