@@ -32,6 +32,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import compress
 from typing import Final, Literal, Protocol
 
 from ..errors import SpoolError
@@ -149,8 +150,9 @@ class Doorbell:
         if host is None or words is None:
             return
         code = _CODES[kind]
-        sinces = enumerate(words[W.SINCES : W.SINCES + W.MOST_WAITERS].tolist())
-        asleep = sorted((since, place) for place, since in sinces if since and words[W.KINDS + place] == code)
+        sinces = words[W.SINCES : W.SINCES + W.MOST_WAITERS].tolist()
+        places = compress(range(W.MOST_WAITERS), sinces)
+        asleep = sorted((sinces[place], place) for place in places if words[W.KINDS + place] == code)
         fresh = fs.monotonic_ns() - FRESH
         for since, place in asleep:
             if count <= 0:

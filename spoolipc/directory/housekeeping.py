@@ -141,7 +141,8 @@ def round_if_due(session: Session) -> None:
     words = session.look()
     if is_due(words[W.HOUSEKEPT], words[W.NEXT_DUE]):
         session.step(round_of, session)
-    if session.look()[W.HOUSEKEPT] != session.looked_at:
+        words = session.look()
+    if words[W.HOUSEKEPT] != session.looked_at:
         session.step(session.see_itself)
 
 

@@ -331,7 +331,8 @@ class Session:
         return take_place(self.journal.words, self.token, kind, self.directories.alive), 0, 0
 
     def wait(self, kind: Kind, until: Deadline, look: Look, each_second: Callable[[], None]) -> bool:
-        """Wait until `look(words)` is true (True) or the deadline is past (False).
+        """Wait until `look(words)` is true, or the step that follows must see something else (True), or the deadline
+        is past (False).
 
         look: sees the words without the lock: a hint. each_second: keeps house; called at once, and whenever a second
         went by or a lease or delay has ended.
@@ -342,9 +343,7 @@ class Session:
             if until is not None:
                 seconds = min(seconds, until - time.monotonic())
             if self.doorbell.wait(kind, glance, seconds):
-                found = self.peek_words()
-                if found is None or look(found):
-                    return True
+                return True
             if until is not None and time.monotonic() >= until:
                 return False
 
