@@ -270,9 +270,9 @@ class _Look:
 
     def _contradictions(self) -> list[str]:
         """What the table says otherwise than spool.json and the shutdown marker: a step."""
-        if self.visitor.journal is None:
+        words, limits = self.visitor.snapshot(), agree(self.directories, Limits())
+        if words is None:
             return []
-        words, limits = self.visitor.journal.words, agree(self.directories, Limits())
         said = {
             "maxsize": (words[W.MAXSIZE], limits.maxsize),
             "max_bytes": (words[W.MAX_BYTES], limits.max_bytes),

@@ -11,6 +11,7 @@ import pytest
 from support.account import check_spool
 from support.arrays import drained
 from support.damage import crash, cut, item, item_name, link_out, picture, pipe
+from support.faults import Injector, at, forked, kill
 from support.peek import peek_table, poke
 from support.peer import Peer
 
@@ -22,6 +23,7 @@ from spoolipc import (
     failed_list,
     failed_show,
     fsck,
+    set_limits,
     stat,
 )
 from spoolipc.directory import check
@@ -406,3 +408,18 @@ def test_a_damaged_item_in_a_recycled_file_is_set_aside_while_its_writer_lives(s
         assert [letter.seq for letter in failed_list(spool)] == [seq]
         writer.put(np.arange(9000))
         assert len(reader.get_many(5)) == 2
+
+
+@pytest.mark.parametrize("what", ["shutdown", "limits"])
+def test_change_that_was_killed_at_any_moment_is_no_damage(spool: Path, what: str) -> None:
+    number, unfinished = 1, 0
+
+    def change() -> None:
+        with SpoolWriter(spool, reopen=True) as writer, Injector(at(number, kill), stores=True):
+            writer.shutdown() if what == "shutdown" else set_limits(spool, maxsize=number)
+
+    while forked(change):
+        unfinished += not peek_table(spool).clean
+        assert fsck(spool).problems == (), number
+        number += 1
+    assert unfinished
