@@ -62,7 +62,7 @@ class Visitor:
         return holder(self.directories)
 
     def _refresh(self, *, locked: bool) -> None:
-        self._forget()
+        self.journal, self.damage = None, ""
         try:
             self.journal = Journal(self.directories, writable=False)
             if not self.journal.holds_what_it_says():
@@ -70,8 +70,7 @@ class Visitor:
             if locked:
                 self.journal.check_boot()
         except IndexDamaged as damage:
-            self._forget()
-            self.damage = str(damage)
+            self.journal, self.damage = None, str(damage)
 
     def snapshot(self) -> Words | None:
         """A copy of the words, up to the last record used or about to be, as they will be when a transition that its
@@ -93,13 +92,8 @@ class Visitor:
 
     def close(self) -> None:
         """Close every descriptor; harmless when repeated."""
-        self._forget()
+        self.journal = None
         self.directories.close()
-
-    def _forget(self) -> None:
-        if self.journal is not None:
-            self.journal.close()
-        self.journal, self.damage = None, ""
 
     def __enter__(self) -> Self:
         return self

@@ -423,3 +423,12 @@ def test_change_that_was_killed_at_any_moment_is_no_damage(spool: Path, what: st
         assert fsck(spool).problems == (), number
         number += 1
     assert unfinished
+
+
+@pytest.mark.damaged
+def test_index_of_another_boot_is_told_and_built_again(spool: Path) -> None:
+    SpoolWriter(spool).close()
+    poke(spool, "boot", 1)
+    (problem,) = fsck(spool).problems
+    assert (problem.kind, problem.what) == ("index", "the index is of an earlier boot")
+    assert fsck(spool, repair=True).clean

@@ -136,3 +136,9 @@ def test_the_file_system_and_the_way_of_waiting_are_told(path: Path, monkeypatch
     assert found.waiting_mode in ("inotify", "polling")
     monkeypatch.setenv("SPOOLIPC_WATCH", "polling")
     assert stat(path).waiting_mode == "polling"
+
+
+@pytest.mark.damaged
+def test_index_that_was_cut_off_is_told(path: Path) -> None:
+    os.truncate(path / "index", (path / "index").stat().st_size - 4096)
+    assert stat(path).index_damage == "the index is shorter than it says"
