@@ -449,8 +449,19 @@ GUARDS: Final = {
     "quarantine": "test_dead_letters test_failed test_stops_nobody test_leases test_fsck test_gc test_process_limits",
     "housekeeping": "test_join test_gc test_leases test_taken_away test_stops_nobody test_dead_letters"
     " test_last_writer test_reset test_giving_way test_bounded_steps test_deleted test_queues",
+    "visitor": "test_stat test_fsck test_gc test_failed test_stopped_holder test_index_damage test_stops_nobody"
+    " test_deleted test_reentrance",
+    "nats/access": "test_nats_urls test_nats_access",
+    "nats/link": "test_nats_engine test_nats_urls test_nats_dropped test_nats_large test_nats_outages",
+    "nats/memory": "test_nats_memory",
+    "nats/news": "test_nats_engine test_nats_outages",
+    "nats/spool": "test_nats_engine test_nats_urls test_nats_large test_nats_access test_nats_outages",
+    "nats/session": "test_nats_engine test_nats_urls test_nats_dropped test_nats_outages",
+    "nats/producer": "test_nats_engine test_nats_large test_nats_forward test_nats_outages",
+    "nats/consumer": "test_nats_engine test_nats_dropped test_nats_forward test_nats_outages",
+    "nats/__init__": "test_nats_engine test_nats_urls test_nats_outages",
 }
-"""Modules of recovery, forks and the pool, and the tests that hold each of their guards."""
+"""Modules of recovery, forks, the pool and servers, and the tests that hold each of their guards."""
 EXPLAINED: Final = """
 journal | VERIFY | the table is checked after every commit by tests only
 journal | self.words[W.EDGE] > W.HEADER + _MOST_VERIFIED * W.RECORD | of that check: a long backlog would take it long
@@ -483,16 +494,16 @@ def listed() -> Iterator[Mutation]:
         yield Mutation(row, id, module, tests, old, new.strip())
 
 
-def place_of(mutation: Mutation, root: Path = ROOT) -> Path:
-    """The module that a mutation changes, in the tree at `root`."""
+def place_of(module: str, root: Path = ROOT) -> Path:
+    """Where a module that a mutation changes is, in the tree at `root`."""
     package = root / "spoolipc"
-    inner = package / "directory" / f"{mutation.module}.py"
-    return inner if inner.exists() else package / f"{mutation.module}.py"
+    inner = package / "directory" / f"{module}.py"
+    return inner if inner.exists() else package / f"{module}.py"
 
 
 def guards(module: str) -> Iterator[Mutation]:
     """Each `if` of a module taken out; and none, which the tests must let pass."""
-    text = (ROOT / "spoolipc" / "directory" / f"{module}.py").read_text()
+    text = place_of(module).read_text()
     yield Mutation("guards", f"{module}:none", module, GUARDS[module], text, text)
     entries = [line.split(" | ") for line in EXPLAINED.strip().splitlines()]
     explained = {condition: why for of, condition, why in entries if of == module}
@@ -524,7 +535,7 @@ def tried(mutation: Mutation) -> tuple[str, str, float]:
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, Path(place, name))
-        module = place_of(mutation, Path(place))
+        module = place_of(mutation.module, Path(place))
         text = module.read_text()
         if text.count(mutation.old) != 1:
             return "ERROR", f"not applicable, {text.count(mutation.old)} times there: {mutation.old}", 0.0

@@ -27,6 +27,6 @@ def test_every_row_of_the_fault_matrix_names_tests_that_exist() -> None:
 
 def test_every_mutation_fits_its_module_and_every_row_of_the_fault_matrix_has_one() -> None:
     mutations = list(listed())
-    assert [one for one in mutations if place_of(one).read_text().count(one.old) != 1] == []
+    assert [one for one in mutations if place_of(one.module).read_text().count(one.old) != 1] == []
     assert uncovered(mutations) == []
     assert len({one.id for one in mutations}) == len(mutations)
