@@ -52,7 +52,7 @@ threading.Thread(target=writer.put, args=(array,), daemon=True).start()
 inside.wait()
 fd = os.open(path + "/items", os.O_RDONLY)
 def look(write=os.write, lock=fs.lock, fd=fd):
-    write(1, b"free" if lock(fd) else b"held")
+    write(1, b"free" if lock(fd, blocking=False) else b"held")
 class Last:
     def __del__(self, writer=writer, look=look):
         writer.close()
