@@ -160,14 +160,18 @@ def test_join_goes_on_with_the_index_that_was_built_again(spool: Path) -> None:
 def test_join_after_a_fork_waits_for_what_the_parent_put_too(spool: Path) -> None:
     with SpoolWriter(spool) as writer, SpoolReader(spool) as reader:
         writer.put(one(1))
+        asked, asks = os.pipe()
 
         def child() -> None:
             assert not writer.join(0)
+            os.write(asks, b".")
             assert writer.join(20)
 
         def take() -> None:
-            while stat(spool).live_sessions != 3:  # the child has a session of its own
-                os.sched_yield()
+            os.close(asks)
+            with open(asked, "rb") as answer:
+                assert answer.read(1) == b"."
+            assert stat(spool).live_sessions == 3  # the child has a session of its own
             reader.get()
 
         assert forked(child, take) == 0
