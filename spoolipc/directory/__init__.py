@@ -67,10 +67,12 @@ Words:
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 
 from ..engine import ConsumerOptions, ProducerOptions
+from ..errors import NotASpool
 from ..message import DeadLetter, GcReport, Limits, Progress, Retried, SpoolStat
 from . import gc as sweep
 from .dead_letters import failed_drop, failed_list, failed_retry
@@ -86,7 +88,11 @@ class DirectoryEngine:
     crosses_processes = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path
+        try:
+            self.path = os.path.abspath(path)
+        except FileNotFoundError:
+            what = "is relative to a working directory that is no more; give an absolute path"
+            raise NotASpool(errno.ENOENT, what, os.fsdecode(path)) from None
 
     def producer(self, options: ProducerOptions) -> DirectoryDestination:
         """Open it for putting, making it where there is none unless asked not to."""

@@ -31,6 +31,7 @@ from spoolipc import (
     failed_show,
     fsck,
     gc,
+    remove,
     stat,
 )
 from spoolipc.cli.main import main
@@ -281,6 +282,17 @@ class TestPaths:
         assert os.listdir(tmp_path) == []
         SpoolWriter("~/spool").close()
         assert stat(tmp_path / "~" / "spool").depth == 0
+
+    def test_a_relative_path_where_the_working_directory_was_removed_is_named_with_the_remedy(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        for call in (SpoolWriter, SpoolReader, stat, gc, fsck, remove):
+            with pytest.raises(NotASpool, match=r"^spool: is relative to .* give an absolute path"):
+                call("spool")
+        SpoolWriter(tmp_path / "spool").close()
 
     @pytest.mark.parametrize("inner", ["inner", "items/inner", "free/a/b"])
     @pytest.mark.parametrize("made", [False, True])
