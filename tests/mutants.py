@@ -383,6 +383,7 @@ itself | forward | test_forward to_itself | if take.identity() == give.identity(
 mounts | session | test_places itself | fs.fstat(self.session.directories.root)[1:3] ==> self.path
 never-fits | forward | test_forward never_fits | consumer.settle(waiting[:1], Reject(str(error))) ==> raise
 # a process that uses a temporary spool is killed, or ends
+kept-by-threads | session | test_queues it_goes_though | fs.unlock(self.directories.root) ==> pass
 temporary-used | temporary | test_queues forked_child | or not fs.lock(fd, blocking=False): ==> :
 temporary-new | temporary | test_queues made_anew | fs.lock_shared(fd) and ==> True or
 temporary-start | mp | test_queues may_end_before | else reduction.DupFd(fd) ==> else None

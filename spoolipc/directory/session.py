@@ -423,6 +423,7 @@ class Session:
         fs.yield_core()  # the barrier between what was made visible and who waits, as leaving the step is one
         self.wake(items, space)
         self.is_open.clear()  # no other thread takes on more: without our file, nobody would find it
+        fs.unlock(self.directories.root)  # now: other threads may be in calls for longer
         if not self.users:  # else another thread may look at an item, and is alive until it is done
             self.directories.retire(liveness.token_name(self.token))  # now: the next knows to be the last
         return None, 0, 0

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from support import queues
 from support.account import check_spool
+from support.calls import Call
 from support.peer import Peer
 from support.queues import Job, Point
 from support.waits import until, until_asleep
@@ -175,6 +176,38 @@ class TestTheEndOfATemporarySpool:
         assert len(left(place)) == 1
         del queue
         assert left(place) == []
+
+    def test_it_goes_though_a_thread_is_in_a_call_when_the_queue_is_closed(self, place: Path) -> None:
+        queue = Queue()
+        getting = Call(queue.get)
+        getting.until_asleep()
+        queue.close()
+        assert isinstance(getting.error(), SpoolClosed)
+        until(lambda: left(place) == [])
+
+    def test_it_goes_though_a_signal_handler_closes_the_queue_amid_a_call(self, place: Path) -> None:
+        queue = Queue()
+        before = signal.signal(signal.SIGUSR1, lambda *_: queue.close())
+
+        def interrupt() -> None:
+            until_asleep(os.getpid())
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        try:
+            closing = Call(interrupt)
+            with pytest.raises(SpoolClosed):
+                queue.get()
+            closing.result()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert left(place) == []
+
+    def test_it_goes_with_its_process_though_a_daemon_thread_is_in_a_call(self, place: Path) -> None:
+        ran = run(
+            f"{HERE}\nfrom support.calls import Call; import spoolipc\n"
+            "queue = spoolipc.Queue(); Call(queue.get).until_asleep()"
+        )
+        assert (ran.returncode, left(place)) == (0, []), ran.stderr
 
     def test_it_goes_with_its_process_whatever_was_imported_first(self, place: Path) -> None:
         for first in ("", "import multiprocessing.util", "import weakref; weakref.finalize(weakref, print)"):
