@@ -150,6 +150,7 @@ vanished | receiving | test_log each_fault | raise BadItem("its file is missing"
 # spool in the lower layer of an overlay
 overlay | receiving | test_places lower_layer | tail[0] != put_time ==> False
 # file system full: tmpfs and ext4 filled for real
+full-shutdown | layout | test_full_disk shut_down | if state != DRAINING or not ==> if True or not
 shortage | staging | test_order_of_calls loan | fs.is_shortage(error): ==> False:
 hole | staging | test_order_of_calls loan | fs.allocate(fd, 0, ==> fs.truncate(fd,
 hole-index | journal | test_order_of_calls index | fs.allocate(fd, 0, ==> fs.truncate(fd,

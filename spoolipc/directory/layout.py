@@ -485,7 +485,11 @@ def write_shutdown(root: int, state: int, mode: int) -> None:
         return
     with fs.Closing(fs.open_own(root, "shutdown", os.O_WRONLY | os.O_CREAT, mode)) as fd:
         fs.truncate(fd, 0)
-        fs.write(fd, _MARKS[state])
+        try:
+            fs.write(fd, _MARKS[state])
+        except OSError as error:
+            if state != DRAINING or not fs.is_shortage(error):  # an empty one says DRAINING too
+                raise
 
 
 def _refuse_network(path: Path) -> None:

@@ -18,7 +18,7 @@ from support.mounts import ext4, tmpfs
 from support.peek import peek_table
 from support.waits import until, until_asleep
 
-from spoolipc import Empty, Full, SpoolReader, SpoolWriter, StorageError, failed_list, fsck
+from spoolipc import Empty, Full, ShutDown, SpoolReader, SpoolWriter, StorageError, failed_list, fsck
 
 FORK = multiprocessing.get_context("fork")
 MIB = 1 << 20
@@ -202,3 +202,18 @@ def test_readers_receive_and_requeue_on_a_full_disk(disk: Path) -> None:
             assert np.array_equal(reader.get_nowait(), array_of(0, count))
         (disk / "foreign").unlink()
     assert fsck(path).clean
+
+
+def test_a_spool_is_shut_down_and_reopened_on_a_full_disk(disk: Path) -> None:
+    path = disk / "spool"
+    with SpoolWriter(path) as writer, SpoolReader(path) as reader:
+        writer.put(array_of(0, 0))
+        fill(disk)
+        writer.shutdown()
+        assert [len(array) for array in reader] == [len(array_of(0, 0))]
+        (path / "index").unlink()  # the one that is built again goes by the marker
+        (disk / "foreign").unlink()
+        with SpoolReader(path) as other, pytest.raises(ShutDown):
+            other.get_nowait()
+        SpoolWriter(path, reopen=True).close()
+    sound(path)
