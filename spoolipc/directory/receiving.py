@@ -25,11 +25,11 @@ from . import fs, housekeeping, liveness, transitions
 from . import table as W
 from .itemfile import ItemFile, check_regular, unreadable
 from .journal import Journal
-from .pool import may_pool, waiting
+from .pool import evict_one, may_pool, waiting
 from .quarantine import forget_history
 from .recycling import SECOND, SMALL, Pin, Recycler, keeper
 from .session import Look, Session, Side, operation
-from .table import Words, active, owned
+from .table import Words, active, bucket, owned
 from .transitions import consume
 from .watch import SessionWatch
 
@@ -260,12 +260,10 @@ class Receiver(Side):
         waits = state == W.WAITING
         before = 0 if waits else 1
         # Whoever had the item in flight before may still show its file.
-        keep = (
-            single
-            and attempt == before
-            and not flags & W.NEVER_AGAIN
-            and (words[W.RECYCLE_BYTES] > 0 if pin is not None else may_pool(words, size))
-        )
+        keep = single and attempt == before and not flags & W.NEVER_AGAIN and words[W.RECYCLE_BYTES] > 0
+        surplus = keep and pin is None and not may_pool(words, size)
+        if surplus and (undo is not None or loan):
+            surplus = keep = False
         if not keep:
             recycler.mappings.forget(number)
             if undo is not None:
@@ -286,9 +284,11 @@ class Receiver(Side):
                 raise
             # free/ takes no file, as on a full file system, which has no block for another name: items are taken all
             # the same.
-            keep = False
+            surplus = keep = False
             released = 0
             journal.commit(consume(words, record, 0, False))
+        if surplus:  # who wrote it, or had it before, may have it mapped: only an evicted file is emptied
+            evict_one(self.session.directories, journal, record, bucket(size))
         if released:
             recycler.pins.pending.popleft()
         if attempt > before:

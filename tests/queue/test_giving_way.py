@@ -314,6 +314,19 @@ def test_a_file_system_without_a_size_has_room(tmp_path: Path) -> None:
         assert not writer.full()
 
 
+def test_what_the_pool_may_not_hold_is_emptied_whoever_maps_it(disk: Path) -> None:
+    with SpoolWriter(disk / "spool") as writer, SpoolReader(disk / "spool") as reader:
+        for _ in range(3):
+            writer.put(frame(10))  # from the second on through a mapping, which is kept
+            reader.receive().ack()
+        writer.put(frame(10))
+        (disk / "foreign").write_bytes(bytes(64 * MIB - used(disk) - 2 * MIB))
+        writer.put(np.ones(1000))  # to a new file, for which it is seen how little is free
+        before = used(disk)
+        reader.receive().ack()
+        assert used(disk) <= before - 10 * MIB
+
+
 # Waiting
 
 
