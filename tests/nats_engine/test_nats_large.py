@@ -19,7 +19,7 @@ import pytest
 from support.waits import until
 
 from nats_engine.server import Server
-from spoolipc import ServerUnreachable, SpoolReader, SpoolWriter, TooLarge, failed_retry, stat
+from spoolipc import ServerUnreachable, SpoolReader, SpoolWriter, TooLarge, failed_drop, failed_retry, stat
 from spoolipc.nats import link
 from spoolipc.nats.producer import NatsProducer
 
@@ -89,6 +89,15 @@ def test_pieces_of_a_put_that_is_interrupted_are_gone_before_the_next(
             writer.put(np.ones(60_000_000, np.uint8), timeout=0)
             assert reader.get(timeout=20).all()
             assert stat(url).bytes == 0
+
+
+def test_pieces_of_a_dead_letter_are_gone_when_it_is_dropped(small_server: Server) -> None:
+    url = small_server.url("dropped")
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        seq = writer.put(np.zeros(100_000))
+        reader.receive(timeout=20).reject("no good")
+        assert failed_drop(url) == [seq]
+        assert stat(url).bytes == 0
 
 
 @pytest.mark.parametrize("is_dead", [False, True])
