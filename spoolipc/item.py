@@ -6,11 +6,11 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from .engine import Consumer
 from .engine import Loan as Lent
-from .errors import AlreadySettled, BadItem, LeaseExpired, SpoolError
+from .errors import AlreadySettled, BadItem, LeaseExpired, SpoolError, UnsupportedOperation
 from .format.item import copied
 from .message import (
     Ack,
@@ -34,7 +34,16 @@ _ACK: Final = Ack()
 _TAKEN_AWAY: Final = "taken away when its lease ended"
 
 
-class Received:
+class _Here:
+    """What one process has, and no other can have."""
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedOperation(
+            f"{self!r} belongs to this process and cannot be pickled; pass on its array"
+        )
+
+
+class Received(_Here):
     """What is told of an item in flight, by both faces: each settles it in its own way."""
 
     def __init__(self, consumer: Consumer, delivery: Delivery, copy: Copy = False) -> None:
@@ -207,7 +216,7 @@ class Item(Received):
             _log.warning("%s", problem)  # what the block raised goes on to the caller
 
 
-class Loan:
+class Loan(_Here):
     """An array in the very memory that readers will see, not yet an item.
 
     As a context manager it gives the array, and is put at the end of the block unless that was done by hand, or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import threading
 import time
 import warnings
@@ -26,6 +27,7 @@ from spoolipc import (
     ShutDown,
     SpoolReader,
     SpoolWriter,
+    UnsupportedOperation,
     failed_retry,
     failed_show,
 )  # fmt: skip
@@ -303,6 +305,17 @@ def test_an_item_taken_knows_what_one_received_knows_and_is_settled(
         writer.shutdown()
         with pytest.raises(ShutDown):
             reader.take()
+
+
+def test_what_is_in_flight_or_lent_cannot_be_pickled_and_says_what_to_do(pair: Pair) -> None:
+    writer, reader = pair
+    writer.put(np.arange(3))
+    item, loan = reader.receive(), writer.loan(3)
+    for mine in (item, loan):
+        with pytest.raises(UnsupportedOperation, match=f"{type(mine).__name__}.* pass on its array"):
+            pickle.dumps(mine)
+    item.ack()
+    loan.discard()
 
 
 def test_an_item_dropped_in_a_cycle_is_redelivered_as_the_collector_finds_it(pair: Pair) -> None:
