@@ -45,7 +45,7 @@ unlinked | journal | test_transitions | directories.remove("free", name) ==> pas
 followed | journal | test_kills system and shutdown | words[W.SHUTDOWN] = read_shutdown(directories.root) ==> pass
 staged | housekeeping | test_kills system and put_large | temporary_owner(entry.name) in crashed: ==> False:
 sessions | housekeeping | test_stops_nobody session and alive | () if left else crashed - _stuck(session): ==> ():
-repair-cut | check | test_kills system and repair | session.journal.words[W.CAPACITY] = W.ALL_BITS ==> pass
+repair-cut | check | test_fsck killed_builds | session.journal.words[W.CAPACITY] = W.ALL_BITS ==> pass
 left-new | fs | test_kills system and open_new | unlink_missing_ok(directory, name) ==> pass
 # killed between two stores to the table, holding the lock
 finished | journal | test_gc half_done | subject, finish=True): ==> subject, finish=True) and False:
@@ -366,7 +366,7 @@ not-put | sources | test_forwarding killed | if fs.exists(directories.tmp, file)
 put-known | engine | test_forwarding killed | if each not in ids}) ==> if False})
 struck | housekeeping | test_forwarding killed | if not sources.settle( ==> if False and not sources.settle(
 struck-gc | gc | test_forwarding killed | not session.step(sources.settle, session, crashed): ==> False:
-new-files | forwarding | test_forwarding killed | recycles, self._staging.flags = False, ==> flags =
+new-files | forwarding | test_forwarding was_an_item | recycles, self._staging.flags = False, ==> flags =
 unacknowledged | engine | test_forward known_however | dict(self.without(done).put) | ==> {} |
 # a forwarder's ends are away
 one-forwards | sources | test_forward second_forwarder | raise SpoolInUse( ==> str(

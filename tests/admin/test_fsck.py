@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -408,6 +409,19 @@ def test_a_damaged_item_in_a_recycled_file_is_set_aside_while_its_writer_lives(s
         assert [letter.seq for letter in failed_list(spool)] == [seq]
         writer.put(np.arange(9000))
         assert len(reader.get_many(5)) == 2
+
+
+def test_who_comes_after_a_repair_that_was_killed_builds_the_table_again(path: Path) -> None:
+    cut(path / item(5))
+
+    def repair() -> None:
+        with Injector(after=lambda event, _: kill() if event.name == "rename" else None):  # it is set aside
+            fsck(path, repair=True)
+
+    assert forked(repair) == -signal.SIGKILL
+    with SpoolReader(path) as reader:
+        assert reader.qsize() == COUNT - 1
+    assert (stat(path).failed, fsck(path).problems) == (2, ())
 
 
 @pytest.mark.parametrize("what", ["shutdown", "limits"])

@@ -22,7 +22,7 @@ from support.faults import STORE, Event, Hook, Injector, at, fail, forked, inter
 from support.forwards import drained, fill
 from support.waits import is_locked
 
-from spoolipc import SpoolError, SpoolInUse, forward, fsck, gc, stat
+from spoolipc import SpoolError, SpoolInUse, SpoolWriter, forward, fsck, gc, stat
 
 COUNT: Final = 3
 BATCH: Final = 9000
@@ -130,6 +130,26 @@ def test_forwarder_killed_at_every_system_call_loses_and_doubles_nothing(
         except BaseException as failure:
             failure.add_note(f"killed at event {number}, then {meanwhile.__name__}")
             raise
+
+
+def test_a_killed_forwarder_has_written_no_file_that_was_an_item_before(place: Path) -> None:
+    """Whose name would say nothing of what was put. There are such files, which a writer would take."""
+    spools = Spools(place / "both")
+    with SpoolWriter(spools.destination):
+        fill(spools.destination, COUNT)
+        drained(spools.destination)
+        assert stat(spools.destination).free_files
+
+        def work() -> None:
+            with Injector(lambda event: kill() if is_put(event) else None):
+                spools.forward()
+
+        assert forked(work) < 0
+        spools.verify([])
+
+
+def is_put(event: Event) -> bool:
+    return event.name == "rename" and event.args[0].endswith(".npy")
 
 
 def faulty(place: Path, act: Hook, error: type[BaseException] | tuple[type[BaseException], ...]) -> None:
