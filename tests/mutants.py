@@ -461,7 +461,8 @@ GUARDS: Final = {
     "nats/session": "test_nats_engine test_nats_urls test_nats_dropped test_nats_outages",
     "nats/producer": "test_nats_engine test_nats_large test_nats_forward test_nats_outages",
     "nats/consumer": "test_nats_engine test_nats_dropped test_nats_forward test_nats_outages",
-    "nats/__init__": "test_nats_engine test_nats_urls test_nats_large test_nats_outages",
+    "nats/__init__": "test_nats_engine test_nats_urls test_nats_large test_nats_dropped test_nats_faces"
+    " not memory_stays",
 }
 """Modules of recovery, forks, the pool and servers, and the tests that hold each of their guards."""
 EXPLAINED: Final = """
