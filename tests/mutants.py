@@ -83,10 +83,10 @@ writer-crashed | receiving | test_last_writer killed_writer | self.session.step(
 end-awaited | housekeeping | test_last_writer is_settled | = min(below, words[W.ENDING] or below) ==> = 0
 # reader hangs
 lease | housekeeping | test_directory_engine lease_ended | 0 < ends <= now: ==> False:
-lease-order | housekeeping | test_leases ended_together | reversed(active(words)): ==> active(words):
+lease-order | housekeeping | test_order ended_comes_before | reversed(active(words)): ==> active(words):
 late | consumer | test_directory_engine lease_ended | 0 < words[record + W.DUE] <= fs.monotonic_ns(): ==> False:
 attempt-asked | consumer | test_directory_engine lease_ended | delivery.attempt, token ==> words[record + 5], token
-sooner | transitions | test_leases shorter_delay | not words[W.NEXT_DUE] or due < ==> not
+sooner | transitions | test_transitions before_any_store | not words[W.NEXT_DUE] or due < ==> not
 extended | transitions | test_directory_engine lease_ends_which | [record + W.DUE, due] ==> [W.HOLDER, due]
 hung-view | receiving | test_views outlive | and attempt == before ==>
 # poison item: its reader crashes every time
@@ -117,7 +117,7 @@ boot | journal | test_index_damage another_boot | raise IndexDamaged("the index 
 other-spool | journal | test_index_damage another_spools | raise IndexDamaged("the next item ==> ("the next item
 next-seq | transitions | test_index_damage no_number | raise IndexDamaged("the next sequence ==> ("the next sequence
 whole | journal | test_index_damage that_waits | fs.seek(self._fd, 0, os.SEEK_END) >= self.size and ==>
-endless | table | test_fsck survive and without and end | len(found) >= limit: ==> False:
+endless | table | test_transitions without_end | len(found) >= limit: ==> False:
 number-failed | rebuild | test_dead_letters outlive | *waiting[-1:], *failed, ==> *waiting[-1:],
 number-freed | rebuild | test_index_damage was_delivered | *failed, *freed, ==> *failed,
 number-donated | rebuild | test_preallocate loss_of | number < W.FIRST_DONATED: ==> True:
@@ -180,7 +180,7 @@ emptied | pool | test_giving_way crashed | fs.truncate(fd, 0) ==> pass
 looked-at | pool | test_giving_way stopped | and _nobody_looks(directories, journal): ==> :
 locked | pool | test_giving_way stopped | and fs.lock(fd, blocking=False) and ==> and
 crashed-looker | pool | test_giving_way crashed | if not has_crashed( ==> if True or not has_crashed(
-last-empties | session | test_giving_way last | while left or self.evict_if_alone()[0]: ==> while left:
+last-empties | session | test_giving_way leave_at_once | while left or self.evict_if_alone()[0]: ==> while left:
 # an item larger than the file system or `max_bytes`
 larger-limit | producer | test_limits than_the_limit | (limit and need > limit) or ==>
 larger-disk | producer | test_limits than_the_file_system | or 0 < total < need ==>
@@ -204,7 +204,6 @@ impossible | message | test_limits possible_number | if not least <= number < 2*
 named | session | test_errors failing and put_small | raise explained from error ==> raise
 failed-staged | staging | test_order_of_calls loan | fs.unlink_missing_ok(directories.tmp, name) ==> pass
 told | producer | test_errors of_many and put_many | error.seqs = tuple(seqs) ==> error.seqs = ()
-told-taken | consumer | test_errors of_many and get_many | if not got:¶                raise ==> raise
 leaked | itemfile | test_errors failing and get_large | None:¶        fs.close(self.fd) ==> None:¶        pass
 # a process short of address space
 give-way | fs | test_process_limits cannot_be_made | for let_go in give_way: ==> for let_go in ():
@@ -279,14 +278,14 @@ maxsize | producer | test_limits another_took | left <= 0: ==> False:
 unpinned | receiving | test_views any_view | loan if pin is None else self.session.token ==> 0
 closed-view | receiving | test_views outlive | transitions.drop(session ==> transitions.release(session
 lender | recycling | test_loans keeps_its_file | elif loan: ==> elif False:
-loan-left | staging | test_loans after_an_exception | staged.file is not None and staged.loan: ==> False:
+loan-left | staging | test_loans discards_it | staged.file is not None and staged.loan: ==> False:
 loan-closed | producer | test_loans read_only | self.array.flags.writeable = False ==> pass
 loan-reopened | producer | test_loans read_only_after | staged.pages.flags.writeable = False  # and ==> pass  # and
 loan-undurable | producer | test_loans may_not_be | staged.pages.flags.writeable = False¶                self ==> self
 loan-written | producer | test_directory_engine refused_where | not isinstance(error, StorageError): ==> False:
 base | receiving | test_views any_view | , pages.base, single ==> , pages, single
 acked-at-once | consumer | test_views another_thread_acknowledges | claim.is_acked = True ==> pass
-never-recycled | pool | test_recycling zero | not limit or pooled + size ==> pooled + size
+never-recycled | pool | test_recycling became_zero | not limit or pooled + size ==> pooled + size
 trimmed | pool | test_recycling backlog | max(0, pooled - most) ==> 0
 # symlink, FIFO, device, directory or hard link planted anywhere
 follow | fs | test_planted own and index-symlink | = os.O_NOFOLLOW | ==> =

@@ -275,6 +275,10 @@ def test_work_of_live_sessions_is_not_touched(path: Path) -> None:
         with writer.loan(BIG.shape, BIG.dtype) as loan:
             loan[:] = 7
             assert counts(gc(path)) == {}
+        with writer.loan(10 * BIG.size, BIG.dtype) as loan:  # of a size for which no consumed file is there
+            assert os.listdir(path / "tmp")
+            assert counts(gc(path)) == {}
+            loan[:] = 8
         assert counts(gc(path)) == {}
         assert (view == BIG).all()
         assert (taken.array == BIG + 1).all()
@@ -304,7 +308,7 @@ def test_leftovers_by_the_thousand_are_removed_with_progress_and_flat_memory(pat
     assert said == sorted(said, key=lambda one: one[0])
     assert said[-1][0] >= 4 * MANY
     assert {total for _, total in said} == {None}
-    assert len(said) > 3 * MANY // 1024
+    assert len(said) > 3 * MANY // 256  # names of three parts, some at a time
     assert [files(path, part) for part in ("tmp", "free", "failed", "alive")] == [[], [], [], []]
 
 

@@ -15,7 +15,7 @@ from support.account import check_spool
 from support.arrays import Array
 from support.calls import Call
 from support.damage import crash
-from support.faults import Event, Injector
+from support.faults import Event, Injector, at
 from support.mounts import tmpfs
 from support.peer import Peer
 from support.waits import until
@@ -183,6 +183,7 @@ def test_files_that_the_file_system_lacks_are_taken_from_the_pool(few_files: Pat
         writer.put_nowait(np.zeros(10_000))
         with SpoolReader(path) as other:
             assert len(other.get_nowait()) == 10_000
+        (path / "spare").unlink()  # which would do for one
         put_until_full(writer, np.zeros(10))
         with SpoolReader(path) as other:  # all that wait leave a place for who takes them
             read_all(other)
@@ -226,6 +227,7 @@ def test_who_opens_a_spool_evicts_for_the_file_he_needs(few_files: Path) -> None
         writer.put_many([np.zeros(10)] * 20)
         read_all(reader)
         assert stat(path).free_files > 10
+        (path / "spare").unlink()  # which would do for one
         take_every_file(few_files)
         with SpoolReader(path), SpoolWriter(path, maxsize=100):
             assert gc(path).crashed_sessions == 0
@@ -386,6 +388,19 @@ def test_the_last_session_to_leave_empties_the_pool(disk: Path, first: str) -> N
     assert list((path / "free").iterdir()) == []
     assert used(disk) < LITTLE
     check_spool(path)
+
+
+def test_of_two_sessions_that_leave_at_once_one_empties_the_pool(tmp_path: Path) -> None:
+    for number in range(1, 100):
+        path = tmp_path / f"{number}"
+        writer, reader = SpoolWriter(path, preallocate=(2, 10_000)), SpoolReader(path)
+        with Injector(at(number, lambda _, reader=reader: reader.close())) as calls:  # type: ignore[misc]
+            writer.close()
+        reader.close()
+        assert list((path / "free").iterdir()) == [], f"the other left before call {number}"
+        if len(calls.met) < number:
+            return
+    raise AssertionError("to leave takes too many calls")
 
 
 def test_a_writer_that_leaves_takes_along_what_it_lent(spool: Path) -> None:

@@ -13,7 +13,7 @@ from support.arrays import Array
 from support.faults import Event, Injector
 from support.peek import peek_table
 
-from spoolipc import Empty, Limits, SpoolReader, SpoolWriter, stat
+from spoolipc import Empty, Limits, SpoolReader, SpoolWriter, set_limits, stat
 from spoolipc.directory import recycling
 
 PAGE = 4096
@@ -170,6 +170,18 @@ def test_nothing_is_recycled_when_the_limit_is_zero(spool: Path) -> None:
         with pytest.raises(Empty):
             reader.get_nowait()
         assert list((spool / "free").iterdir()) == []
+
+
+def test_what_was_shown_when_the_limit_became_zero_is_not_recycled(
+    writer: SpoolWriter, reader: SpoolReader, spool: Path
+) -> None:
+    writer.put(pages(9))
+    shown = reader.get()
+    set_limits(spool, recycle_bytes=0)
+    del shown
+    with pytest.raises(Empty):
+        reader.get_nowait()
+    assert list((spool / "free").iterdir()) == []
 
 
 def test_the_index_grows_with_a_backlog_and_with_nothing_else(

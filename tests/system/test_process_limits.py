@@ -236,6 +236,9 @@ with SpoolReader(path) as reader, SpoolWriter(path) as writer:
     refused(writer.close)
     SpoolWriter(path).close()  # which finds what could not be left
     assert len(os.listdir(f"{path}/alive")) == 1, "only the reader's is left"
+    closed = []
+    refused(lambda: closed.append(reader.close()))
+    assert closed, "a reader needs none to leave"
 """)
 
 

@@ -418,3 +418,21 @@ def test_a_file_is_moved_where_it_is_kept_and_is_its_item_until_it_is_to_be_writ
     spool.commit(transitions.reserve(words, *walk.pooled(), 7))
     spool.commit(transitions.release(words, record))
     assert words[record + W.SEQ] == 0
+
+
+def test_a_list_without_end_is_damage() -> None:
+    """And found in no more looks than there are records."""
+
+    class Words(list[int]):
+        looks = 0
+
+        def __getitem__(self, at: Any) -> Any:
+            self.looks += 1
+            assert self.looks < 100
+            return super().__getitem__(at)
+
+    words = Words([0] * (W.HEADER + 4 * W.RECORD))
+    words[W.CAPACITY] = len(words)
+    words[W.ACTIVE] = words[W.HEADER + W.NEXT] = W.HEADER
+    with pytest.raises(W.IndexDamaged):
+        W.active(words)  # type: ignore[arg-type]
