@@ -42,8 +42,8 @@ _NS: Final = 10**9
 @dataclass(slots=True, eq=False)
 class _Held:
     """An item in flight here. delivered: how often it was; attempt: how many of these count. due: monotonic seconds
-    when its lease ends. given: tells when nobody can settle it. taken: it is only put back or acknowledged. done: it is
-    acknowledged, but the server may not have heard of it."""
+    when its lease ends, nan while a failure of it is noted. given: tells when nobody can settle it. taken: it is only
+    put back or acknowledged. done: it is acknowledged, but the server may not have heard of it."""
 
     msg: Msg
     seq: int
@@ -361,7 +361,7 @@ class NatsConsumer(Session):
     async def _in_flight(self, delivery: Delivery) -> _Held:
         await self._expire()
         held = self.held.get(delivery.seq)
-        if held is None or held is not delivery.handle.held:
+        if held is None or held is not delivery.handle.held or math.isnan(held.due):
             what = f"item {delivery.seq} is in flight here no more: its lease ended, or it was settled"
             raise errors.LeaseExpired(f"{self.path}: {what}")
         return held
@@ -377,9 +377,9 @@ class NatsConsumer(Session):
                     case values.Ack():
                         done.append(held)
                     case values.Nack(delay, reason):
-                        await self._fail(held, reason, delay)
+                        await self._once(held, self._fail(held, reason, delay))
                     case values.Reject(reason):
-                        await self._bury(held, await self._note(held), reason)
+                        await self._once(held, self._reject(held, reason))
                     case values.Extend(lease):
                         await self._lease(held, lease)
         finally:
@@ -418,6 +418,18 @@ class NatsConsumer(Session):
                 await self.link.call(held.msg.reply, f"-NAK{ask}".encode())
             self._let_go(held)
 
+    async def _once(self, held: _Held, change: Coroutine[Any, Any, None]) -> None:
+        """Make a change of an item in flight, which neither ends by its lease nor is kept alive meanwhile."""
+        due, held.due = held.due, math.nan
+        try:
+            await change
+        except BaseException:
+            held.due = due
+            raise
+
+    async def _reject(self, held: _Held, why: str) -> None:
+        await self._bury(held, await self._note(held), why)
+
     async def _bury(self, held: _Held, note: Failed, why: str) -> None:
         """Make an item a dead letter: its failures, then its message, then the server is told."""
         if len(note.history) < held.attempt:
@@ -437,7 +449,8 @@ class NatsConsumer(Session):
         now = time.monotonic()
         ended = [held for held in self.held.values() if held.due <= now]
         for held in ended:
-            await self._fail(held, "its lease ended", expired=True)
+            if held.due <= now:  # nobody else was at it meanwhile
+                await self._once(held, self._fail(held, "its lease ended", expired=True))
         if ended:
             await self.spool.news.tell()
 

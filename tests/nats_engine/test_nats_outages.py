@@ -701,3 +701,26 @@ def test_bad_note_of_failures_stops_nobody(server: Server, data: str) -> None:
         assert item.attempt == 2
         item.ack()
         assert reader.empty()
+
+
+def test_a_lease_that_ends_is_noted_once_whoever_finds_out(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SpoolWriter(url) as writer, SpoolReader(url) as reader:
+        writer.put(np.zeros(3))
+        item = reader.receive()
+        consumer: Any = reader._consumer
+        noted: list[int] = []
+        write = consumer.spool.write_failed
+
+        async def writing(seq: int, note: Any) -> None:
+            noted.append(seq)
+            await write(seq, note)
+
+        async def look_twice() -> None:
+            next(iter(consumer.held.values())).due = 0.0
+            await asyncio.gather(consumer._expire(), consumer._expire())
+
+        monkeypatch.setattr(consumer.spool, "write_failed", writing)
+        consumer.do(look_twice())
+        assert noted == [item.seq]
+        with pytest.raises(LeaseExpired):
+            item.ack()
