@@ -15,7 +15,7 @@ SERVERS := $(wildcard tests/nats_engine/test_*.py)
 OUTAGES := tests/nats_engine/test_nats_outages.py
 SUITE := tests/nats_engine/test_nats_engine.py
 # Of the exhaustive tests, those that take half of the work.
-PAIRED := tests/crash/test_interleavings.py tests/crash/test_interrupts.py tests/queue
+PAIRED := $(addprefix tests/crash/test_,interleavings.py interrupts.py forks.py)
 # $(call begin,name,command): a part. end: wait for all of them, and show what they said.
 begin = $(2) >$(VENV)/$(1).log 2>&1 & parts="$$parts $$!:$(VENV)/$(1).log"
 end = for part in $$parts; do wait $${part%%:*} || code=1; cat $${part\#\#*:}; done; exit $$code
