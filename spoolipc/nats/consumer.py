@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from nats.aio.msg import Msg
@@ -157,7 +158,7 @@ class NatsConsumer(Session):
     async def _drop(self, dropped: list[_Held]) -> list[_Held]:
         here = [held for held in dropped if self.held.get(held.seq) is held]
         for held in here:
-            await self._fail(held, "it was dropped unsettled")
+            await self._once(held, partial(self._fail, held, "it was dropped unsettled"))
         return here
 
     # Pulling
@@ -377,9 +378,9 @@ class NatsConsumer(Session):
                     case values.Ack():
                         done.append(held)
                     case values.Nack(delay, reason):
-                        await self._once(held, self._fail(held, reason, delay))
+                        await self._once(held, partial(self._fail, held, reason, delay))
                     case values.Reject(reason):
-                        await self._once(held, self._reject(held, reason))
+                        await self._once(held, partial(self._reject, held, reason))
                     case values.Extend(lease):
                         await self._lease(held, lease)
         finally:
@@ -418,11 +419,14 @@ class NatsConsumer(Session):
                 await self.link.call(held.msg.reply, f"-NAK{ask}".encode())
             self._let_go(held)
 
-    async def _once(self, held: _Held, change: Coroutine[Any, Any, None]) -> None:
-        """Make a change of an item in flight, which neither ends by its lease nor is kept alive meanwhile."""
+    async def _once(self, held: _Held, change: Callable[[], Awaitable[None]]) -> None:
+        """Make a change of an item in flight, unless another is under way or done; meanwhile it neither ends by its
+        lease nor is kept alive."""
+        if math.isnan(held.due) or self.held.get(held.seq) is not held:
+            return
         due, held.due = held.due, math.nan
         try:
-            await change
+            await change()
         except BaseException:
             held.due = due
             raise
@@ -449,8 +453,8 @@ class NatsConsumer(Session):
         now = time.monotonic()
         ended = [held for held in self.held.values() if held.due <= now]
         for held in ended:
-            if held.due <= now:  # nobody else was at it meanwhile
-                await self._once(held, self._fail(held, "its lease ended", expired=True))
+            if held.due <= now:  # still
+                await self._once(held, partial(self._fail, held, "its lease ended", expired=True))
         if ended:
             await self.spool.news.tell()
 

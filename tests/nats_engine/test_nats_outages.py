@@ -715,12 +715,13 @@ def test_a_lease_that_ends_is_noted_once_whoever_finds_out(url: str, monkeypatch
             noted.append(seq)
             await write(seq, note)
 
-        async def look_twice() -> None:
+        async def look_all() -> None:
             next(iter(consumer.held.values())).due = 0.0
-            await asyncio.gather(consumer._expire(), consumer._expire())
+            held = [*consumer.held.values()]
+            await asyncio.gather(consumer._expire(), consumer._expire(), consumer._drop(held))
 
         monkeypatch.setattr(consumer.spool, "write_failed", writing)
-        consumer.do(look_twice())
+        consumer.do(look_all())
         assert noted == [item.seq]
         with pytest.raises(LeaseExpired):
             item.ack()
