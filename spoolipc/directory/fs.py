@@ -495,9 +495,14 @@ def is_ordinary(error: BaseException) -> bool:
     return isinstance(error, (SpoolError, IndexDamaged, MemoryError))
 
 
+def with_remedy(error: OSError) -> str:
+    """What an error of a system call says, and what to do."""
+    return (error.strerror or str(error)) + _REMEDIES.get(error.errno or 0, "")
+
+
 def storage_error(error: OSError, path: str) -> StorageError:
     """The StorageError for one of a system call on something in the spool at `path`."""
-    what = (error.strerror or str(error)) + _REMEDIES.get(error.errno or 0, "")
+    what = with_remedy(error)
     if error.filename is None:
         return StorageError(error.errno, what, path)
     named: Any = error.filename

@@ -265,7 +265,9 @@ class Journal:
             fs.allocate(self._fd, 0, capacity * W.WORD)
         except OSError as error:
             where = str(self._directories.path / NAME)
-            raise StorageError(error.errno, f"the index cannot grow: {error.strerror}", where) from error
+            raise StorageError(
+                error.errno, f"the index cannot grow: {fs.with_remedy(error)}", where
+            ) from error
         self._map(NAME)
         self.words[W.CAPACITY] = capacity
         self._guard = b""

@@ -154,7 +154,7 @@ def _context(where: Address) -> ssl.SSLContext:
 
 
 def refusal(where: Address, error: BaseException) -> AccessDenied | None:
-    """What to raise for an error that another try does not help; None for any other."""
+    """What to raise for an error that stays however often it is tried; None for any other."""
     if isinstance(error, AccessDenied):
         return error
     said, given, what = str(error).lower(), _secrets(where)[1], ""

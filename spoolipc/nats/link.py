@@ -456,8 +456,8 @@ class Link:
 
 
 class _Quiet:
-    """What the client says of its connection: kept, not printed. last: the last error. is_opening: what another try
-    does not help ends the first."""
+    """What the client says of its connection: kept, not printed. last: the last error. is_opening: what stays
+    however often it is tried ends the first try."""
 
     def __init__(self, link: Link, where: Address) -> None:
         self._link, self._where = link, where

@@ -50,7 +50,7 @@ _LAST: Final = "Nats-Expected-Last-Msg-Id"
 _UNANSWERED, _NOT_LAST, _ANOTHER, _IN_PROCESS, _INCOMPLETE = 0, 10070, 10071, 10158, 10176
 _NO_SPACE: Final = (10002, 10023, 10028, 10047)
 _PASSING: Final = (_UNANSWERED, _ANOTHER, _IN_PROCESS, _INCOMPLETE)
-"""What another try may help: the last, where a server begins again amid a batch."""
+"""What may pass when it is tried again: the last, where a server begins again amid a batch."""
 
 
 class _Packed(NamedTuple):
